@@ -1,0 +1,33 @@
+"""What can go wrong, by kind. Every error of this package derives from `ResMemError`."""
+
+
+class ResMemError(Exception):
+    """Base class of all errors raised by lightning_resmem."""
+
+
+class InputError(ResMemError, ValueError):
+    """An argument or a row of data has a value that cannot be used."""
+
+
+class HeadError(ResMemError, RuntimeError):
+    """The head (the module whose input is the embedding and whose output is the logits) cannot be found or tapped."""
+
+
+class EmptyMemoryError(ResMemError, RuntimeError):
+    """A memory was asked for an answer before it held any rows."""
+
+
+class StaleMemoryError(ResMemError, RuntimeError):
+    """A memory was used with other weights than those it was filled with."""
+
+
+class StorageError(ResMemError, RuntimeError):
+    """A saved memory is missing, damaged, or of another format than this version reads."""
+
+
+class MemoryPassError(ResMemError, RuntimeError):
+    """The pass over the training set that fills the memory could not be completed."""
+
+
+class ResMemWarning(UserWarning):
+    """Something works, but probably not as intended; the message says what to do."""

@@ -1,0 +1,173 @@
+"""The maths of ResMem as pure functions on tensors.
+
+Shapes: `B` queries, `N` rows in the memory, `k` neighbours, `C` classes. Half-precision input is computed in float32,
+float32 stays float32 and float64 stays float64. All formulas are those of https://arxiv.org/abs/2302.01576.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["combine", "log_predictions", "neighbor_weights", "residuals", "weighted_labels", "weighted_residual"]
+
+# Bytes that a weighted sum over half-precision values may gather at once.
+_GATHER_BYTES = 64 * 2**20
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype that sums accumulate in: float64 stays, everything else becomes float32."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def residuals(outputs: Tensor, targets: Tensor, softmax_temperature: float = 1.0) -> Tensor:
+    """What the base model still gets wrong: `onehot(y) - softmax(f(x) / T)`.
+
+    Args:
+        outputs: Logits `f(x)`, shape `(N, C)`.
+        targets: Class labels in `[0, C)`, int64, shape `(N,)`.
+        softmax_temperature: `T`, what the logits are divided by.
+
+    Returns:
+        Residuals, shape `(N, C)`; every row sums to 0.
+
+    Example:
+        >>> residuals(torch.zeros(1, 2), torch.tensor([1]))
+        tensor([[-0.5000,  0.5000]])
+    """
+    residual = torch.softmax(_wide(outputs) / softmax_temperature, dim=-1).neg_()
+    return residual.scatter_add_(1, targets[:, None], residual.new_ones(targets.shape[0], 1))
+
+
+def neighbor_weights(distances: Tensor, sigma: float) -> Tensor:
+    """Kernel weights `exp(-d / sigma)`, normalised over the neighbours of each query.
+
+    The smallest distance of a row is subtracted first, so that `sigma` may go towards 0: the limit, all weight on the
+    nearest neighbour (shared among equally near ones), is reached without dividing 0 by 0.
+
+    Args:
+        distances: Euclidean distances, shape `(B, k)`; `inf` marks a missing neighbour.
+        sigma: Kernel width, a distance above 0.
+
+    Returns:
+        Weights, shape `(B, k)`: 0 for missing neighbours, each row sums to 1, or to 0 if it has no neighbour at all.
+
+    Example:
+        >>> neighbor_weights(torch.tensor([[0.0, 1.0, float("inf")]]), sigma=1.0)
+        tensor([[0.7311, 0.2689, 0.0000]])
+    """
+    distances = _wide(distances)
+    found = torch.isfinite(distances)
+    if distances.shape[-1] == 0:
+        return distances.clone()
+    nearest = distances.amin(dim=-1, keepdim=True)
+    beyond = torch.where(found, distances - nearest, torch.inf)
+    # A sigma below the dtype's smallest normal number would become 0 and turn 0 / sigma into NaN.
+    width = max(sigma, torch.finfo(distances.dtype).tiny)
+    weights = torch.exp(-beyond / width)
+    return weights / weights.sum(dim=-1, keepdim=True).clamp_min(1.0)  # the nearest has weight 1, so a sum >= 1
+
+
+def weighted_residual(positions: Tensor, weights: Tensor, values: Tensor) -> Tensor:
+    """The sum `sum_j weights[b, j] * values[positions[b, j]]`, never building the `(B, k, C)` array.
+
+    `torch.nn.functional.embedding_bag` does the sum in one pass over the rows. It returns the dtype of its table, so
+    half-precision tables are summed over blocks of queries in float32 instead.
+
+    Args:
+        positions: Rows of `values`, int64, shape `(B, k)`; -1 marks a missing neighbour.
+        weights: Shape `(B, k)`; weights of missing neighbours are not read.
+        values: Table, shape `(N, C)`.
+
+    Returns:
+        Sums, shape `(B, C)`, float32 (float64 for a float64 table).
+
+    Example:
+        >>> table = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> weighted_residual(torch.tensor([[1, 0, -1]]), torch.tensor([[0.75, 0.25, 0.0]]), table)
+        tensor([[0.2500, 0.7500]])
+    """
+    if positions.numel() == 0 or values.shape[0] == 0:
+        return _wide(values.new_zeros(positions.shape[0], values.shape[1]))
+    missing = positions < 0
+    if missing.any():
+        positions, weights = positions.masked_fill(missing, 0), weights.masked_fill(missing, 0)
+    if values.dtype in (torch.float32, torch.float64):
+        return torch.nn.functional.embedding_bag(
+            positions, values, per_sample_weights=weights.to(values.dtype), mode="sum"
+        )
+    queries, k = positions.shape
+    block = max(1, _GATHER_BYTES // (4 * k * values.shape[1]))
+    sums = [
+        torch.bmm(weights[i : i + block, None].float(), values[positions[i : i + block]].float())[:, 0]
+        for i in range(0, queries, block)
+    ]
+    return torch.cat(sums)
+
+
+def weighted_labels(positions: Tensor, weights: Tensor, targets: Tensor, num_classes: int) -> Tensor:
+    """The weighted label average `sum_j weights[b, j] * onehot(targets[positions[b, j]])`: the kNN-only prediction.
+
+    Args:
+        positions: Rows of the memory, int64, shape `(B, k)`; -1 marks a missing neighbour.
+        weights: Shape `(B, k)`.
+        targets: Class labels of the rows, int64, shape `(N,)`.
+        num_classes: `C`.
+
+    Returns:
+        Shape `(B, C)`, in the dtype of the weights.
+
+    Example:
+        >>> weighted_labels(torch.tensor([[0, 1]]), torch.tensor([[0.75, 0.25]]), torch.tensor([2, 0]), 3)
+        tensor([[0.2500, 0.0000, 0.7500]])
+    """
+    weights = _wide(weights)
+    sums = weights.new_zeros(positions.shape[0], num_classes)
+    if positions.numel() == 0 or targets.shape[0] == 0:
+        return sums
+    weights = weights.masked_fill(positions < 0, 0)
+    return sums.scatter_add_(1, targets[positions.clamp_min(0)], weights)
+
+
+def combine(base: Tensor, residual: Tensor, strength: float = 1.0) -> Tensor:
+    """The ResMem prediction `F(x) = p(x) + strength * residual(x)`.
+
+    Args:
+        base: Base prediction, shape `(B, C)`.
+        residual: Weighted residual, shape `(B, C)`.
+        strength: Factor of the residual; 1 is the paper, 0 the base model.
+
+    Returns:
+        Shape `(B, C)`. For probabilities every row sums to 1, but entries may lie below 0 or above 1.
+
+    Example:
+        >>> combine(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.2, -0.2]]))
+        tensor([[0.7000, 0.3000]])
+    """
+    return torch.add(_wide(base), residual, alpha=strength)
+
+
+def log_predictions(combined: Tensor, base: Tensor, floor: float = 0.1) -> Tensor:
+    """Log-probabilities of a proper distribution that has the argmax of `F`, exactly.
+
+    `F` may have zero or negative entries, so it has no logarithm of its own. Every entry is raised to at least
+    `floor * min(p, max_c F)`, a fraction of what the base model gave it, and the row is renormalised.
+
+    Args:
+        combined: `F(x)`, shape `(B, C)`, rows summing to 1.
+        base: Base probabilities `p(x)`, shape `(B, C)`.
+        floor: Fraction of the base probability that remains at least, in `(0, 1)`.
+
+    Returns:
+        Finite log-probabilities, shape `(B, C)`; `argmax` is that of `combined`.
+
+    Example:
+        >>> log_predictions(torch.tensor([[1.25, -0.25]]), torch.tensor([[0.75, 0.25]])).exp()
+        tensor([[0.9804, 0.0196]])
+    """
+    combined, base = _wide(combined), _wide(base)
+    top, winner = combined.max(dim=-1, keepdim=True)
+    raised = torch.maximum(combined, floor * torch.minimum(base, top)).clamp_min(torch.finfo(combined.dtype).tiny)
+    logs = raised.log() - raised.sum(dim=-1, keepdim=True).log()
+    # Two entries one rounding step apart can have the same logarithm, and argmax would then take the first of them.
+    highest = logs.gather(-1, winner)
+    logs = logs.minimum(torch.nextafter(highest, highest.new_full((), -torch.inf)))
+    return logs.scatter_(-1, winner, highest)

@@ -1,0 +1,265 @@
+"""The one interface of all memories."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_resmem.errors import EmptyMemoryError, InputError
+from lightning_resmem.functional import combine, neighbor_weights
+from lightning_resmem.memory.values import Values
+from lightning_resmem.params import ResMemParams
+from lightning_resmem.tasks import Multiclass, Task, check_finite
+
+# Rows on which the distance scale of a memory is measured when no params were given.
+_SCALE_ROWS = 512
+
+
+class Neighbors(NamedTuple):
+    """The nearest rows of each query, ascending by distance.
+
+    Attributes:
+        distances: Euclidean, shape `(B, k)`, float32; `inf` where the memory has fewer than `k` rows.
+        ids: Shape `(B, k)`, int64; -1 where the memory has fewer than `k` rows.
+    """
+
+    distances: Tensor
+    ids: Tensor
+
+
+class Predictions(NamedTuple):
+    """The three predictions that are always reported side by side, each of shape `(B, C)`."""
+
+    base: Tensor
+    knn: Tensor
+    resmem: Tensor
+
+
+class ResidualMemory(nn.Module, ABC):
+    """Keys, values and ids of the training rows, and the sum of residuals around a query.
+
+    Args:
+        task: What a residual is; `Multiclass()` by default.
+        params: How the memory is read. By default they are measured when the memory is built (`k=50`, `sigma` the
+            median neighbour distance over the training rows), and a callback may tune them.
+
+    Attributes:
+        provenance: Where the rows come from, plain strings that are saved with the memory: the `fingerprint` of the
+            base's weights, and the names of `head` and `embedding`.
+        tunable: Whether the params were left to be measured or tuned.
+    """
+
+    def __init__(self, task: Task | None = None, params: ResMemParams | None = None) -> None:
+        super().__init__()
+        if task is not None and not isinstance(task, Task):
+            raise InputError(f"task={task!r} is not a Task: give Multiclass(), Multilabel() or Regression().")
+        self.task: Task = task or Multiclass()
+        self.provenance: dict[str, str] = {}
+        self.tunable = params is None
+        self._params: ResMemParams | None = None
+        if params is not None:
+            self.params = params
+
+    # -- what every memory implements
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of rows, those not yet built included."""
+
+    @property
+    @abstractmethod
+    def ids(self) -> Tensor:
+        """Ids of all rows, ascending, shape `(N,)`, int64."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the rows are."""
+
+    @abstractmethod
+    def add(self, embeddings: Tensor, outputs: Tensor, targets: Tensor, ids: Tensor | None = None) -> None:
+        """Append a chunk of rows.
+
+        Args:
+            embeddings: Keys, shape `(N, D)`.
+            outputs: What the head returned for them, shape `(N, C)`.
+            targets: As the task wants them, e.g. class labels `(N,)`.
+            ids: Unique, at least 0, int64, shape `(N,)`; by default the numbers after the largest id so far.
+
+        Raises:
+            InputError: If shapes or dtypes do not fit, a value is NaN or infinite, a target out of range, or an id
+                is repeated.
+        """
+
+    @abstractmethod
+    def build(self) -> None:
+        """Finish the memory after rows were added; calling it again does nothing.
+
+        Raises:
+            EmptyMemoryError: If no rows were added.
+            InputError: If an id is repeated.
+        """
+
+    @abstractmethod
+    def search(self, queries: Tensor, k: int) -> Neighbors:
+        """The nearest rows.
+
+        Args:
+            queries: Shape `(B, D)`, on any device.
+            k: At least 1; beyond the number of rows, missing places have id -1 and distance inf.
+
+        Returns:
+            Neighbours on the device of the queries.
+        """
+
+    @abstractmethod
+    def sums(self, neighbors: Neighbors) -> tuple[Tensor, Tensor]:
+        """Weighted sums over found neighbours, for the current params.
+
+        Args:
+            neighbors: From `search`.
+
+        Returns:
+            The residual sum `(B, C)` and the label average `(B, C)`, on the device of the neighbours.
+        """
+
+    @abstractmethod
+    def fetch(self, ids: Tensor) -> Values:
+        """Stored rows.
+
+        Args:
+            ids: Shape `(n,)`, int64.
+
+        Raises:
+            InputError: If an id is not in the memory.
+        """
+
+    @abstractmethod
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Save to a directory (atomically) and return its absolute path."""
+
+    @abstractmethod
+    def stats(self) -> dict[str, Any]:
+        """Numbers about the memory: rows, bytes, width, ..."""
+
+    @abstractmethod
+    def _query_rows(self, ids: Tensor) -> Tensor:
+        """The stored embeddings of rows, shape `(n, D)`."""
+
+    def reserve(self, rows: int) -> None:  # noqa: B027 -- a hint that a memory may ignore
+        """Expect `rows` more rows, so that memory is allocated once."""
+
+    # -- what follows from it
+
+    @property
+    def params(self) -> ResMemParams:
+        """How the memory is read; assign new ones at any time. Residuals follow, no second memory pass is needed."""
+        if self._params is None:
+            raise EmptyMemoryError("The memory has no params yet: give params=ResMemParams(...), or build() it first.")
+        return self._params
+
+    @params.setter
+    def params(self, params: ResMemParams) -> None:
+        if not isinstance(params, ResMemParams):
+            raise InputError(f"params={params!r} is not a ResMemParams: give ResMemParams(k=..., sigma=...).")
+        self._params = params
+
+    def forward(self, queries: Tensor) -> Tensor:
+        """The weighted residual sum for the current params.
+
+        Args:
+            queries: Shape `(B, D)`.
+
+        Returns:
+            Shape `(B, C)`, not yet multiplied by `strength`.
+        """
+        return self.sums(self.search(queries, self.params.k))[0]
+
+    def knn(self, queries: Tensor) -> Tensor:
+        """The weighted label average: the prediction of the neighbours alone.
+
+        Args:
+            queries: Shape `(B, D)`.
+
+        Returns:
+            Shape `(B, C)`.
+        """
+        return self.sums(self.search(queries, self.params.k))[1]
+
+    def predict(self, queries: Tensor, outputs: Tensor) -> Tensor:
+        """The combined prediction `F(x)`.
+
+        Args:
+            queries: Embeddings, shape `(B, D)`.
+            outputs: What the head returned for them, shape `(B, C)`.
+
+        Returns:
+            Shape `(B, C)`. For probabilities rows sum to 1, but entries may lie below 0;
+            `functional.log_predictions` makes a proper distribution of it.
+        """
+        return self.predictions(queries, outputs).resmem
+
+    def predictions(self, queries: Tensor, outputs: Tensor) -> Predictions:
+        """Base, knn and combined prediction from one search.
+
+        Args:
+            queries: Embeddings, shape `(B, D)`.
+            outputs: What the head returned for them, shape `(B, C)`.
+        """
+        params = self.params
+        if outputs.ndim != 2 or outputs.shape[0] != queries.shape[0]:
+            raise InputError(
+                f"outputs has shape {tuple(outputs.shape)} for queries of shape {tuple(queries.shape)}: "
+                "give one row of head outputs for every query."
+            )
+        base = self.task.predict(outputs, params.softmax_temperature)
+        residual, labels = self.sums(self.search(queries, params.k))
+        if base.shape != residual.shape:
+            raise InputError(f"outputs has {base.shape[1]} columns, the memory was filled with {residual.shape[1]}.")
+        return Predictions(base, labels, combine(base, residual.to(base.device), params.strength))
+
+    def distance_scale(self) -> float:
+        """The median distance of stored rows to their nearest other rows, a natural unit for `sigma`.
+
+        Returns:
+            The median over up to 512 evenly spaced rows of the mean distance to the 10 nearest other rows; 1.0 when
+            there is no other row or all of them are equal.
+        """
+        ids = self.ids
+        sample = ids[torch.linspace(0, len(ids) - 1, min(len(ids), _SCALE_ROWS)).long()]
+        neighbors = self.search(self._query_rows(sample), k=11)
+        others = torch.isfinite(neighbors.distances) & (neighbors.ids != sample[:, None].to(neighbors.ids.device))
+        count = others.sum(dim=1)
+        means = neighbors.distances.where(others, 0).sum(dim=1)[count > 0] / count[count > 0]
+        scale = means.median().item() if len(means) else 0.0
+        return scale or 1.0
+
+    def _measure_params(self) -> None:
+        """Fill in params that nobody gave."""
+        if self._params is None:
+            self._params = ResMemParams(sigma=self.distance_scale())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ResidualMemory":
+        # `.to(device)` moves the rows, but `.half()` or a trainer's precision must not round keys and residuals.
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0)).device
+        if device != self.device:
+            self._move(device)
+        return self
+
+    def _move(self, device: torch.device) -> None:  # noqa: B027 -- a memory elsewhere has nothing to move
+        """Move all rows to a device."""
+
+    def _check_queries(self, queries: Tensor, width: int, k: int = 1) -> None:
+        if k < 1:
+            raise InputError(f"k={k!r} is not a number of neighbours: give a whole number of at least 1.")
+        if queries.ndim != 2 or queries.shape[1] != width:
+            raise InputError(
+                f"queries has shape {tuple(queries.shape)}, expected (B, {width}): the memory's keys have width "
+                f"{width}. Query with the same embedding that filled the memory."
+            )
+        check_finite("queries", queries)

@@ -1,0 +1,73 @@
+"""Rows that arrive chunk by chunk, kept without ever needing twice their memory."""
+
+import torch
+from torch import Tensor
+
+# Large enough that the allocator maps each block on its own and returns it when it is freed.
+_BLOCK_BYTES = 32 * 2**20
+
+
+class GrowingTensor:
+    """A tensor `(N, ...)` that grows along its first dimension.
+
+    Chunks are copied into blocks of 32 MiB; `finish` joins the blocks one by one, freeing each as it goes. The peak is
+    the bytes of the rows plus one block, whatever the number of chunks. With `reserve`, nothing is ever copied again.
+
+    Example:
+        >>> rows = GrowingTensor()
+        >>> rows.append(torch.zeros(2, 3)); rows.append(torch.ones(1, 3))
+        >>> len(rows), rows.finish().shape
+        (3, torch.Size([3, 3]))
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+        self._filled = 0  # rows in use of the last block
+        self._length = 0
+        self._reserved = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def reserve(self, rows: int) -> None:
+        """Expect `rows` more rows: the next block is made large enough for all of them."""
+        self._reserved = max(self._reserved, rows)
+
+    def append(self, chunk: Tensor) -> None:
+        """Copy the rows of `chunk` `(n, ...)` to the end."""
+        self._length += chunk.shape[0]
+        while chunk.shape[0]:
+            if not self._blocks or self._filled == self._blocks[-1].shape[0]:
+                row_bytes = max(1, chunk[0].numel() * chunk.element_size())
+                rows = max(self._reserved, _BLOCK_BYTES // row_bytes, 1)
+                self._blocks.append(torch.empty(rows, *chunk.shape[1:], dtype=chunk.dtype, device=chunk.device))
+                self._filled = self._reserved = 0
+            block = self._blocks[-1]
+            taken = min(block.shape[0] - self._filled, chunk.shape[0])
+            block[self._filled : self._filled + taken] = chunk[:taken]
+            self._filled += taken
+            chunk = chunk[taken:]
+
+    def finish(self) -> Tensor:
+        """All rows as one tensor; more may be appended afterwards."""
+        if not self._blocks:
+            raise ValueError("no rows were appended")
+        if len(self._blocks) == 1:
+            return self._blocks[0][: self._filled]
+        first = self._blocks[0]
+        joined = torch.empty(self._length, *first.shape[1:], dtype=first.dtype, device=first.device)
+        del first
+        start, blocks = 0, self._blocks[::-1]
+        self._blocks = [joined]
+        while blocks:
+            block = blocks.pop()
+            rows = block[: self._filled] if not blocks else block
+            joined[start : start + rows.shape[0]] = rows
+            start += rows.shape[0]
+            del block, rows
+        self._filled = self._length
+        return joined
+
+    def replace(self, rows: Tensor) -> None:
+        """Hold exactly `rows` from now on."""
+        self._blocks, self._filled, self._length, self._reserved = [rows], rows.shape[0], rows.shape[0], 0

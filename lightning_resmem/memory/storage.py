@@ -1,0 +1,180 @@
+"""One saved memory: a directory of `manifest.json` and safetensors files, with a checksum each. No pickle."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lightning_resmem.errors import StorageError
+
+FORMAT = "lightning_resmem"
+VERSION = 1
+MANIFEST = "manifest.json"
+
+
+def write(directory: str | os.PathLike[str], manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+    """Save atomically: everything is written beside `directory` and renamed into place at the end.
+
+    Args:
+        directory: Where to save. An older memory there is replaced; anything else is left alone.
+        manifest: Plain JSON values, the description of the memory.
+        tensors: One file is written per tensor.
+
+    Returns:
+        The absolute path of the directory.
+
+    Raises:
+        StorageError: If `directory` holds something other than a memory, or cannot be written.
+    """
+    target = Path(directory).expanduser().absolute()
+    if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise StorageError(f"{target} exists and is not a saved memory: it is left as it is. Name a new directory.")
+    staging: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        staging.chmod(0o777 & ~_umask())  # mkdtemp makes it private; a saved memory follows the umask
+        entries = {}
+        for name, tensor in tensors.items():
+            file = staging / f"{name}.safetensors"
+            safetensors.torch.save_file({name: tensor.detach().cpu().contiguous()}, file)
+            entries[name] = {
+                "file": file.name,
+                "shape": list(tensor.shape),
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "sha256": sha256(file),
+            }
+        document = {"format": FORMAT, "version": VERSION, **manifest, "tensors": entries}
+        (staging / MANIFEST).write_text(json.dumps(document, indent=2) + "\n")
+        _swap(staging, target)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise StorageError(
+            f"The memory could not be saved to {target}: {error}. Check the free space and the permissions there, "
+            "or name another directory."
+        ) from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read and check the manifest of a saved memory.
+
+    Raises:
+        StorageError: If there is none, or it is damaged or of another format version.
+    """
+    path = Path(directory).expanduser().absolute()
+    if not path.is_dir():
+        raise StorageError(f"There is no saved memory at {path}: no such directory. Was it moved or deleted?")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise StorageError(f"{path} is not a saved memory: it has no {MANIFEST}.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise StorageError(f"{path / MANIFEST} cannot be read: {error}. Save the memory again.") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise StorageError(f"{path / MANIFEST} does not describe a {FORMAT} memory.")
+    if manifest.get("version") != VERSION:
+        raise StorageError(
+            f"{path} has format version {manifest.get('version')!r}, this release reads version {VERSION}. "
+            "Load it with the release that wrote it, or memorize again."
+        )
+    return manifest
+
+
+def read_tensors(directory: str | os.PathLike[str], manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Read the tensors that the manifest lists; every file's checksum, shape and dtype is checked.
+
+    Raises:
+        StorageError: On the first file that is missing or differs from the manifest; both sides are shown.
+    """
+    path = Path(directory).expanduser().absolute()
+    tensors = {}
+    for name, entry in _entries(path, manifest).items():
+        file = path / entry["file"]
+        try:
+            found = sha256(file)
+            if found != entry["sha256"]:
+                raise StorageError(
+                    f"{file} is damaged: its sha256 is {found}, the manifest says {entry['sha256']}. "
+                    "Restore it from a backup, or memorize again."
+                )
+            tensor = safetensors.torch.load_file(file)[name]
+        except FileNotFoundError:
+            raise StorageError(f"{file} is missing. Restore it from a backup, or memorize again.") from None
+        except (OSError, KeyError, safetensors.SafetensorError) as error:
+            raise StorageError(f"{file} cannot be read: {error}. Restore it from a backup.") from error
+        saved = (list(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        if saved != (entry["shape"], entry["dtype"]):
+            raise StorageError(
+                f"{file} holds shape {saved[0]} and dtype {saved[1]}, "
+                f"the manifest says {entry['shape']} and {entry['dtype']}."
+            )
+        tensors[name] = tensor
+    return tensors
+
+
+def sha256(file: Path) -> str:
+    """The checksum of a file, as hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _entries(path: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The manifest's list of tensors, checked for its form: a hand-edited manifest must not read other files."""
+    entries = manifest.get("tensors")
+    wanted = {"file": str, "shape": list, "dtype": str, "sha256": str}
+    if not isinstance(entries, dict) or not all(
+        isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in wanted.items())
+        for entry in entries.values()
+    ):
+        raise StorageError(f"{path / MANIFEST} is damaged: its list of tensors is not complete.")
+    for entry in entries.values():
+        if Path(entry["file"]).name != entry["file"]:
+            raise StorageError(f"{path / MANIFEST} names the file {entry['file']!r}, which is not in its directory.")
+    return entries
+
+
+def _swap(staging: Path, target: Path) -> None:
+    """Put `staging` in the place of `target`; a crash in between leaves one of the two complete."""
+    if not target.exists():
+        staging.rename(target)
+        return
+    replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".replaced", dir=target.parent))
+    target.rename(replaced / target.name)
+    try:
+        staging.rename(target)
+    except OSError:
+        (replaced / target.name).rename(target)
+        raise
+    finally:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def dtype(name: str) -> torch.dtype:
+    """The torch dtype of that name.
+
+    Example:
+        >>> dtype("float16")
+        torch.float16
+    """
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise StorageError(f"{name!r} is not a dtype.")
+    return found

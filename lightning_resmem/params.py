@@ -1,0 +1,70 @@
+"""The four numbers of a ResMem prediction."""
+
+import math
+import operator
+from dataclasses import dataclass
+
+from lightning_resmem.errors import InputError
+
+
+@dataclass(frozen=True)
+class ResMemParams:
+    """How the memory is read: `F(x) = softmax(f(x) / softmax_temperature) + strength * sum_i w_i(x) r_i`.
+
+    The weights `w_i(x)` are proportional to `exp(-||z(x) - z_i||_2 / sigma)` over the `k` nearest keys and sum to 1
+    (https://arxiv.org/abs/2302.01576, section 3; `strength = 1` is the paper).
+
+    Args:
+        k: How many neighbours are read, at least 1. More than the memory has rows works, with fewer neighbours.
+        sigma: The kernel width, a Euclidean distance in the space of the embeddings, above 0. Towards 0 only the
+            nearest neighbour counts. kNN-LM calls this number "temperature".
+        softmax_temperature: What the logits are divided by before the softmax, above 0. Regression ignores it.
+        strength: The factor of the weighted residual, at least 0. With 0 the prediction is the base model's.
+
+    Raises:
+        InputError: If a value is out of its range.
+
+    Example:
+        >>> ResMemParams(k=53, sigma=0.7, softmax_temperature=1.4)
+        ResMemParams(k=53, sigma=0.7, softmax_temperature=1.4, strength=1.0)
+    """
+
+    k: int = 50
+    sigma: float = 1.0
+    softmax_temperature: float = 1.0
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        try:
+            k = operator.index(self.k)
+        except TypeError:
+            k = 0
+        if k < 1 or isinstance(self.k, bool):
+            raise InputError(f"k={self.k!r} is not a number of neighbours: give a whole number of at least 1.")
+        sigma = self._number("sigma", "a distance above 0")
+        if not sigma > 0:
+            raise InputError(f"sigma={sigma!r} is not a kernel width: give a distance above 0 (small means: nearest only).")
+        temperature = self._number("softmax_temperature", "a number above 0")
+        if not temperature > 0:
+            raise InputError(f"softmax_temperature={temperature!r}: give a number above 0 (1.0 leaves the logits alone).")
+        strength = self._number("strength", "a number of at least 0")
+        if strength < 0:
+            raise InputError(f"strength={strength!r}: give a number of at least 0 (0 switches the memory off).")
+        # NumPy scalars and 0-d tensors come from sweeps; plain numbers travel to JSON and print well.
+        for name, value in (
+            ("k", k),
+            ("sigma", sigma),
+            ("softmax_temperature", temperature),
+            ("strength", strength),
+        ):
+            object.__setattr__(self, name, value)
+
+    def _number(self, name: str, expected: str) -> float:
+        value = getattr(self, name)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise InputError(f"{name}={value!r} is not a number: give {expected}.") from None
+        if not math.isfinite(number):
+            raise InputError(f"{name}={value!r} is not finite: give {expected}.")
+        return number

@@ -1,0 +1,217 @@
+"""What a residual is, by task: classification with one label, with several, and regression."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric
+
+from lightning_resmem import functional
+from lightning_resmem.errors import InputError
+
+
+def _rows(bad: Tensor, ids: Tensor | None, most: int = 5) -> str:
+    """Name the first few bad rows, by id when ids are known."""
+    where = bad.nonzero()[:, 0]
+    names = where if ids is None else ids.to(where.device)[where]
+    listed = ", ".join(str(int(i)) for i in names[:most])
+    more = f" and {len(where) - most} more" if len(where) > most else ""
+    return f"rows {listed}{more}"
+
+
+def check_finite(name: str, tensor: Tensor, ids: Tensor | None = None) -> None:
+    """Raise an error that names the rows of `tensor` (first dimension) with a NaN or an infinite entry."""
+    # The sum is finite almost always, and one reduction is much cheaper than a mask of the tensor.
+    if torch.isfinite(tensor.sum()):
+        return
+    bad = ~torch.isfinite(tensor).flatten(1).all(dim=1)
+    if bad.any():
+        raise InputError(
+            f"{name} has NaN or infinite entries in {_rows(bad, ids)}. Has the training diverged, or does a "
+            "half-precision forward overflow? Find out with these rows before memorizing."
+        )
+
+
+class Task(ABC):
+    """Turns the head's outputs and the targets into predictions and residuals.
+
+    Shapes: outputs `(N, C)`; targets `(N,)` class labels for `Multiclass`, `(N, C)` otherwise.
+    """
+
+    name: ClassVar[str]
+    score_name: ClassVar[str] = "acc"
+    higher_is_better: ClassVar[bool] = True
+    uses_softmax_temperature: ClassVar[bool] = True
+
+    @abstractmethod
+    def check_targets(self, targets: Tensor, num_outputs: int, ids: Tensor | None = None) -> Tensor:
+        """Return the targets in the dtype and shape they are stored in, or raise an error that names the bad rows."""
+
+    @abstractmethod
+    def predict(self, outputs: Tensor, softmax_temperature: float = 1.0) -> Tensor:
+        """The base prediction, shape `(N, C)`."""
+
+    @abstractmethod
+    def residuals(self, outputs: Tensor, targets: Tensor, softmax_temperature: float = 1.0) -> Tensor:
+        """Label minus base prediction, shape `(N, C)`."""
+
+    def label_average(self, positions: Tensor, weights: Tensor, targets: Tensor, num_outputs: int) -> Tensor:
+        """Weighted average of the labels at `positions` `(B, k)`: the kNN prediction, shape `(B, C)`."""
+        return functional.weighted_residual(positions, weights, targets)
+
+    @abstractmethod
+    def to_outputs(self, combined: Tensor, base: Tensor) -> Tensor:
+        """What the head has to return so that the user's own loss and metrics see the combined prediction."""
+
+    @abstractmethod
+    def loss(self, combined: Tensor, base: Tensor, targets: Tensor) -> Tensor:
+        """Loss per row, shape `(B,)`: negative log-likelihood in nats, or the squared error."""
+
+    @abstractmethod
+    def score(self, prediction: Tensor, targets: Tensor) -> Tensor:
+        """Score per row, shape `(B,)`; its mean is what is reported (`score_name`: accuracy, or mean squared error)."""
+
+    def metric(self) -> Metric:
+        """A fresh torchmetrics metric that averages `score` over rows and ranks."""
+        return MeanMetric()
+
+
+class Multiclass(Task):
+    """One label out of `C`: residuals are `onehot(y) - softmax(f(x) / T)`.
+
+    Example:
+        >>> Multiclass().predict(torch.tensor([[0.0, 0.0]]))
+        tensor([[0.5000, 0.5000]])
+    """
+
+    name = "multiclass"
+
+    def check_targets(self, targets: Tensor, num_outputs: int, ids: Tensor | None = None) -> Tensor:
+        if targets.ndim == 2 and targets.shape[1] == 1:
+            targets = targets[:, 0]
+        if targets.ndim != 1:
+            raise InputError(
+                f"targets has shape {tuple(targets.shape)}, expected (N,) class labels for task=Multiclass(). "
+                "For one-hot or soft labels give targets.argmax(1), for several labels a row use task=Multilabel()."
+            )
+        if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+            raise InputError(
+                f"targets has dtype {targets.dtype}, expected integer class labels for task=Multiclass(). "
+                "Convert them with targets.long(), or use task=Regression() or task=Multilabel()."
+            )
+        targets = targets.to(torch.int64)
+        bad = (targets < 0) | (targets >= num_outputs)
+        if bad.any():
+            raise InputError(
+                f"targets holds {int(targets[bad][0])} in {_rows(bad, ids)}, outside [0, {num_outputs}) for a head "
+                f"with {num_outputs} outputs. Map the labels to 0..{num_outputs - 1}, or drop ignored rows with "
+                "a memory_dataloader."
+            )
+        return targets
+
+    def predict(self, outputs: Tensor, softmax_temperature: float = 1.0) -> Tensor:
+        wide = outputs if outputs.dtype == torch.float64 else outputs.float()
+        return torch.softmax(wide / softmax_temperature, dim=-1)
+
+    def residuals(self, outputs: Tensor, targets: Tensor, softmax_temperature: float = 1.0) -> Tensor:
+        return functional.residuals(outputs, targets, softmax_temperature)
+
+    def label_average(self, positions: Tensor, weights: Tensor, targets: Tensor, num_outputs: int) -> Tensor:
+        return functional.weighted_labels(positions, weights, targets, num_outputs)
+
+    def to_outputs(self, combined: Tensor, base: Tensor) -> Tensor:
+        return functional.log_predictions(combined, base)
+
+    def loss(self, combined: Tensor, base: Tensor, targets: Tensor) -> Tensor:
+        return -functional.log_predictions(combined, base).gather(1, targets[:, None])[:, 0]
+
+    def score(self, prediction: Tensor, targets: Tensor) -> Tensor:
+        return (prediction.argmax(dim=1) == targets).to(torch.float32)
+
+
+class Multilabel(Task):
+    """Any number of `C` labels a row: residuals are `y - sigmoid(f(x) / T)`; the score is the share of right labels.
+
+    Example:
+        >>> Multilabel().residuals(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]))
+        tensor([[ 0.5000, -0.5000]])
+    """
+
+    name = "multilabel"
+    margin = 1e-4  # routed probabilities stay this far from 0 and 1, so that their logits are finite
+
+    def check_targets(self, targets: Tensor, num_outputs: int, ids: Tensor | None = None) -> Tensor:
+        if targets.ndim != 2 or targets.shape[1] != num_outputs:
+            raise InputError(
+                f"targets has shape {tuple(targets.shape)}, expected (N, {num_outputs}) with a 0 or 1 for every "
+                "output for task=Multilabel()."
+            )
+        targets = targets.float()
+        bad = ~((targets >= 0) & (targets <= 1)).all(dim=1)
+        if bad.any():
+            raise InputError(f"targets has entries outside [0, 1] in {_rows(bad, ids)} for task=Multilabel().")
+        return targets
+
+    def predict(self, outputs: Tensor, softmax_temperature: float = 1.0) -> Tensor:
+        wide = outputs if outputs.dtype == torch.float64 else outputs.float()
+        return torch.sigmoid(wide / softmax_temperature)
+
+    def residuals(self, outputs: Tensor, targets: Tensor, softmax_temperature: float = 1.0) -> Tensor:
+        return targets - self.predict(outputs, softmax_temperature)
+
+    def to_outputs(self, combined: Tensor, base: Tensor) -> Tensor:
+        return torch.logit(combined, eps=self.margin)
+
+    def loss(self, combined: Tensor, base: Tensor, targets: Tensor) -> Tensor:
+        logits = self.to_outputs(combined, base)
+        return torch.nn.functional.binary_cross_entropy_with_logits(
+            logits, targets.to(logits.dtype), reduction="none"
+        ).mean(dim=1)
+
+    def score(self, prediction: Tensor, targets: Tensor) -> Tensor:
+        return ((prediction >= 0.5) == (targets >= 0.5)).to(torch.float32).mean(dim=1)
+
+
+class Regression(Task):
+    """Real-valued outputs: residuals are `y - f(x)`, the score is the mean squared error (lower is better).
+
+    Example:
+        >>> Regression().residuals(torch.tensor([[1.0]]), torch.tensor([[3.0]]))
+        tensor([[2.]])
+    """
+
+    name = "regression"
+    score_name = "mse"
+    higher_is_better = False
+    uses_softmax_temperature = False
+
+    def check_targets(self, targets: Tensor, num_outputs: int, ids: Tensor | None = None) -> Tensor:
+        if targets.ndim == 1 and num_outputs == 1:
+            targets = targets[:, None]
+        if targets.ndim != 2 or targets.shape[1] != num_outputs:
+            raise InputError(
+                f"targets has shape {tuple(targets.shape)}, expected (N, {num_outputs}), a value for every output, "
+                "for task=Regression()."
+            )
+        targets = targets if targets.dtype == torch.float64 else targets.float()
+        check_finite("targets", targets, ids)
+        return targets
+
+    def predict(self, outputs: Tensor, softmax_temperature: float = 1.0) -> Tensor:
+        return outputs if outputs.dtype == torch.float64 else outputs.float()
+
+    def residuals(self, outputs: Tensor, targets: Tensor, softmax_temperature: float = 1.0) -> Tensor:
+        return targets - self.predict(outputs)
+
+    def to_outputs(self, combined: Tensor, base: Tensor) -> Tensor:
+        return combined
+
+    def loss(self, combined: Tensor, base: Tensor, targets: Tensor) -> Tensor:
+        return self.score(combined, targets)
+
+    def score(self, prediction: Tensor, targets: Tensor) -> Tensor:
+        return (prediction - targets).square().mean(dim=1)
+
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Multiclass, Multilabel, Regression)}
