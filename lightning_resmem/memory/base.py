@@ -150,6 +150,10 @@ class ResidualMemory(nn.Module, ABC):
     def _query_rows(self, ids: Tensor) -> Tensor:
         """The stored embeddings of rows, shape `(n, D)`."""
 
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget all rows, their provenance and measured params; the configuration stays."""
+
     def reserve(self, rows: int) -> None:  # noqa: B027 -- a hint that a memory may ignore
         """Expect `rows` more rows, so that memory is allocated once."""
 
@@ -237,6 +241,11 @@ class ResidualMemory(nn.Module, ABC):
         means = neighbors.distances.where(others, 0).sum(dim=1)[count > 0] / count[count > 0]
         scale = means.median().item() if len(means) else 0.0
         return scale or 1.0
+
+    def _forget(self) -> None:
+        self.provenance = {}
+        if self.tunable:
+            self._params = None
 
     def _measure_params(self) -> None:
         """Fill in params that nobody gave."""

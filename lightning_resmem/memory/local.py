@@ -58,13 +58,17 @@ class LocalMemory(ResidualMemory):
         if key_dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise InputError(f"key_dtype={key_dtype!r}: give torch.float32, torch.float16 or torch.bfloat16.")
         self.key_dtype = key_dtype
+        self._device = torch.device("cpu")
+        self.clear()
+
+    def clear(self) -> None:
+        self._forget()
         self._keys, self._ids = GrowingTensor(), GrowingTensor()
         self._values: Values = DenseValues(self.task)
         self._shape: tuple[int, int] | None = None  # (D, C)
         self._last_id = -1
         self._ordered = True  # ids arrived in ascending order so far
         self._index: ExactIndex | None = None
-        self._device = torch.device("cpu")
 
     def __len__(self) -> int:
         return len(self._ids)
