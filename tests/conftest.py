@@ -1,0 +1,166 @@
+"""Fixtures for all tests: nothing may be left behind, everything is seeded, and one small real data set."""
+
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from hypothesis import settings
+from sklearn.datasets import load_digits
+
+# The same examples on every run: a failure is there again when one looks at it.
+settings.register_profile("resmem", deadline=None, derandomize=True, database=None, max_examples=50)
+settings.load_profile("resmem")
+
+# How long threads and processes that were told to end may take.
+_GRACE_SECONDS = 5.0
+
+# What Lightning, torch and OpenMP leave in the environment by design; undone, but no failure.
+_TOLERATED_ENVIRONMENT = {
+    "CUDA_DEVICE_ORDER",
+    "CUDA_MODULE_LOADING",
+    "KMP_DUPLICATE_LIB_OK",
+    "KMP_INIT_AT_FORK",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "NODE_RANK",
+    "OMP_NUM_THREADS",
+    "PL_GLOBAL_SEED",
+    "PL_SEED_WORKERS",
+    "RANK",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TRITON_CACHE_DIR",
+    "WORLD_SIZE",
+}
+
+# Helpers of the standard library and of torch.compile that live as long as the interpreter, by design.
+_TOLERATED_PROCESSES = ("resource_tracker", "multiprocessing.forkserver", "_inductor/compile_worker")
+
+
+def _until_gone(alive: Callable[[], list]) -> list:
+    """What `alive()` still returns when the grace period is over."""
+    deadline = time.monotonic() + _GRACE_SECONDS
+    while left := alive():
+        if time.monotonic() > deadline:
+            return left
+        time.sleep(0.01)
+    return []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads_for_torch() -> Iterator[None]:
+    """Small tensors gain nothing from many threads, and machines with many cores would only fight over them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(4, os.cpu_count() or 1))
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 -- the global generator is what other people's code draws from
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_environment_left() -> Iterator[None]:
+    before = dict(os.environ)
+    yield
+    after = dict(os.environ)
+    after.pop("PYTEST_CURRENT_TEST", None)
+    before.pop("PYTEST_CURRENT_TEST", None)
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    for name in changed:
+        if name in before:
+            os.environ[name] = before[name]
+        else:
+            del os.environ[name]
+    changed -= _TOLERATED_ENVIRONMENT
+    assert not changed, f"the test changed the environment: {sorted(changed)}"
+
+
+@pytest.fixture(autouse=True)
+def _no_directory_change() -> Iterator[None]:
+    before = os.getcwd()
+    yield
+    after = os.getcwd()
+    os.chdir(before)
+    assert after == before, f"the test changed the working directory to {after}"
+
+
+@pytest.fixture(autouse=True)
+def _no_threads_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+
+    def new() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread not in before and not thread.daemon]
+
+    left = _until_gone(new)
+    assert not left, f"the test left threads that keep the interpreter from ending: {left}"
+
+
+def _children() -> list[psutil.Process]:
+    """Processes that this one started, however deep, except finished ones and tolerated helpers."""
+    running = []
+    for child in psutil.Process().children(recursive=True):
+        try:
+            command = " ".join(child.cmdline())
+            if child.status() != psutil.STATUS_ZOMBIE and not any(name in command for name in _TOLERATED_PROCESSES):
+                running.append(child)
+        except psutil.NoSuchProcess:
+            continue
+    return running
+
+
+@pytest.fixture(autouse=True)
+def _no_processes_left() -> Iterator[None]:
+    # Those that a fixture of wider scope started (a cluster, say) are there already, and stay.
+    before = set(_children())
+    yield
+    left = _until_gone(lambda: [child for child in _children() if child not in before])
+    for child in left:
+        child.kill()
+    assert not left, f"the test left processes: {left}"
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_left() -> Iterator[None]:
+    yield
+    left = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if left:
+        torch.distributed.destroy_process_group()
+    assert not left, "the test left a torch.distributed process group"
+
+
+class Rows(NamedTuple):
+    """Part of a data set: inputs `(N, 64)`, float32 in [0, 1]; targets `(N,)`, int64."""
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
+
+class Digits(NamedTuple):
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 pixels, split 1197 / 300 / 300."""
+
+    train: Rows
+    val: Rows
+    test: Rows
+
+
+@pytest.fixture(scope="session")
+def digits() -> Digits:
+    """The digits in a fixed split. Do not write into the tensors: every test sees the same ones."""
+    data = load_digits()
+    inputs = torch.tensor(data.data, dtype=torch.float32) / 16
+    targets = torch.tensor(data.target, dtype=torch.int64)
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    return Digits(*(Rows(inputs[part], targets[part]) for part in order.split([1197, 300, 300])))
