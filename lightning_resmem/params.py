@@ -36,17 +36,21 @@ class ResMemParams:
 
     def __post_init__(self) -> None:
         try:
-            k = operator.index(self.k)
+            k = 0 if _is_text_or_bool(self.k) else operator.index(self.k)
         except TypeError:
             k = 0
-        if k < 1 or isinstance(self.k, bool):
+        if k < 1:
             raise InputError(f"k={self.k!r} is not a number of neighbours: give a whole number of at least 1.")
         sigma = self._number("sigma", "a distance above 0")
         if not sigma > 0:
-            raise InputError(f"sigma={sigma!r} is not a kernel width: give a distance above 0 (small means: nearest only).")
+            raise InputError(
+                f"sigma={sigma!r} is not a kernel width: give a distance above 0 (small means: nearest only)."
+            )
         temperature = self._number("softmax_temperature", "a number above 0")
         if not temperature > 0:
-            raise InputError(f"softmax_temperature={temperature!r}: give a number above 0 (1.0 leaves the logits alone).")
+            raise InputError(
+                f"softmax_temperature={temperature!r}: give a number above 0 (1.0 leaves the logits alone)."
+            )
         strength = self._number("strength", "a number of at least 0")
         if strength < 0:
             raise InputError(f"strength={strength!r}: give a number of at least 0 (0 switches the memory off).")
@@ -62,9 +66,16 @@ class ResMemParams:
     def _number(self, name: str, expected: str) -> float:
         value = getattr(self, name)
         try:
+            if _is_text_or_bool(value):
+                raise TypeError
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a complex tensor
             raise InputError(f"{name}={value!r} is not a number: give {expected}.") from None
         if not math.isfinite(number):
             raise InputError(f"{name}={value!r} is not finite: give {expected}.")
         return number
+
+
+def _is_text_or_bool(value: object) -> bool:
+    """Whether `float()` or `operator.index()` would take this, though it is no number."""
+    return isinstance(value, str | bytes | bool) or str(getattr(value, "dtype", "")).endswith("bool")
