@@ -7,7 +7,16 @@ float32 stays float32 and float64 stays float64. All formulas are those of https
 import torch
 from torch import Tensor
 
-__all__ = ["combine", "log_predictions", "neighbor_weights", "residuals", "weighted_labels", "weighted_residual"]
+__all__ = [
+    "combine",
+    "log_predictions",
+    "negative_log_likelihood",
+    "neighbor_weights",
+    "probabilities",
+    "residuals",
+    "weighted_labels",
+    "weighted_residual",
+]
 
 # Bytes that a weighted sum over half-precision values may gather at once.
 _GATHER_BYTES = 64 * 2**20
@@ -16,6 +25,29 @@ _GATHER_BYTES = 64 * 2**20
 def _wide(tensor: Tensor) -> Tensor:
     """The tensor in the dtype that sums accumulate in: float64 stays, everything else becomes float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def probabilities(outputs: Tensor, softmax_temperature: float = 1.0) -> Tensor:
+    """The base probabilities `softmax(f(x) / T)`.
+
+    The largest logit of a row is subtracted before the division, so that neither huge logits nor a `T` towards 0 can
+    overflow: the limit is all probability on the largest logit (shared among equal ones).
+
+    Args:
+        outputs: Logits `f(x)`, shape `(N, C)`.
+        softmax_temperature: `T`, above 0.
+
+    Returns:
+        Probabilities, shape `(N, C)`; every row sums to 1.
+
+    Example:
+        >>> probabilities(torch.tensor([[0.0, 3.0]]), softmax_temperature=1.5)
+        tensor([[0.1192, 0.8808]])
+    """
+    outputs = _wide(outputs)
+    below = outputs - outputs.amax(dim=-1, keepdim=True)
+    # A T below the dtype's smallest normal number would become 0 and turn 0 / T into NaN.
+    return torch.softmax(below / max(softmax_temperature, torch.finfo(below.dtype).tiny), dim=-1)
 
 
 def residuals(outputs: Tensor, targets: Tensor, softmax_temperature: float = 1.0) -> Tensor:
@@ -33,7 +65,7 @@ def residuals(outputs: Tensor, targets: Tensor, softmax_temperature: float = 1.0
         >>> residuals(torch.zeros(1, 2), torch.tensor([1]))
         tensor([[-0.5000,  0.5000]])
     """
-    residual = torch.softmax(_wide(outputs) / softmax_temperature, dim=-1).neg_()
+    residual = probabilities(outputs, softmax_temperature).neg_()
     return residual.scatter_add_(1, targets[:, None], residual.new_ones(targets.shape[0], 1))
 
 
@@ -59,10 +91,9 @@ def neighbor_weights(distances: Tensor, sigma: float) -> Tensor:
     if distances.shape[-1] == 0:
         return distances.clone()
     nearest = distances.amin(dim=-1, keepdim=True)
-    beyond = torch.where(found, distances - nearest, torch.inf)
     # A sigma below the dtype's smallest normal number would become 0 and turn 0 / sigma into NaN.
     width = max(sigma, torch.finfo(distances.dtype).tiny)
-    weights = torch.exp(-beyond / width)
+    weights = torch.exp((nearest - distances) / width).where(found, 0)
     return weights / weights.sum(dim=-1, keepdim=True).clamp_min(1.0)  # the nearest has weight 1, so a sum >= 1
 
 
@@ -96,8 +127,9 @@ def weighted_residual(positions: Tensor, weights: Tensor, values: Tensor) -> Ten
         )
     queries, k = positions.shape
     block = max(1, _GATHER_BYTES // (4 * k * values.shape[1]))
+    # Not a matrix product: under autocast or with TF32 that would be rounded to half precision after all.
     sums = [
-        torch.bmm(weights[i : i + block, None].float(), values[positions[i : i + block]].float())[:, 0]
+        values[positions[i : i + block]].float().mul_(weights[i : i + block, :, None].float()).sum(dim=1)
         for i in range(0, queries, block)
     ]
     return torch.cat(sums)
@@ -163,11 +195,37 @@ def log_predictions(combined: Tensor, base: Tensor, floor: float = 0.1) -> Tenso
         >>> log_predictions(torch.tensor([[1.25, -0.25]]), torch.tensor([[0.75, 0.25]])).exp()
         tensor([[0.9804, 0.0196]])
     """
-    combined, base = _wide(combined), _wide(base)
-    top, winner = combined.max(dim=-1, keepdim=True)
-    raised = torch.maximum(combined, floor * torch.minimum(base, top)).clamp_min(torch.finfo(combined.dtype).tiny)
+    raised = _raised(combined, base, floor)
+    winner = combined.argmax(dim=-1, keepdim=True)
     logs = raised.log() - raised.sum(dim=-1, keepdim=True).log()
     # Two entries one rounding step apart can have the same logarithm, and argmax would then take the first of them.
     highest = logs.gather(-1, winner)
     logs = logs.minimum(torch.nextafter(highest, highest.new_full((), -torch.inf)))
     return logs.scatter_(-1, winner, highest)
+
+
+def negative_log_likelihood(combined: Tensor, base: Tensor, targets: Tensor, floor: float = 0.1) -> Tensor:
+    """`-log_predictions(combined, base)` of the target class alone, several times cheaper.
+
+    Args:
+        combined: `F(x)`, shape `(B, C)`.
+        base: Base probabilities, shape `(B, C)`.
+        targets: Class labels, int64, shape `(B,)`.
+        floor: As for `log_predictions`.
+
+    Returns:
+        Nats, shape `(B,)`.
+
+    Example:
+        >>> negative_log_likelihood(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.5, 0.5]]), torch.tensor([0]))
+        tensor([0.6931])
+    """
+    raised = _raised(combined, base, floor)
+    return raised.sum(dim=-1).log() - raised.gather(-1, targets[:, None])[:, 0].log()
+
+
+def _raised(combined: Tensor, base: Tensor, floor: float) -> Tensor:
+    """`max(F, floor * min(p, max_c F))`, positive, not yet normalised."""
+    combined, base = _wide(combined), _wide(base)
+    top = combined.amax(dim=-1, keepdim=True)
+    return torch.maximum(combined, floor * torch.minimum(base, top)).clamp_min(torch.finfo(combined.dtype).tiny)

@@ -25,7 +25,7 @@ def check_finite(name: str, tensor: Tensor, ids: Tensor | None = None) -> None:
     # The sum is finite almost always, and one reduction is much cheaper than a mask of the tensor.
     if torch.isfinite(tensor.sum()):
         return
-    bad = ~torch.isfinite(tensor).flatten(1).all(dim=1)
+    bad = ~torch.isfinite(tensor.reshape(len(tensor), -1)).all(dim=1)
     if bad.any():
         raise InputError(
             f"{name} has NaN or infinite entries in {_rows(bad, ids)}. Has the training diverged, or does a "
@@ -111,8 +111,7 @@ class Multiclass(Task):
         return targets
 
     def predict(self, outputs: Tensor, softmax_temperature: float = 1.0) -> Tensor:
-        wide = outputs if outputs.dtype == torch.float64 else outputs.float()
-        return torch.softmax(wide / softmax_temperature, dim=-1)
+        return functional.probabilities(outputs, softmax_temperature)
 
     def residuals(self, outputs: Tensor, targets: Tensor, softmax_temperature: float = 1.0) -> Tensor:
         return functional.residuals(outputs, targets, softmax_temperature)
@@ -124,7 +123,7 @@ class Multiclass(Task):
         return functional.log_predictions(combined, base)
 
     def loss(self, combined: Tensor, base: Tensor, targets: Tensor) -> Tensor:
-        return -functional.log_predictions(combined, base).gather(1, targets[:, None])[:, 0]
+        return functional.negative_log_likelihood(combined, base, targets)
 
     def score(self, prediction: Tensor, targets: Tensor) -> Tensor:
         return (prediction.argmax(dim=1) == targets).to(torch.float32)
