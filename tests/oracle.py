@@ -71,7 +71,7 @@ def base_prediction(outputs: ArrayLike, task: str = "multiclass", softmax_temper
     if task == "multilabel":
         return sigmoid(outputs, softmax_temperature)
     assert task == "regression", task
-    return np.array(outputs, np.float64)
+    return np.asarray(outputs, np.float64)
 
 
 def labels(targets: ArrayLike, num_outputs: int, task: str = "multiclass") -> Floats:
