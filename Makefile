@@ -1,0 +1,51 @@
+# Every target makes .venv itself, when it is missing or when pyproject.toml or constraints.txt changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+FULL := $(VENV)/.installed-full
+DEMO := $(VENV)/.installed-demo
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test bench docs clean distclean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+demo: $(DEMO) ## a network before and after ResMem, on real data that ships with scikit-learn
+	$(BIN)/python examples/digits.py
+
+test: $(FULL) ## lint, format check, types, then every test, doctest and documented example
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+bench: $(FULL) ## every script in examples/benchmarks/
+	@set -e; for script in $(sort $(filter-out examples/benchmarks/_%,$(wildcard examples/benchmarks/*.py))); do \
+		echo "== $$script"; $(BIN)/python $$script; done
+
+docs: $(FULL) ## the documentation site, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f docs/mkdocs.yml
+
+clean: ## remove build outputs and caches; keeps .venv
+	rm -rf site dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## also remove .venv
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(FULL): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -e ".[cpu,cli,plots,dev,docs]"
+	@touch $(DEMO) $@
+
+# Less to install, so that the demo starts sooner; a full install counts as this one too.
+$(DEMO): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -e ".[plots]" scikit-learn
+	@touch $@

@@ -1,0 +1,123 @@
+"""What holds for the package as a whole: its imports, names and version, the pins, and what is in its files."""
+
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+import lightning_resmem
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONAL = ["faiss", "jsonargparse", "matplotlib", "ray", "sklearn", "wandb"]
+
+# Put together here, so that this file does not contain them.
+MACHINE_PATHS = ["/" + name + "/" for name in ("work", "opt", "root", "home", "Users")] + ["file:" + "//"]
+REGISTRIES = ["pypi" + ".org", "python" + "hosted.org", "download.pytorch" + ".org", "registry." + "npmjs"]
+PIP_OPTIONS = ["--" + "index-url", "--" + "extra-index-url", "--" + "find-links", "--" + "trusted-host"]
+
+
+def project() -> dict[str, Any]:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        return tomllib.load(file)["project"]
+
+
+def direct_dependencies() -> dict[str, SpecifierSet]:
+    """Every dependency of the core and of every extra, by canonical name, with the range it may have."""
+    table = project()
+    lines = [*table["dependencies"], *(line for extra in table["optional-dependencies"].values() for line in extra)]
+    found: dict[str, SpecifierSet] = {}
+    for requirement in map(Requirement, lines):
+        name = canonicalize_name(requirement.name)
+        if name != table["name"]:  # "all" names other extras of this project
+            found[name] = found.get(name, SpecifierSet()) & requirement.specifier
+    return found
+
+
+def pins() -> dict[str, str]:
+    """The exact versions in constraints.txt, by canonical name."""
+    found: dict[str, str] = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if line.strip() and not line.startswith("#"):
+            name, equals, version = line.partition("==")
+            assert equals, f"constraints.txt: {line!r} is not a pin"
+            found[canonicalize_name(name.strip())] = version.strip()
+    return found
+
+
+@pytest.mark.slow
+def test_import_loads_no_optional_library() -> None:
+    code = (
+        f"import json, sys, lightning; before = [m for m in {OPTIONAL} if m in sys.modules]\n"
+        f"import lightning_resmem; after = [m for m in {OPTIONAL} if m in sys.modules]\n"
+        "print(json.dumps([before, after]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    before, after = json.loads(done.stdout.splitlines()[-1])
+    print(f"import lightning itself loads {before}")
+    assert sorted(set(after) - set(before)) == []
+
+
+def test_every_public_name_resolves() -> None:
+    assert lightning_resmem.__all__
+    assert len(set(lightning_resmem.__all__)) == len(lightning_resmem.__all__)
+    assert [name for name in lightning_resmem.__all__ if not hasattr(lightning_resmem, name)] == []
+
+
+def test_version_is_that_of_pyproject() -> None:
+    version = project()["version"]
+    assert importlib.metadata.version("lightning-resmem") == version
+    assert getattr(lightning_resmem, "__version__", version) == version
+
+
+def test_package_is_typed() -> None:
+    assert (Path(lightning_resmem.__file__).parent / "py.typed").is_file()
+
+
+def test_every_direct_dependency_has_a_pin_within_its_range() -> None:
+    pinned = pins()
+    for name, allowed in direct_dependencies().items():
+        assert name in pinned, f"{name} has no pin in constraints.txt"
+        assert allowed.contains(pinned[name]), f"{name}=={pinned[name]} is not in {allowed}"
+
+
+def test_installed_versions_are_the_pinned_ones() -> None:
+    for name, version in pins().items():
+        try:
+            installed = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # an extra that this environment does not have
+        assert installed.partition("+")[0] == version, f"{name} {installed} is installed, constraints.txt has {version}"
+
+
+def test_all_never_brings_both_builds_of_faiss() -> None:
+    extras = project()["optional-dependencies"]
+    (everything,) = map(Requirement, extras["all"])
+    assert everything.extras == {"cpu", "ray", "wandb", "cli", "plots"}
+
+
+def test_files_name_no_machine_path_and_no_registry() -> None:
+    # Untracked files too, so that it fails before the commit and not after it.
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout: no list of the files that belong to the repository")
+    # A path starts where a word does not go on: "this/or/that" has none, "=/or/that" has one.
+    paths = [r"(?<![\w.*])" + re.escape(path) for path in MACHINE_PATHS]
+    forbidden = re.compile("|".join([*paths, *map(re.escape, REGISTRIES + PIP_OPTIONS)]))
+    found = []
+    for name in filter(None, listed.stdout.split("\0")):
+        path = ROOT / name
+        if path.is_file():
+            text = path.read_bytes().decode("utf-8", errors="replace")
+            found += [f"{name}: {match.group()}" for match in forbidden.finditer(text)]
+    assert found == []
