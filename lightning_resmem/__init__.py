@@ -1,5 +1,6 @@
 """ResMem for PyTorch Lightning: a k-nearest-neighbour memory of training residuals, added at prediction time."""
 
+from lightning_resmem.callback import ResMemCallback
 from lightning_resmem.errors import (
     EmptyMemoryError,
     HeadError,
@@ -10,10 +11,43 @@ from lightning_resmem.errors import (
     StaleMemoryError,
     StorageError,
 )
+from lightning_resmem.head import HeadTap
+from lightning_resmem.memorize import memorize
 from lightning_resmem.memory.base import Neighbors, Predictions, ResidualMemory
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.values import DenseValues, Values
+from lightning_resmem.module import ResMemModule
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Multiclass, Multilabel, Regression, Task
+from lightning_resmem.tuning import GridTuner, Tuner, TuningResult
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "DenseValues",
+    "EmptyMemoryError",
+    "GridTuner",
+    "HeadError",
+    "HeadTap",
+    "InputError",
+    "LocalMemory",
+    "MemoryPassError",
+    "Multiclass",
+    "Multilabel",
+    "Neighbors",
+    "Predictions",
+    "Regression",
+    "ResMemCallback",
+    "ResMemError",
+    "ResMemModule",
+    "ResMemParams",
+    "ResMemWarning",
+    "ResidualMemory",
+    "StaleMemoryError",
+    "StorageError",
+    "Task",
+    "Tuner",
+    "TuningResult",
+    "Values",
+    "memorize",
+]

@@ -1,0 +1,385 @@
+"""ResMemCallback: when a memory is filled, and when it answers. No maths."""
+
+import gc
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_resmem.batches import BatchReader, ForwardFn, TargetsFn
+from lightning_resmem.errors import EmptyMemoryError, InputError, MemoryPassError, ResMemWarning
+from lightning_resmem.fingerprint import check_fingerprint
+from lightning_resmem.memorize import Memorizer, choose_tuner, shows_progress
+from lightning_resmem.memory.base import ResidualMemory
+from lightning_resmem.memory.local import LocalMemory
+from lightning_resmem.module import ResMemModule
+from lightning_resmem.ranks import Ranks
+from lightning_resmem.routing import Routing
+from lightning_resmem.tuning import Tuner, TuningResult
+
+
+class ResMemCallback(Callback):
+    """Memorize the training residuals when training ends; afterwards validate, test and predict with base + memory.
+
+    After `trainer.fit`, one pass over the training set fills the memory, and the validation set tunes it. In
+    `trainer.validate`, `test` and `predict` the output of the model's head is replaced by the combined prediction, so
+    the model's own steps and metrics see it; `{stage}/acc_base`, `{stage}/acc_knn` and `{stage}/acc_resmem` are logged
+    beside them (`val` or `test` for the stage; `mse` in regression). Validation during `fit` shows the base.
+
+    Args:
+        memory: Where the rows go; `LocalMemory()` by default. It may already be filled, for use without `fit`.
+        tuner: Chooses the memory's params on the validation set. `"auto"` is `GridTuner()`, unless the memory was given
+            params; None keeps them.
+        head: Name of the module whose input is the embedding and whose output is the logits, e.g. `"net.fc"`; by
+            default the last `nn.Linear` that a forward executes.
+        embedding: Name of the module whose output is the key, e.g. `"net.layer4"`; by default the head's input.
+        targets_fn: `targets_fn(batch)` returns the targets; by default the second of a pair, or the entry `labels`,
+            `label`, `target`, `targets` or `y` of a dict.
+        forward_fn: `forward_fn(model, batch)` runs the model in the memory pass; by default `model(inputs)`.
+        memory_dataloader: The rows to memorize, e.g. without augmentation; by default those of the training loader.
+        weights: `"last"` memorizes the weights at the end of training; `"best"` those of the best checkpoint, for
+            `trainer.test(ckpt_path="best")`.
+        dirpath: Where the memory is saved after the pass. By default in the trainer's `log_dir`, if the trainer writes
+            checkpoints.
+        name: Tells several callbacks on one trainer apart; also the name of the default directory.
+        route: Whether the model's own metrics see the combined prediction. Of several callbacks only one may.
+
+    Attributes:
+        memory: The memory.
+        tuning: What the tuner chose and gained in the last `fit`, or None.
+
+    Example:
+        >>> trainer = L.Trainer(callbacks=[ResMemCallback()], logger=False, accelerator="cpu")
+    """
+
+    def __init__(
+        self,
+        memory: ResidualMemory | None = None,
+        tuner: Tuner | Literal["auto"] | None = "auto",
+        head: str | None = None,
+        embedding: str | None = None,
+        targets_fn: TargetsFn | None = None,
+        forward_fn: ForwardFn | None = None,
+        memory_dataloader: Any = None,
+        weights: Literal["last", "best"] = "last",
+        dirpath: str | Path | None = None,
+        name: str = "resmem",
+        route: bool = True,
+    ) -> None:
+        if memory is not None and not isinstance(memory, ResidualMemory):
+            raise InputError(f"memory is a {type(memory).__name__}, expected a memory, such as LocalMemory().")
+        if weights not in ("last", "best"):
+            raise InputError(f'weights={weights!r} is not known: give "last" or "best".')
+        if not name or Path(name).name != name:
+            raise InputError(f"name={name!r}: give a plain name, it also names a directory.")
+        self.memory: ResidualMemory = LocalMemory() if memory is None else memory
+        self.tuning: TuningResult | None = None
+        self._tuner = choose_tuner(tuner, self.memory)
+        self._head, self._embedding = head, embedding
+        self._targets_fn, self._forward_fn = targets_fn, forward_fn
+        self._reader = BatchReader(targets_fn, forward_fn)
+        self._memory_dataloader, self._weights, self._dirpath = memory_dataloader, weights, dirpath
+        self._name, self._route = name, route
+        self._base: L.LightningModule | None = None
+        self._directory: Path | None = None  # where the memory was saved
+        self._memorized = False  # in the current fit
+        self._routing: Routing | None = None
+        # Under spawn and fork nothing comes back to this process; the others find this name in their copy, too.
+        self._token = uuid.uuid4().hex[:8]
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(name=self._name)
+
+    @property
+    def module(self) -> ResMemModule:
+        """Base and memory as one LightningModule, for inference, saving and serving.
+
+        Raises:
+            EmptyMemoryError: If nothing was memorized yet.
+            StaleMemoryError: If the model has other weights by now.
+        """
+        base, trainer = self._base, None
+        if base is None and (trainer := _owner(self)) is not None:
+            base = trainer.lightning_module
+            if self._directory is None and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+                self._directory = self._save_directory(trainer)
+        if base is None or not self._has_rows():
+            raise EmptyMemoryError("Nothing was memorized yet: ResMemCallback.module is there after trainer.fit(...).")
+        return ResMemModule(base, self.memory, targets_fn=self._targets_fn, forward_fn=self._forward_fn)
+
+    # -- fit: fill the memory
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        _check_strategy(trainer.strategy)
+        _check_siblings([c for c in trainer.callbacks if isinstance(c, ResMemCallback)])  # type: ignore[attr-defined]
+        if stage != TrainerFn.FITTING:
+            return
+        self._memorized, self.tuning = False, None
+        if self._weights == "best" and not _is_fast_dev_run(trainer) and not _checkpoints(trainer):
+            raise InputError('weights="best" needs a ModelCheckpoint with a monitor among the Trainer\'s callbacks.')
+        # Weight averaging swaps its weights in, and checkpoints are written, in on_train_end: memorize after them.
+        others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
+        trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._memorizer(trainer).rehearse(trainer, pl_module, self._memory_loaders(trainer))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._base = pl_module
+        own_loader = self._memory_dataloader is not None and not _is_fast_dev_run(trainer)
+        with self._chosen_weights(trainer, pl_module):
+            self.tuning = self._memorizer(trainer).run(
+                trainer,
+                pl_module,
+                self._memory_loaders(trainer),
+                trainer.val_dataloaders,
+                None if own_loader else _limit(trainer.limit_train_batches, [trainer.num_training_batches]),
+                _limit(trainer.limit_val_batches, trainer.num_val_batches),
+            )
+        self._memorized = True
+        if self.tuning is None and self.memory.tunable:
+            params = self.memory.params
+            rank_zero_info(
+                f"ResMem: no validation set to tune on, so params are measured, not tuned: k={params.k}, "
+                f"sigma={params.sigma:.4g}."
+            )
+        self._directory = self._save_directory(trainer)
+        if self._directory is not None:
+            with Ranks(trainer).together("saving the memory"):
+                if trainer.is_global_zero:
+                    self.memory.save(self._directory)
+            rank_zero_info(f"ResMem: saved the memory to {self._directory}.")
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._base = pl_module
+        if self._memorized:
+            return
+        if self._has_rows():
+            rank_zero_info("ResMem: no training took place, so the memory stays as it is.")
+        else:
+            rank_zero_warn(
+                "ResMem: no training took place (limit_train_batches=0, or a checkpoint that had reached max_epochs), "
+                "so there is no memory. Fill one with memorize(trainer, model, dataloader).",
+                category=ResMemWarning,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._directory is None else {"directory": str(self._directory)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if "directory" in state_dict and not len(self.memory):
+            self._directory = Path(state_dict["directory"])
+
+    # -- validate, test, predict: answer from it
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:  # not in fit
+            self._start(trainer, pl_module, "val")
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start(trainer, pl_module, "test")
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start(trainer, pl_module, None)
+
+    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        self._start_batch()
+
+    def on_test_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        self._start_batch()
+
+    def on_predict_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        self._start_batch()
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._end_batch(batch, dataloader_idx)
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._end_batch(batch, dataloader_idx)
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._end_batch(batch, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._log_scores(pl_module)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._log_scores(pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop()
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop()
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _start(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str | None) -> None:
+        self._stop()  # of a run that was killed between its hooks
+        if isinstance(pl_module, ResMemModule):  # it combines by itself
+            return
+        if not self._has_rows():
+            rank_zero_warn(
+                "ResMemCallback has no memory yet, so this run shows the base model alone. Call trainer.fit first, or "
+                "give it a filled one: ResMemCallback(memory=LocalMemory.load(directory)).",
+                category=ResMemWarning,
+            )
+            return
+        check_fingerprint(pl_module, self.memory.provenance, f"trainer.{trainer.state.fn} runs")
+        if self._head is not None:
+            self.memory.provenance.setdefault("head", self._head)
+        if "head" not in self.memory.provenance:
+            raise InputError(
+                'The memory does not know the head of the model: give ResMemCallback(memory=..., head="net.fc").'
+            )
+        _follow_to_gpu(self.memory, pl_module.device)
+        prefix = stage if stage is None or self._name == "resmem" else f"{stage}/{self._name}"
+        self._base = pl_module
+        self._routing = Routing(trainer, pl_module, self.memory, self._reader, self._route, prefix)
+
+    def _start_batch(self) -> None:
+        if self._routing is not None:
+            self._routing.start_batch()
+
+    def _end_batch(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if self._routing is not None:
+            self._routing.end_batch(batch, dataloader_idx)
+
+    def _log_scores(self, pl_module: L.LightningModule) -> None:
+        if self._routing is not None:
+            pl_module.log_dict(self._routing.scores())
+
+    def _stop(self) -> None:
+        if self._routing is not None:
+            self._routing.close()
+            self._routing = None
+
+    # -- details
+
+    def _memorizer(self, trainer: L.Trainer) -> Memorizer:
+        return Memorizer(self.memory, self._tuner, self._reader, self._head, self._embedding, shows_progress(trainer))
+
+    def _memory_loaders(self, trainer: L.Trainer) -> Any:
+        return trainer.train_dataloader if self._memory_dataloader is None else self._memory_dataloader
+
+    def _has_rows(self) -> bool:
+        """Whether there is a memory, if need be from where it was saved."""
+        if not len(self.memory) and self._directory is not None:
+            with torch.inference_mode(False):  # what is made in inference mode can never be changed again
+                self.memory = LocalMemory.load(self._directory)
+        return len(self.memory) > 0
+
+    def _save_directory(self, trainer: L.Trainer) -> Path | None:
+        if self._dirpath is not None:
+            return Path(self._dirpath).expanduser().absolute()
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            # The only way back to the main process, which does not know the log_dir of the others.
+            return Path(trainer.default_root_dir).absolute() / f"{self._name}-{self._token}"
+        if _is_fast_dev_run(trainer) or not any(isinstance(c, ModelCheckpoint) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            return None
+        return Path(trainer.log_dir or trainer.default_root_dir).absolute() / self._name
+
+    @contextmanager
+    def _chosen_weights(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
+        """The weights to memorize, and those at the end of training again afterwards."""
+        if self._weights == "last" or _is_fast_dev_run(trainer):
+            yield
+            return
+        path = next((c.best_model_path for c in _checkpoints(trainer) if c.best_model_path), None)
+        if path is None:
+            raise MemoryPassError(
+                'weights="best": no best checkpoint was saved in this fit. The model is trained, and '
+                "memorize(trainer, model, dataloader) gives it a memory."
+            )
+        last = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
+        pl_module.load_state_dict(trainer.strategy.load_checkpoint(path)["state_dict"])
+        try:
+            yield
+        finally:
+            pl_module.load_state_dict(last)
+
+
+def _checkpoints(trainer: L.Trainer) -> list[ModelCheckpoint]:
+    """The checkpoints that know a best epoch."""
+    return [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
+
+
+def _is_fast_dev_run(trainer: L.Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def _limit(setting: int | float | None, num_batches: list[int | float]) -> int | None:
+    """How many batches a rank reads, or None for all of them: `1.0` is all, `1` is one batch."""
+    if isinstance(setting, float) and setting == 1.0:
+        return None
+    return int(min(num_batches, default=0))
+
+
+def _check_strategy(strategy: Strategy) -> None:
+    if isinstance(strategy, DeepSpeedStrategy) or not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise InputError(
+            f"ResMemCallback does not support {type(strategy).__name__}: a rank may hold only a part of the weights. "
+            'Train without the callback, then memorize on one device or with strategy="ddp": '
+            "memorize(L.Trainer(devices=1), model, dataloader)."
+        )
+
+
+def _check_siblings(callbacks: list[ResMemCallback]) -> None:
+    if sum(callback._route for callback in callbacks) > 1:
+        raise InputError(
+            f"{len(callbacks)} ResMemCallbacks would each replace the head's output. Keep one of them, and give the "
+            "others route=False: they still fill their memories and log their scores under their names."
+        )
+
+
+def _owner(callback: ResMemCallback) -> L.Trainer | None:
+    """The trainer of a callback whose hooks ran in other processes only: spawn and fork call none in this one."""
+    trainers = (o for o in gc.get_objects() if isinstance(o, L.Trainer))
+    return next((t for t in trainers if callback in t.callbacks), None)  # type: ignore[attr-defined]
+
+
+def _follow_to_gpu(memory: ResidualMemory, device: torch.device) -> None:
+    """Search on the model's GPU where the memory takes no more than half of what is free there."""
+    if device.type == "cuda" and memory.device.type == "cpu":
+        free, _ = torch.cuda.mem_get_info(device)
+        if memory.stats()["bytes"] < free / 2:
+            with torch.inference_mode(False):
+                memory.to(device)

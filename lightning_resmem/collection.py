@@ -1,0 +1,159 @@
+"""The memory pass: every row of a loader once, through the trained model, into whoever wants it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.seed import isolate_rng
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from lightning_resmem.batches import BatchReader
+from lightning_resmem.errors import InputError
+from lightning_resmem.head import HeadTap
+from lightning_resmem.loaders import Part
+from lightning_resmem.modes import evaluation_mode
+from lightning_resmem.ranks import Ranks
+
+
+class Chunk(NamedTuple):
+    """Some rows of a pass: embeddings `(n, D)`, outputs `(n, C)`, targets and ids `(n,)`."""
+
+    embeddings: Tensor
+    outputs: Tensor
+    targets: Tensor
+    ids: Tensor
+
+
+class Pass:
+    """Reads rows through a model under a trainer: evaluation mode, no gradients, the trainer's precision and transfers.
+
+    Args:
+        trainer: With its strategy set up (inside `fit`, or another of its entry points).
+        model: On its device.
+        reader: Reads batches.
+        head: Name of the head, found when it is None.
+        embedding: Name of the module whose output is the key; the head's input when it is None.
+        show_progress: Whether rank zero shows progress bars.
+    """
+
+    def __init__(
+        self,
+        trainer: L.Trainer,
+        model: L.LightningModule,
+        reader: BatchReader,
+        head: str | None = None,
+        embedding: str | None = None,
+        show_progress: bool = False,
+    ) -> None:
+        self._trainer, self._model, self._reader = trainer, model, reader
+        self._head, self._embedding = head, embedding
+        self.ranks = Ranks(trainer)
+        self._show_progress = show_progress and self.ranks.rank == 0
+        self.tap: HeadTap | None = None if head is None else HeadTap(model, head, embedding)
+
+    def rehearse(self, parts: Sequence[Part]) -> Chunk | None:
+        """Read one small batch, so that what is wrong shows before hours of training; randomness is left as it was.
+
+        Returns:
+            The rows, or None if reading them would use them up.
+        """
+        for part in parts:
+            if part.sample is not None:
+                with isolate_rng(), self._evaluating():
+                    return self._read(next(iter(part.sample)), part, 0, 0)
+        return None
+
+    def run(self, parts: Sequence[Part], consume: Callable[[Chunk], None], doing: str) -> int:
+        """Read all rows of this rank and hand them on, chunk by chunk.
+
+        Args:
+            parts: From `loaders.plan`.
+            consume: Takes each chunk.
+            doing: For the progress bar and for errors: "collecting training rows".
+
+        Returns:
+            Number of rows read by this rank.
+        """
+        rows = 0
+        with self.ranks.together(doing) as check, self._evaluating(), self._progress(parts, doing) as advance:
+            for part in parts:
+                read = 0
+                for index, batch in enumerate(part.batches):
+                    check()
+                    chunk = self._read(batch, part, index, read)
+                    consume(chunk)
+                    read += len(chunk.ids)
+                    advance()
+                if part.num_rows is not None and read != part.num_rows:
+                    raise InputError(
+                        f"A loader yielded {read} rows for {part.num_rows} positions, so ids would be wrong: its "
+                        "collate_fn (or batch_size) drops rows. Give memory_dataloader= with one row for each position."
+                    )
+                rows += read
+        return rows
+
+    def _read(self, batch: object, part: Part, index: int, first_row: int) -> Chunk:
+        trainer, model = self._trainer, self._model
+        # The same steps, in the same order, as in the trainer's own evaluation loop.
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        with trainer.precision_plugin.forward_context():
+            if self.tap is None:
+                self.tap = HeadTap.find(
+                    model,
+                    lambda: self._reader.run(model, batch),
+                    self._embedding,
+                    returns_outputs=self._reader.returns_outputs(model),
+                )
+            with self.tap.capture():
+                self._reader.run(model, batch)
+                captured = self.tap.take()
+        targets = self._reader.targets(batch)
+        count = len(captured.embedding)
+        if not targets.ndim or len(targets) != count:
+            raise InputError(
+                f"A batch has {count} embeddings and targets of shape {tuple(targets.shape)}: the number of rows must "
+                "be the same. Give a targets_fn that returns one target for each row."
+            )
+        # Autocast leaves bfloat16 or float16 here, which distances and softmax are not computed in.
+        return Chunk(
+            _at_least_float32(captured.embedding),
+            _at_least_float32(captured.output),
+            targets.detach(),
+            part.ids(index, first_row, count),
+        )
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        state = self._trainer.state
+        stage = state.stage
+        # Rows outlive this pass, and tensors made in inference mode could never be changed again.
+        with torch.inference_mode(False), evaluation_mode(self._model), self._reader.quiet(self._model):
+            # Transfer hooks of users ask `self.trainer.training` whether to augment.
+            state.stage = RunningStage.PREDICTING
+            try:
+                yield
+            finally:
+                state.stage = stage
+
+    @contextmanager
+    def _progress(self, parts: Sequence[Part], doing: str) -> Iterator[Callable[[], None]]:
+        if not self._show_progress:
+            yield lambda: None
+            return
+        known = [part.num_batches for part in parts if part.num_batches is not None]
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        # A console of its own: the trainer's rich bar may still hold the live display of the shared one.
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task(f"ResMem: {doing}", total=sum(known) if len(known) == len(parts) else None)
+            yield lambda: progress.advance(task)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,0 +1,57 @@
+"""Which weights a memory belongs to."""
+
+import hashlib
+
+import torch
+from torch import nn
+from torchmetrics import Metric
+
+from lightning_resmem.errors import StaleMemoryError
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of the model's parameters and buffers.
+
+    It does not depend on the device, on `torch.compile`, on half or single precision holding the same numbers, nor on
+    the state of metrics.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> before = fingerprint(layer)
+        >>> _ = layer.weight.data.add_(1.0)
+        >>> fingerprint(layer) == before
+        False
+    """
+    metrics = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Metric))
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor) or (metrics and name.startswith(metrics)):
+            continue
+        tensor = tensor.detach().cpu()
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor = tensor.float()
+        name = ".".join(part for part in name.split(".") if part != "_orig_mod")
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_fingerprint(model: nn.Module, provenance: dict[str, str], doing: str) -> None:
+    """Raise `StaleMemoryError` if a memory was filled with other weights than the model has."""
+    filled_with = provenance.get("fingerprint")
+    if filled_with is None:
+        return
+    found = fingerprint(model)
+    if found != filled_with:
+        raise StaleMemoryError(
+            f"{doing} with weights {found[:12]}, but the memory was filled with weights {filled_with[:12]}: its "
+            "embeddings and residuals belong to another model. Use the weights that it was filled with (after "
+            'fit: the last epoch\'s, or those of ckpt_path="best" with ResMemCallback(weights="best")), or fill it '
+            "again: memorize(trainer, model, dataloader)."
+        )

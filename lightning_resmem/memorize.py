@@ -1,0 +1,244 @@
+"""Fill a memory from a trained model, and tune it: what `ResMemCallback` does after `fit`, as functions."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_resmem.batches import BatchReader, ForwardFn, TargetsFn, borrow_transfer_hooks
+from lightning_resmem.collection import Chunk, Pass
+from lightning_resmem.errors import InputError
+from lightning_resmem.fingerprint import fingerprint
+from lightning_resmem.loaders import Part, plan
+from lightning_resmem.memory.base import ResidualMemory
+from lightning_resmem.memory.local import LocalMemory
+from lightning_resmem.module import ResMemModule, describe
+from lightning_resmem.tuning import GridTuner, Tuner, TuningResult
+
+
+def memorize(
+    trainer: L.Trainer,
+    model: L.LightningModule,
+    dataloader: Any,
+    val_dataloader: Any = None,
+    *,
+    memory: ResidualMemory | None = None,
+    tuner: Tuner | Literal["auto"] | None = "auto",
+    head: str | None = None,
+    embedding: str | None = None,
+    targets_fn: TargetsFn | None = None,
+    forward_fn: ForwardFn | None = None,
+) -> ResMemModule:
+    """Give a model that is already trained a memory of its training residuals.
+
+    Args:
+        trainer: Its accelerator, devices and precision are used; its callbacks are not called.
+        model: The trained model.
+        dataloader: The training rows, a DataLoader (its shuffling, sampling and `drop_last` do not matter), or the
+            LightningDataModule that the model was trained with.
+        val_dataloader: Validation rows to tune on; by default those of the datamodule. Without them the params are
+            measured, not tuned.
+        memory: Where the rows go; `LocalMemory()` by default. Rows that it holds are forgotten.
+        tuner: Chooses the params on `val_dataloader`. `"auto"` is `GridTuner()` unless the memory was given params.
+        head: As for `ResMemCallback`.
+        embedding: As for `ResMemCallback`.
+        targets_fn: As for `ResMemCallback`.
+        forward_fn: As for `ResMemCallback`.
+
+    Returns:
+        Base and memory as one LightningModule.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> class Net(L.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.fc = nn.Linear(2, 2)
+        ...     def forward(self, x):
+        ...         return self.fc(x)
+        >>> rows = DataLoader(TensorDataset(torch.eye(2), torch.tensor([0, 1])))
+        >>> trainer = L.Trainer(logger=False, enable_progress_bar=False, enable_checkpointing=False, accelerator="cpu")
+        >>> len(memorize(trainer, Net(), rows).memory)
+        2
+    """
+    if not isinstance(trainer, L.Trainer):
+        raise InputError(f"trainer is a {type(trainer).__name__}, expected a lightning Trainer.")
+    if not isinstance(model, L.LightningModule):
+        raise InputError(f"model is a {type(model).__name__}, expected a LightningModule.")
+    memory = LocalMemory() if memory is None else memory
+    reader = BatchReader(targets_fn, forward_fn)
+    memorizer = Memorizer(memory, choose_tuner(tuner, memory), reader, head, embedding, shows_progress(trainer))
+    job = _Job(model, memorizer, dataloader, val_dataloader)
+    callbacks, trainer.callbacks = trainer.callbacks, []  # type: ignore[attr-defined]
+    try:
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            memory = _run_in_processes(trainer, job)
+        else:
+            trainer.predict(job, _Once(), return_predictions=False)
+    finally:
+        trainer.callbacks = callbacks  # type: ignore[attr-defined]
+    return ResMemModule(model, memory, targets_fn=targets_fn, forward_fn=forward_fn)
+
+
+@dataclass(frozen=True)
+class Memorizer:
+    """Fills a memory and tunes it, inside a trainer whose strategy is set up."""
+
+    memory: ResidualMemory
+    tuner: Tuner | None
+    reader: BatchReader
+    head: str | None
+    embedding: str | None
+    show_progress: bool = False
+
+    def rehearse(self, trainer: L.Trainer, model: L.LightningModule, loaders: Any) -> None:
+        """Find out with two rows what would fail in `run`: the loader, the head, the targets."""
+        reading = self._reading(trainer, model)
+        with reading.ranks.together("rehearsing the memory pass on two rows"):
+            chunk = reading.rehearse(self._plan(reading, loaders))
+            if chunk is not None:
+                self.memory.task.check_targets(chunk.targets, chunk.outputs.shape[1], chunk.ids)
+
+    def run(
+        self,
+        trainer: L.Trainer,
+        model: L.LightningModule,
+        loaders: Any,
+        val_loaders: Any = None,
+        limit_batches: int | None = None,
+        limit_val_batches: int | None = None,
+    ) -> TuningResult | None:
+        """Fill the memory with all rows, and tune it if there are validation rows and a tuner.
+
+        Args:
+            trainer: With its strategy set up.
+            model: On its device.
+            loaders: The training rows.
+            val_loaders: The validation rows, if any.
+            limit_batches: Read only so many batches of training rows on each rank.
+            limit_val_batches: Read only so many batches of validation rows on each rank.
+        """
+        started = time.monotonic()
+        reading, memory = self._reading(trainer, model), self.memory
+        memory.clear()
+        try:
+            self._fill(reading, model, self._plan(reading, loaders, limit_batches))
+            rank_zero_info(
+                f"ResMem: memorized {len(memory)} training rows ({memory.stats()['bytes'] / 2**20:.1f} MiB, head "
+                f"{memory.provenance['head']!r}) in {time.monotonic() - started:.1f} s."
+            )
+            if self.tuner is None or val_loaders is None:
+                return None
+            return self._tune(reading, self.tuner, self._plan(reading, val_loaders, limit_val_batches))
+        except BaseException:
+            memory.clear()  # half a memory would answer, wrongly
+            raise
+
+    def _fill(self, reading: Pass, model: L.LightningModule, parts: list[Part]) -> None:
+        memory = self.memory
+        memory.reserve(sum(part.num_rows or 0 for part in parts))
+        reading.run(parts, lambda chunk: memory.add(*chunk), "collecting training rows")
+        with reading.ranks.together("building the memory"):
+            memory.build()
+        assert reading.tap is not None
+        memory.provenance.update({"fingerprint": fingerprint(model), **describe(reading.tap)})
+
+    def _tune(self, reading: Pass, tuner: Tuner, parts: list[Part]) -> TuningResult:
+        chunks: list[Chunk] = []
+        reading.run(parts, chunks.append, "collecting validation rows")
+        with reading.ranks.together("tuning"):
+            embeddings, outputs, targets, _ = (torch.cat(column) for column in zip(*chunks, strict=True))
+            result = tuner.tune(self.memory, embeddings, outputs, targets, gather=reading.ranks.gather)
+        self.memory.params = result.params
+        rank_zero_info(f"ResMem: {result.summary()}.")
+        return result
+
+    def _reading(self, trainer: L.Trainer, model: L.LightningModule) -> Pass:
+        return Pass(trainer, model, self.reader, self.head, self.embedding, self.show_progress)
+
+    def _plan(self, reading: Pass, loaders: Any, limit_batches: int | None = None) -> list[Part]:
+        return plan(
+            loaders,
+            lambda batch: len(self.reader.targets(batch)),
+            reading.ranks.rank,
+            reading.ranks.size,
+            limit_batches,
+        )
+
+
+def choose_tuner(tuner: Tuner | Literal["auto"] | None, memory: ResidualMemory) -> Tuner | None:
+    """The tuner that an argument stands for."""
+    if tuner == "auto":
+        return GridTuner() if memory.tunable else None
+    if tuner is not None and not isinstance(tuner, Tuner):
+        raise InputError(f'tuner={tuner!r} is not a Tuner: give GridTuner(), "auto", or None to keep the params.')
+    return tuner
+
+
+def shows_progress(trainer: L.Trainer) -> bool:
+    """Whether the trainer shows progress bars."""
+    bar = trainer.progress_bar_callback
+    return bar is not None and bool(bar.is_enabled)  # type: ignore[attr-defined]
+
+
+class _Job(L.LightningModule):
+    """A prediction over nothing: the trainer sets up processes, devices and precision, and this hook does the work."""
+
+    def __init__(self, model: L.LightningModule, memorizer: Memorizer, loaders: Any, val_loaders: Any) -> None:
+        super().__init__()
+        self.model, self._memorizer, self._loaders, self._val_loaders = model, memorizer, loaders, val_loaders
+        self._datamodule = loaders if isinstance(loaders, L.LightningDataModule) else None
+        self.directory: Path | None = None  # where the memory goes if this process ends with the job
+        borrow_transfer_hooks(self, [model] if self._datamodule is None else [self._datamodule, model])
+
+    def prepare_data(self) -> None:
+        if self._datamodule is not None:
+            self._datamodule.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        if self._datamodule is not None:
+            self._datamodule.trainer = self.trainer
+            self._datamodule.setup("fit")
+
+    def on_predict_start(self) -> None:
+        loaders, val_loaders = self._loaders, self._val_loaders
+        if self._datamodule is not None:
+            loaders = self._datamodule.train_dataloader()
+            if val_loaders is None and is_overridden("val_dataloader", self._datamodule, L.LightningDataModule):
+                val_loaders = self._datamodule.val_dataloader()
+        self._memorizer.run(self.trainer, self.model, loaders, val_loaders)
+        if self.directory is not None and self.trainer.is_global_zero:
+            self._memorizer.memory.save(self.directory)
+
+    def predict_step(self, batch: Any) -> bool:
+        return True  # the trainer warns about None
+
+
+class _Once:
+    """One empty batch."""
+
+    def __iter__(self) -> Iterator[None]:
+        yield None
+
+    def __len__(self) -> int:
+        return 1
+
+
+def _run_in_processes(trainer: L.Trainer, job: _Job) -> ResidualMemory:
+    """Under spawn and fork the filled memory is in another process: it comes back through the disk."""
+    root = Path(trainer.default_root_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="resmem-", dir=root) as directory:
+        job.directory = Path(directory) / "memory"
+        trainer.predict(job, _Once(), return_predictions=False)
+        return LocalMemory.load(job.directory)

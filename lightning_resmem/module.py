@@ -1,0 +1,183 @@
+"""Base and memory as one LightningModule."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import Tensor
+
+from lightning_resmem.batches import BatchReader, ForwardFn, TargetsFn, borrow_transfer_hooks
+from lightning_resmem.errors import InputError
+from lightning_resmem.fingerprint import check_fingerprint, fingerprint
+from lightning_resmem.head import Captured, HeadTap
+from lightning_resmem.loaders import num_unpadded_rows
+from lightning_resmem.memory.base import Predictions, ResidualMemory
+from lightning_resmem.memory.local import LocalMemory
+from lightning_resmem.metrics import Scoreboard
+from lightning_resmem.modes import evaluation_mode
+
+
+class ResMemModule(L.LightningModule):
+    """A base model and its memory, for inference: `trainer.validate`, `test` and `predict`, saving and serving.
+
+    Validation and test log `{stage}/acc_base`, `{stage}/acc_knn` and `{stage}/acc_resmem` (`mse` in regression), with
+    `val` or `test` for the stage; `predict` returns `F(x)`. The base is always run in evaluation mode.
+
+    Args:
+        base: The trained model.
+        memory: Filled with its embeddings and residuals.
+        head: Name of the base's head; by default as it was when the memory was filled, or found with the first batch.
+        embedding: Name of the module whose output is the key; by default as it was when the memory was filled.
+        targets_fn: Returns the targets of a batch; see `BatchReader`.
+        forward_fn: Runs the base on a batch; see `BatchReader`.
+
+    Raises:
+        StaleMemoryError: If the memory was filled with other weights than the base has.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_resmem import LocalMemory, ResMemParams
+        >>> class Net(L.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.fc = nn.Linear(2, 2)
+        ...     def forward(self, x):
+        ...         return self.fc(x)
+        >>> memory = LocalMemory(params=ResMemParams(k=1))
+        >>> memory.add(torch.eye(2), torch.zeros(2, 2), torch.tensor([0, 1]))
+        >>> ResMemModule(Net(), memory)(torch.eye(2)).argmax(dim=1)
+        tensor([0, 1])
+    """
+
+    def __init__(
+        self,
+        base: L.LightningModule,
+        memory: ResidualMemory,
+        head: str | None = None,
+        embedding: str | None = None,
+        targets_fn: TargetsFn | None = None,
+        forward_fn: ForwardFn | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(base, L.LightningModule):
+            raise InputError(f"base is a {type(base).__name__}, expected the LightningModule that was trained.")
+        if not isinstance(memory, ResidualMemory):
+            raise InputError(f"memory is a {type(memory).__name__}, expected a memory, such as LocalMemory.")
+        check_fingerprint(base, memory.provenance, "ResMemModule is made from a base")
+        self.base, self.memory = base, memory
+        self._reader = BatchReader(targets_fn, forward_fn)
+        head = head or memory.provenance.get("head")
+        self._embedding = embedding or memory.provenance.get("embedding")
+        self._tap = None if head is None else HeadTap(base, head, self._embedding)
+        self._scores: Scoreboard | None = None
+        borrow_transfer_hooks(self, [base])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The combined log-probabilities (logits for `Multilabel`, the prediction for `Regression`), shape `(B, C)`.
+
+        Args:
+            *args: As for the base's `forward`.
+            **kwargs: As for the base's `forward`.
+        """
+        captured = self._capture(lambda: self.base(*args, **kwargs), returns_outputs=True)
+        predictions = self.memory.predictions(*captured)
+        return self.memory.task.to_outputs(predictions.resmem, predictions.base)
+
+    def predictions(self, batch: Any) -> Predictions:
+        """Base, knn and combined prediction for a batch as the loaders yield it, each of shape `(B, C)`."""
+        with self._reader.quiet(self.base):
+            captured = self._capture(
+                lambda: self._reader.run(self.base, batch), self._reader.returns_outputs(self.base)
+            )
+        return self.memory.predictions(*captured)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Score a batch; returns `F(x)`, shape `(B, C)`."""
+        return self._evaluate(batch, dataloader_idx)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Score a batch; returns `F(x)`, shape `(B, C)`."""
+        return self._evaluate(batch, dataloader_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """The combined prediction `F(x)` of a batch, shape `(B, C)`."""
+        return self.predictions(batch).resmem
+
+    def on_validation_epoch_start(self) -> None:
+        self._start_scores("val")
+
+    def on_test_epoch_start(self) -> None:
+        self._start_scores("test")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores()
+
+    def on_test_epoch_end(self) -> None:
+        self._log_scores()
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Save the memory, with the fingerprint of the base and the name of its head. The base itself is not saved.
+
+        Returns:
+            The absolute path of the directory.
+
+        Raises:
+            StorageError: If it cannot be written.
+        """
+        names = {} if self._tap is None else describe(self._tap)
+        self.memory.provenance.update({"fingerprint": fingerprint(self.base), **names})
+        return self.memory.save(directory)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str], base: L.LightningModule, **options: Any) -> "ResMemModule":
+        """Load what `save` saved.
+
+        Args:
+            directory: As given to `save`.
+            base: The model with the weights that the memory was filled with.
+            **options: As for `ResMemModule`.
+
+        Raises:
+            StorageError: If the memory is missing, damaged or of another format version.
+            StaleMemoryError: If the base has other weights.
+        """
+        return cls(base, LocalMemory.load(directory), **options)
+
+    def _capture(self, run: Callable[[], Any], returns_outputs: bool) -> Captured:
+        with evaluation_mode(self.base):
+            if self._tap is None:
+                self._tap = HeadTap.find(self.base, run, self._embedding, returns_outputs)
+            with self._tap.capture():
+                run()
+                return self._tap.take()
+
+    def _start_scores(self, stage: str) -> None:
+        check_fingerprint(self.base, self.memory.provenance, "ResMemModule runs")
+        num_dataloaders = len(evaluation_loaders(self.trainer))
+        self._scores = Scoreboard(self.memory.task, stage, num_dataloaders, self.device)
+
+    def _evaluate(self, batch: Any, dataloader_idx: int) -> Tensor:
+        predictions = self.predictions(batch)
+        if self._scores is not None:  # None where a step is called by hand, outside a trainer
+            num_rows = num_unpadded_rows(evaluation_loaders(self.trainer)[dataloader_idx])
+            self._scores.update(predictions, self._reader.targets(batch), dataloader_idx, num_rows)
+        return predictions.resmem
+
+    def _log_scores(self) -> None:
+        if self._scores is not None:
+            self.log_dict(self._scores.compute())
+            self._scores = None
+
+
+def describe(tap: HeadTap) -> dict[str, str]:
+    """The names of head and embedding, for a memory's provenance."""
+    return {"head": tap.head} if tap.embedding is None else {"head": tap.head, "embedding": tap.embedding}
+
+
+def evaluation_loaders(trainer: L.Trainer) -> list[Any]:
+    """The loaders that the trainer's current validate or test run reads."""
+    return CombinedLoader(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders).flattened

@@ -1,0 +1,104 @@
+"""What the ranks of one job tell each other: that one of them failed, and small tensors. No collective per batch."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+
+import lightning.pytorch as L
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_resmem.errors import MemoryPassError
+
+# How often a rank looks whether another one has failed, in seconds.
+_POLL_SECONDS = 1.0
+_attempts = count()
+
+
+class Ranks:
+    """The processes of a trainer's job. Over one process everything here is immediate.
+
+    Args:
+        trainer: With its strategy set up.
+
+    Attributes:
+        rank: This process, from 0.
+        size: Number of processes.
+        group: Process group on the CPU, or None over one process.
+    """
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        self.rank, self.size = trainer.global_rank, trainer.world_size
+        self.group: dist.ProcessGroup | None = None
+        if self.size > 1 and dist.is_initialized():
+            # Rows and errors travel on the CPU: GPU memory belongs to the model.
+            self.group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+    @contextmanager
+    def together(self, doing: str) -> Iterator[Callable[[], None]]:
+        """Run a block that fails on all ranks if it fails on one.
+
+        Yields `check()`, to be called now and then by whoever is at work for long: it raises soon after another rank
+        has failed. At the end of the block the ranks vote once.
+
+        Args:
+            doing: What the block does, for the message: "collecting rows".
+
+        Raises:
+            MemoryPassError: On the ranks that did not fail, with the text of the first error.
+        """
+        if self.group is None:
+            yield lambda: None
+            return
+        # torch has no public name for the key-value store that its process groups rendezvous with.
+        store = dist.PrefixStore("lightning_resmem", dist.distributed_c10d._get_default_store())
+        key = f"failed/{next(_attempts)}"
+        last_look = time.monotonic()
+
+        def check() -> None:
+            nonlocal last_look
+            if time.monotonic() - last_look > _POLL_SECONDS:
+                last_look = time.monotonic()
+                if store.check([key]):
+                    raise _OtherRankFailed
+
+        own: Exception | None = None
+        try:
+            yield check
+        except Exception as error:
+            own = error
+            if not isinstance(error, _OtherRankFailed):
+                store.set(key, "failed")
+        text = None if own is None or isinstance(own, _OtherRankFailed) else f"{type(own).__name__}: {own}"
+        failures = [(rank, found) for rank, found in enumerate(self.gather_objects(text, doing)) if found is not None]
+        if own is not None and not isinstance(own, _OtherRankFailed):
+            raise own
+        if failures:
+            rank, found = failures[0]
+            raise MemoryPassError(f"Rank {rank} failed while {doing}, so all ranks stop. {found}")
+
+    def gather_objects(self, value: object, doing: str = "exchanging values") -> list[object]:
+        """Every rank's (small, picklable) value, in the order of ranks."""
+        if self.group is None:
+            return [value]
+        gathered: list[object] = [None] * self.size
+        try:
+            dist.all_gather_object(gathered, value, group=self.group)
+        except RuntimeError as error:
+            raise MemoryPassError(
+                f"A rank was lost while {doing} (rank {self.rank} of {self.size} noticed): {error}"
+            ) from error
+        return gathered
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows `(n, ...)` of all ranks, one after the other, on the device of this rank's rows."""
+        if self.group is None:
+            return rows
+        gathered = self.gather_objects(rows.detach().cpu())
+        return torch.cat([part for part in gathered if isinstance(part, Tensor)]).to(rows.device)
+
+
+class _OtherRankFailed(Exception):
+    """Another rank failed; its error is told in the vote."""
