@@ -16,6 +16,7 @@ from torchmetrics import Metric
 from lightning_resmem.errors import InputError
 
 TargetsFn = Callable[[Any], Tensor]
+IdsFn = Callable[[Any], Tensor]
 ForwardFn = Callable[[L.LightningModule, Any], Any]
 
 _TARGET_KEYS = ("labels", "label", "target", "targets", "y")
@@ -27,16 +28,23 @@ class BatchReader:
     Args:
         targets_fn: `targets_fn(batch)` returns the targets. By default the second of an `(inputs, targets)` pair, or
             the entry `labels`, `label`, `target`, `targets` or `y` of a dict (or an attribute of that name).
+        ids_fn: `ids_fn(batch)` returns the rows' ids, unique over the training set, where positions in the dataset are
+            not to be used.
         forward_fn: `forward_fn(model, batch)` runs the model. By default `model(inputs)`; the entries of a dict are
             passed by the names of `forward`'s arguments. A model without a `forward` of its own is run through its
             `predict_step`, `validation_step` or `test_step`, with logging switched off.
     """
 
-    def __init__(self, targets_fn: TargetsFn | None = None, forward_fn: ForwardFn | None = None) -> None:
-        for name, function in (("targets_fn", targets_fn), ("forward_fn", forward_fn)):
+    def __init__(
+        self,
+        targets_fn: TargetsFn | None = None,
+        forward_fn: ForwardFn | None = None,
+        ids_fn: IdsFn | None = None,
+    ) -> None:
+        for name, function in (("targets_fn", targets_fn), ("forward_fn", forward_fn), ("ids_fn", ids_fn)):
             if function is not None and not callable(function):
                 raise InputError(f"{name}={function!r} is not a function of a batch.")
-        self._targets_fn, self._forward_fn = targets_fn, forward_fn
+        self._targets_fn, self._forward_fn, self._ids_fn = targets_fn, forward_fn, ids_fn
 
     def targets(self, batch: Any) -> Tensor:
         """The targets of a batch, in its order.
@@ -52,6 +60,10 @@ class BatchReader:
                 f"The targets of a batch are a {type(targets).__name__}, not a tensor: give a targets_fn that "
                 "returns one."
             ) from None
+
+    def ids(self, batch: Any) -> Tensor | None:
+        """The ids of a batch's rows, or None where they are positions in the dataset."""
+        return None if self._ids_fn is None else torch.as_tensor(self._ids_fn(batch))
 
     def returns_outputs(self, model: L.LightningModule) -> bool:
         """Whether `run` returns what the model's `forward` returns."""

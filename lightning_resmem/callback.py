@@ -15,7 +15,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_resmem.batches import BatchReader, ForwardFn, TargetsFn
+from lightning_resmem.batches import BatchReader, ForwardFn, IdsFn, TargetsFn
 from lightning_resmem.errors import EmptyMemoryError, InputError, MemoryPassError, ResMemWarning
 from lightning_resmem.fingerprint import check_fingerprint
 from lightning_resmem.memorize import Memorizer, choose_tuner, shows_progress
@@ -45,6 +45,8 @@ class ResMemCallback(Callback):
         targets_fn: `targets_fn(batch)` returns the targets; by default the second of a pair, or the entry `labels`,
             `label`, `target`, `targets` or `y` of a dict.
         forward_fn: `forward_fn(model, batch)` runs the model in the memory pass; by default `model(inputs)`.
+        ids_fn: `ids_fn(batch)` returns the rows' ids, unique over the training set; by default their positions in the
+            dataset. Needed to detect rows that an IterableDataset gives to several ranks.
         memory_dataloader: The rows to memorize, e.g. without augmentation; by default those of the training loader.
         weights: `"last"` memorizes the weights at the end of training; `"best"` those of the best checkpoint, for
             `trainer.test(ckpt_path="best")`.
@@ -69,6 +71,7 @@ class ResMemCallback(Callback):
         embedding: str | None = None,
         targets_fn: TargetsFn | None = None,
         forward_fn: ForwardFn | None = None,
+        ids_fn: IdsFn | None = None,
         memory_dataloader: Any = None,
         weights: Literal["last", "best"] = "last",
         dirpath: str | Path | None = None,
@@ -86,7 +89,7 @@ class ResMemCallback(Callback):
         self._tuner = choose_tuner(tuner, self.memory)
         self._head, self._embedding = head, embedding
         self._targets_fn, self._forward_fn = targets_fn, forward_fn
-        self._reader = BatchReader(targets_fn, forward_fn)
+        self._reader = BatchReader(targets_fn, forward_fn, ids_fn)
         self._memory_dataloader, self._weights, self._dirpath = memory_dataloader, weights, dirpath
         self._name, self._route = name, route
         self._base: L.LightningModule | None = None
@@ -111,8 +114,7 @@ class ResMemCallback(Callback):
         base, trainer = self._base, None
         if base is None and (trainer := _owner(self)) is not None:
             base = trainer.lightning_module
-            if self._directory is None and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-                self._directory = self._save_directory(trainer)
+            self._find_saved(trainer)
         if base is None or not self._has_rows():
             raise EmptyMemoryError("Nothing was memorized yet: ResMemCallback.module is there after trainer.fit(...).")
         return ResMemModule(base, self.memory, targets_fn=self._targets_fn, forward_fn=self._forward_fn)
@@ -256,6 +258,7 @@ class ResMemCallback(Callback):
         self._stop()  # of a run that was killed between its hooks
         if isinstance(pl_module, ResMemModule):  # it combines by itself
             return
+        self._find_saved(trainer)
         if not self._has_rows():
             rank_zero_warn(
                 "ResMemCallback has no memory yet, so this run shows the base model alone. Call trainer.fit first, or "
@@ -285,7 +288,8 @@ class ResMemCallback(Callback):
 
     def _log_scores(self, pl_module: L.LightningModule) -> None:
         if self._routing is not None:
-            pl_module.log_dict(self._routing.scores())
+            # The same on every rank already; without sync_dist the trainer warns that it might not be.
+            pl_module.log_dict(self._routing.scores(), sync_dist=True)
 
     def _stop(self) -> None:
         if self._routing is not None:
@@ -306,6 +310,12 @@ class ResMemCallback(Callback):
             with torch.inference_mode(False):  # what is made in inference mode can never be changed again
                 self.memory = LocalMemory.load(self._directory)
         return len(self.memory) > 0
+
+    def _find_saved(self, trainer: L.Trainer) -> None:
+        """Under spawn and fork the memory was filled in processes that are gone: look where they saved it."""
+        if self._directory is None and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            directory = self._save_directory(trainer)
+            self._directory = directory if directory is not None and directory.is_dir() else None
 
     def _save_directory(self, trainer: L.Trainer) -> Path | None:
         if self._dirpath is not None:

@@ -121,12 +121,13 @@ class Pass:
                 f"A batch has {count} embeddings and targets of shape {tuple(targets.shape)}: the number of rows must "
                 "be the same. Give a targets_fn that returns one target for each row."
             )
+        ids = self._reader.ids(batch)
         # Autocast leaves bfloat16 or float16 here, which distances and softmax are not computed in.
         return Chunk(
             _at_least_float32(captured.embedding),
             _at_least_float32(captured.output),
             targets.detach(),
-            part.ids(index, first_row, count),
+            part.ids(index, first_row, count) if ids is None else ids,
         )
 
     @contextmanager

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_resmem.batches import BatchReader, ForwardFn, TargetsFn, borrow_transfer_hooks
+from lightning_resmem.batches import BatchReader, ForwardFn, IdsFn, TargetsFn, borrow_transfer_hooks
 from lightning_resmem.collection import Chunk, Pass
 from lightning_resmem.errors import InputError
 from lightning_resmem.fingerprint import fingerprint
@@ -36,6 +36,7 @@ def memorize(
     embedding: str | None = None,
     targets_fn: TargetsFn | None = None,
     forward_fn: ForwardFn | None = None,
+    ids_fn: IdsFn | None = None,
 ) -> ResMemModule:
     """Give a model that is already trained a memory of its training residuals.
 
@@ -52,6 +53,7 @@ def memorize(
         embedding: As for `ResMemCallback`.
         targets_fn: As for `ResMemCallback`.
         forward_fn: As for `ResMemCallback`.
+        ids_fn: As for `ResMemCallback`.
 
     Returns:
         Base and memory as one LightningModule.
@@ -76,7 +78,7 @@ def memorize(
     if not isinstance(model, L.LightningModule):
         raise InputError(f"model is a {type(model).__name__}, expected a LightningModule.")
     memory = LocalMemory() if memory is None else memory
-    reader = BatchReader(targets_fn, forward_fn)
+    reader = BatchReader(targets_fn, forward_fn, ids_fn)
     memorizer = Memorizer(memory, choose_tuner(tuner, memory), reader, head, embedding, shows_progress(trainer))
     job = _Job(model, memorizer, dataloader, val_dataloader)
     callbacks, trainer.callbacks = trainer.callbacks, []  # type: ignore[attr-defined]
@@ -131,6 +133,7 @@ class Memorizer:
         started = time.monotonic()
         reading, memory = self._reading(trainer, model), self.memory
         memory.clear()
+        reading.ranks.share_buffers(model)
         try:
             self._fill(reading, model, self._plan(reading, loaders, limit_batches))
             rank_zero_info(
@@ -149,6 +152,8 @@ class Memorizer:
         memory.reserve(sum(part.num_rows or 0 for part in parts))
         reading.run(parts, lambda chunk: memory.add(*chunk), "collecting training rows")
         with reading.ranks.together("building the memory"):
+            if reading.ranks.group is not None:
+                memory.gather(reading.ranks.group)
             memory.build()
         assert reading.tap is not None
         memory.provenance.update({"fingerprint": fingerprint(model), **describe(reading.tap)})

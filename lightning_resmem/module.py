@@ -169,7 +169,8 @@ class ResMemModule(L.LightningModule):
 
     def _log_scores(self) -> None:
         if self._scores is not None:
-            self.log_dict(self._scores.compute())
+            # The same on every rank already; without sync_dist the trainer warns that it might not be.
+            self.log_dict(self._scores.compute(), sync_dist=True)
             self._scores = None
 
 

@@ -8,7 +8,7 @@ from itertools import count
 import lightning.pytorch as L
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_resmem.errors import MemoryPassError
 
@@ -91,6 +91,13 @@ class Ranks:
                 f"A rank was lost while {doing} (rank {self.rank} of {self.size} noticed): {error}"
             ) from error
         return gathered
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every rank the buffers of rank zero: those of BatchNorm differ by rank after training."""
+        if self.group is None:
+            return
+        for buffer in model.buffers():
+            dist.broadcast(buffer.detach(), src=0)
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows `(n, ...)` of all ranks, one after the other, on the device of this rank's rows."""

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_resmem.errors import EmptyMemoryError, InputError
-from lightning_resmem.functional import combine, neighbor_weights
+from lightning_resmem.functional import combine
 from lightning_resmem.memory.values import Values
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Multiclass, Task, check_finite
@@ -154,8 +155,17 @@ class ResidualMemory(nn.Module, ABC):
     def clear(self) -> None:
         """Forget all rows, their provenance and measured params; the configuration stays."""
 
-    def reserve(self, rows: int) -> None:  # noqa: B027 -- a hint that a memory may ignore
+    def reserve(self, rows: int) -> None:
         """Expect `rows` more rows, so that memory is allocated once."""
+
+    def gather(self, group: dist.ProcessGroup) -> None:
+        """Exchange the rows that each rank of `group` added, so that every rank answers from all of them.
+
+        A memory that the ranks share already has nothing to do.
+
+        Args:
+            group: A process group on the CPU.
+        """
 
     # -- what follows from it
 
@@ -260,7 +270,7 @@ class ResidualMemory(nn.Module, ABC):
             self._move(device)
         return self
 
-    def _move(self, device: torch.device) -> None:  # noqa: B027 -- a memory elsewhere has nothing to move
+    def _move(self, device: torch.device) -> None:
         """Move all rows to a device."""
 
     def _check_queries(self, queries: Tensor, width: int, k: int = 1) -> None:

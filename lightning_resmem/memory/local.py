@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lightning_resmem.errors import EmptyMemoryError, InputError, StorageError
 from lightning_resmem.functional import neighbor_weights
 from lightning_resmem.memory import storage
 from lightning_resmem.memory.base import Neighbors, ResidualMemory
+from lightning_resmem.memory.exchange import all_gather_rows
 from lightning_resmem.memory.index import ExactIndex
 from lightning_resmem.memory.rows import GrowingTensor
 from lightning_resmem.memory.values import DenseValues, Values
@@ -130,6 +132,22 @@ class LocalMemory(ResidualMemory):
         self._index = ExactIndex(keys)
         self._measure_params()
 
+    def gather(self, group: dist.ProcessGroup) -> None:
+        """Give every rank the rows of all ranks, ascending by id.
+
+        Beyond all rows, a rank needs room for its own rows and one chunk of 16 MiB meanwhile.
+        """
+        own: dict[str, Tensor] = {}
+        if len(self):
+            own = {"ids": self._ids.finish(), "keys": self._keys.finish(), **self._values.tensors()}
+            own = {name: tensor.cpu() for name, tensor in own.items()}
+        provenance, params = self.provenance, self._params
+        self.clear()
+        rows = all_gather_rows(own, group)
+        self.provenance, self._params = provenance, params
+        if rows:
+            self._hold(rows)
+
     def search(self, queries: Tensor, k: int) -> Neighbors:
         index = self._built()
         assert self._shape is not None
@@ -157,7 +175,11 @@ class LocalMemory(ResidualMemory):
     def stats(self) -> dict[str, Any]:
         """Rows, key width, outputs, bytes (keys, values and ids), index, values, key_dtype and device."""
         width, num_outputs = self._shape or (0, 0)
-        stored = self._values.nbytes() + sum(part.nbytes for part in (self._keys.finish(), self._ids.finish())) if len(self) else 0
+        stored = (
+            self._values.nbytes() + sum(part.nbytes for part in (self._keys.finish(), self._ids.finish()))
+            if len(self)
+            else 0
+        )
         return {
             "rows": len(self),
             "width": width,
@@ -218,6 +240,15 @@ class LocalMemory(ResidualMemory):
         assert self._index is not None
         return self._index
 
+    def _hold(self, rows: dict[str, Tensor]) -> None:
+        """Hold exactly these rows, ascending by id."""
+        ids, keys = rows.pop("ids"), rows.pop("keys")
+        self._ids.replace(ids.to(self._device))
+        self._keys.replace(keys.to(self._device))
+        self._values.replace({name: tensor.to(self._device) for name, tensor in rows.items()})
+        self._shape = (keys.shape[1], self._values.num_outputs)
+        self._last_id, self._ordered, self._index = int(ids[-1]), True, None
+
     def _move(self, device: torch.device) -> None:
         self._device = device
         if len(self):
@@ -248,7 +279,9 @@ class LocalMemory(ResidualMemory):
     def _check_shapes(self, embeddings: Tensor, outputs: Tensor, targets: Tensor) -> None:
         for name, tensor in (("embeddings", embeddings), ("outputs", outputs)):
             if tensor.ndim != 2 or not tensor.shape[1]:
-                raise InputError(f"{name} has shape {tuple(tensor.shape)}, expected (N, {'D' if name[0] == 'e' else 'C'}).")
+                raise InputError(
+                    f"{name} has shape {tuple(tensor.shape)}, expected (N, {'D' if name[0] == 'e' else 'C'})."
+                )
             if not tensor.is_floating_point():
                 raise InputError(f"{name} has dtype {tensor.dtype}, expected a floating-point one.")
         if not len(embeddings) == len(outputs) == (len(targets) if targets.ndim else -1):

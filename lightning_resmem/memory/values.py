@@ -72,6 +72,10 @@ class Values(ABC):
     def tensors(self) -> dict[str, Tensor]:
         """What has to be saved."""
 
+    @abstractmethod
+    def replace(self, tensors: dict[str, Tensor]) -> None:
+        """Hold exactly the rows that `tensors` returned somewhere else."""
+
     def label_sum(self, positions: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of the labels at `positions` `(B, k)` (-1 is missing): shape `(B, C)`."""
         return self.task.label_average(positions, weights, self.targets, self.num_outputs)
@@ -143,6 +147,11 @@ class DenseValues(Values):
 
     def tensors(self) -> dict[str, Tensor]:
         return {"outputs": self.outputs, "targets": self.targets}
+
+    def replace(self, tensors: dict[str, Tensor]) -> None:
+        self._outputs.replace(tensors["outputs"])
+        self._targets.replace(tensors["targets"])
+        self._residuals = None
 
     def _derived(self, softmax_temperature: float) -> Tensor:
         """The residual table for this temperature, `(N, C)` in the outputs' dtype (at least float32 inside)."""
