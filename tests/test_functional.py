@@ -28,7 +28,7 @@ dtypes = st.sampled_from(DTYPES)
 class_counts = st.sampled_from([1, 2, 3, 10, 1000])
 neighbor_counts = st.sampled_from([1, 2, 5, 53])
 sigmas = st.sampled_from([1e-45, 1e-38, 1e-6, 0.01, 1.0, 37.5, 1e6, 1e300])
-temperatures = st.sampled_from([1e-45, 1e-3, 0.5, 1.0, 1.7, 1e3, 1e300])
+temperatures = st.sampled_from([1e-300, 1e-45, 1e-3, 0.5, 1.0, 1.7, 1e3, 1e300])
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
