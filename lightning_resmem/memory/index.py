@@ -1,114 +1,233 @@
 """Exact nearest-neighbour search in torch, on any device."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-# Keys are looked at in groups; the k groups with the smallest minimum must contain the k nearest keys.
+# The smallest score of every group of this many keys decides whether the group is looked at.
 _GROUP = 32
-# One block of scores: queries x keys.
-_QUERY_BLOCK = 256
-_KEY_BLOCK = 65536
-# Candidates beyond k that are measured again, so that rounding in the scores cannot push a neighbour out.
+# Scores computed at once. On a CPU they stay in its cache (8 MiB), which is worth a factor of two; a GPU wants more.
+_CPU_SCORES = 2**21
+_GPU_SCORES = 2**28
+_CPU_KEYS = 8192
+_CPU_PRODUCT = 2048  # keys of one matrix product, which stay in a core's cache
+_GPU_KEYS = 65536
+# Candidates beyond k that are measured, so that rounding in the scores cannot push a neighbour out.
 _SPARE = 16
+# Keys that one pass over all of them looks at together.
+_CHUNK = 65536
+
+
+class Index(Protocol):
+    """What finds the nearest keys of a query."""
+
+    name: str
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Find near keys.
+
+        Args:
+            queries: Shape `(B, D)`, float32, on the device of the keys.
+            k: At most the number of keys.
+
+        Returns:
+            Euclidean distances `(B, k)`, ascending, float32, and positions `(B, k)`, int64. An approximate index may
+            find fewer; missing places have position -1 and distance inf, and come last.
+        """
 
 
 class ExactIndex:
     """Euclidean k-nearest-neighbour search over all keys.
 
-    A block of scores `|z|^2 - 2 q.z` comes from one matrix product; the candidates it finds are measured again by
-    direct differences, so that the distances have no cancellation error. A query whose candidates could have missed a
-    neighbour by rounding (huge norms, tiny distances) is searched again by direct differences over all keys.
+    A block of scores `|z|^2 - 2 q.z` comes from one matrix product; only scores below a running threshold are looked
+    at one by one. The `k + 16` best candidates are measured again by direct differences, so that distances have no
+    cancellation error. A query whose candidates could have missed a neighbour by rounding (huge norms, tiny distances,
+    many equal keys) is searched again over all keys that could matter. Of equally near keys those at the lowest
+    positions are found, so results do not depend on how the work is divided.
 
     Args:
-        keys: Shape `(N, D)`, floating point.
+        keys: Shape `(N, D)`, floating point; half precision is searched in float32, block by block.
     """
 
     name = "exact"
 
     def __init__(self, keys: Tensor) -> None:
         self.keys = keys
-        # Distances do not change when everything is moved by the mean; the scores lose fewer digits.
-        self._center = keys.mean(dim=0, dtype=torch.float32)
-        self._squared_norms = torch.cat([self._centered(block).square().sum(dim=1) for block in keys.split(_KEY_BLOCK)])
-
-    def _centered(self, rows: Tensor) -> Tensor:
-        return rows.float() - self._center
+        self._center: Tensor | None = None
+        self._squared_norms: Tensor | None = None
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Find the nearest keys; of equally near ones those at the lowest positions.
-
-        Args:
-            queries: Shape `(B, D)`, on the device of the keys.
-            k: At most the number of keys.
-
-        Returns:
-            Distances `(B, k)`, ascending, float32, and positions `(B, k)`, int64.
-        """
-        found = [self._search_block(block, k) for block in queries.split(_QUERY_BLOCK)]
-        if not found:
-            empty = queries.new_empty(0, k, dtype=torch.float32)
+        queries = queries.float()
+        if not len(queries):
+            empty = queries.new_empty(0, k)
             return empty, empty.long()
+        with _full_precision(queries.device):
+            self._prepare()
+            wanted = min(k + _SPARE, len(self.keys))
+            query_block, key_block = _blocks(queries.device, wanted)
+            found = [self._search_block(block, k, wanted, key_block) for block in queries.split(query_block)]
         return torch.cat([distances for distances, _ in found]), torch.cat([positions for _, positions in found])
 
-    def _search_block(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        wanted = min(k + _SPARE, len(self.keys))
-        centered = self._centered(queries)
-        scores = centered.new_empty(len(queries), 0)
-        positions = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-        for start in range(0, len(self.keys), _KEY_BLOCK):
-            keys = self._centered(self.keys[start : start + _KEY_BLOCK])
-            norms = self._squared_norms[start : start + _KEY_BLOCK]
-            block = torch.addmm(norms, centered, keys.T, alpha=-2)
-            block_scores, block_positions = _smallest(block, min(wanted, block.shape[1]))
-            scores = torch.cat([scores, block_scores], dim=1)
-            positions = torch.cat([positions, block_positions + start], dim=1)
-            if scores.shape[1] > wanted:
-                scores, best = scores.topk(wanted, dim=1, largest=False)
-                positions = positions.gather(1, best)
+    def _prepare(self) -> None:
+        """One pass over the keys, at the first search: opening a memory-mapped memory must not read all of it."""
+        if self._squared_norms is not None:
+            return
+        # Distances do not change when everything is moved by the mean, and the scores lose fewer digits. It takes a
+        # copy of every block at every search, though, so it is done only where the mean is far from zero.
+        chunks = self.keys.split(_CHUNK)
+        total = torch.stack([chunk.sum(dim=0, dtype=torch.float32) for chunk in chunks]).sum(dim=0)
+        center = total / len(self.keys)
+        squared = torch.cat([(chunk.float() - center).square().sum(dim=1) for chunk in chunks])
+        if bool(center.square().sum() > 16 * squared.mean()):
+            self._center = center
+        else:
+            squared = torch.cat([chunk.float().square().sum(dim=1) for chunk in chunks])
+        self._squared_norms = squared
+
+    def _shifted(self, rows: Tensor) -> Tensor:
+        """Rows in float32, in the coordinates that scores are computed in."""
+        return rows.float() if self._center is None else rows.float() - self._center
+
+    def _search_block(self, queries: Tensor, k: int, wanted: int, key_block: int) -> tuple[Tensor, Tensor]:
+        shifted = self._shifted(queries)
+        scores, positions = self._candidates(shifted, wanted, key_block)
         distances, positions = self._measured(queries, positions)
         if wanted < len(self.keys):
-            unsure = self._unsure(centered, scores, distances[:, k - 1])
-            for row in unsure.nonzero()[:, 0].tolist():
-                distances[row], positions[row] = self._scan(queries[row], wanted)
+            bounds = self._score_bounds(shifted, distances[:, k - 1])
+            worst = scores.amax(dim=1)
+            # Neither holds where squares overflow: NaN compares as false.
+            sure = (bounds < worst) & torch.isfinite(worst)
+            for row in (~sure).nonzero()[:, 0].tolist():
+                distances[row, :k], positions[row, :k] = self._scan(queries[row], shifted[row], bounds[row], k)
         return distances[:, :k].contiguous(), positions[:, :k].contiguous()
 
+    def _candidates(self, shifted: Tensor, wanted: int, key_block: int) -> tuple[Tensor, Tensor]:
+        """The `wanted` smallest scores of each query and their positions, both `(b, wanted)`, unsorted."""
+        best = shifted.new_empty(len(shifted), 0)
+        positions = torch.empty(len(shifted), 0, dtype=torch.int64, device=shifted.device)
+        threshold: Tensor | None = None
+        for start, scores in self._score_blocks(shifted, key_block):
+            if threshold is None or scores.shape[1] % _GROUP:
+                found, columns = _smallest(scores, min(wanted, scores.shape[1]))
+            else:
+                found, columns = _below(scores, threshold)
+            best = torch.cat([best, found], dim=1)
+            positions = torch.cat([positions, columns + start], dim=1)
+            if threshold is None or best.shape[1] > 4 * wanted:
+                best, positions = _keep(best, positions, wanted)
+                threshold = best.amax(dim=1, keepdim=True)
+        return _keep(best, positions, wanted)
+
+    def _score_blocks(self, shifted: Tensor, key_block: int) -> Iterator[tuple[int, Tensor]]:
+        """Positions of first keys and scores `(b, n)`, block by block; the next block is written over the last."""
+        assert self._squared_norms is not None
+        product = _CPU_PRODUCT if shifted.device.type == "cpu" else key_block
+        doubled = shifted * -2
+        buffer = shifted.new_empty(len(shifted) * min(key_block, len(self.keys)))
+        for start in range(0, len(self.keys), key_block):
+            end = min(start + key_block, len(self.keys))
+            scores = buffer[: len(shifted) * (end - start)].view(len(shifted), end - start)
+            for first in range(start, end, product):
+                last = min(first + product, end)
+                keys = self._shifted(self.keys[first:last])
+                norms = self._squared_norms[first:last]
+                torch.addmm(norms, doubled, keys.T, out=scores[:, first - start : last - start])
+            yield start, scores
+
     def _measured(self, queries: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """True distances of the candidates, sorted by distance and then by position."""
+        """True distances `(b, n)` of the keys at `positions` `(b, n)`, sorted by distance and then by position."""
         positions = positions.sort(dim=1).values
-        differences = self.keys[positions].to(queries.dtype) - queries[:, None]  # (b, candidates, D)
-        distances, order = torch.linalg.vector_norm(differences.float(), dim=2).sort(dim=1, stable=True)
+        differences = self.keys[positions].float() - queries[:, None]  # (b, n, D)
+        distances, order = torch.linalg.vector_norm(differences, dim=2).sort(dim=1, stable=True)
         return distances, positions.gather(1, order)
 
-    def _unsure(self, centered: Tensor, scores: Tensor, farthest: Tensor) -> Tensor:
-        """Queries for which a key that is no candidate might be nearer than the k-th neighbour found."""
-        norms = centered.square().sum(dim=1)
-        # Standard error bound of the product, with the usual sqrt(D) growth of rounding errors.
-        slack = 4 * torch.finfo(torch.float32).eps * self.keys.shape[1] ** 0.5
-        rounding = slack * (norms.sqrt() + self._squared_norms.max().sqrt()).square()
-        unseen_at_least = (scores.amax(dim=1) + norms - rounding).clamp_min(0).sqrt()
-        return farthest > unseen_at_least * (1 + 1e-6)
+    def _score_bounds(self, shifted: Tensor, farthest: Tensor) -> Tensor:
+        """The score `(b,)` that a key nearer than `farthest` `(b,)`, or as near, cannot exceed."""
+        assert self._squared_norms is not None
+        squared = shifted.square().sum(dim=1)
+        # The standard bound of rounding errors of a product, with their usual growth by sqrt(D).
+        slack = 4 * torch.finfo(torch.float32).eps * shifted.shape[1] ** 0.5
+        rounding = slack * (squared.sqrt() + self._squared_norms.max().sqrt()).square()
+        bounds: Tensor = farthest.square() * (1 + 1e-6) - squared + rounding
+        return bounds
 
-    def _scan(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k nearest keys of one query `(D,)` by direct differences in float64."""
-        squared = torch.cat(
-            [(block.double() - query.double()).square().sum(dim=1) for block in self.keys.split(_KEY_BLOCK)]
-        )
-        distances, positions = squared.sort(stable=True)
-        return distances[:k].sqrt().float(), positions[:k]
+    def _scan(self, query: Tensor, shifted: Tensor, bound: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k nearest keys of one query `(D,)` among all whose score is not above `bound`."""
+        assert self._squared_norms is not None
+        distances, positions = [], []
+        for start in range(0, len(self.keys), _CHUNK):
+            keys = self.keys[start : start + _CHUNK]
+            scores = torch.addmv(self._squared_norms[start : start + _CHUNK], self._shifted(keys), shifted * -2)
+            near = (~(scores > bound)).nonzero()[:, 0]
+            measured, order = self._measured(query[None], near[None] + start)
+            distances.append(measured[0, :k])
+            positions.append(order[0, :k])
+        nearest, chosen = torch.cat(distances).sort(stable=True)  # chunks come by position, so ties stay in order
+        return nearest[:k], torch.cat(positions)[chosen[:k]]
+
+
+def _blocks(device: torch.device, wanted: int) -> tuple[int, int]:
+    """How many queries and keys are compared at once."""
+    scores, keys = (_CPU_SCORES, _CPU_KEYS) if device.type == "cpu" else (_GPU_SCORES, _GPU_KEYS)
+    # The first block's groups must outnumber the candidates clearly, or their minima say nothing.
+    keys = max(keys, 4 * _GROUP * wanted)
+    return max(16, scores // keys), keys
 
 
 def _smallest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` smallest entries of each row of `scores` `(B, N)`, unsorted, and their columns."""
-    queries, width = scores.shape
-    groups = width // _GROUP
-    if groups < 4 * count:
+    """The `count` smallest entries of each row of `scores` `(b, n)`, and perhaps more; see `_below`.
+
+    The `count` groups with the smallest minima hold at least `count` entries up to the largest of these minima.
+    """
+    groups = scores.shape[1] // _GROUP
+    if groups < 2 * count or scores.shape[1] % _GROUP:
         return scores.topk(count, dim=1, largest=False, sorted=False)
-    grouped = scores[:, : groups * _GROUP].view(queries, groups, _GROUP)
-    best = grouped.amin(dim=2).topk(count, dim=1, largest=False, sorted=False).indices  # (B, count)
-    candidates = grouped.gather(1, best[:, :, None].expand(-1, -1, _GROUP)).flatten(1)
-    columns = (best[:, :, None] * _GROUP + torch.arange(_GROUP, device=scores.device)).flatten(1)
-    rest = torch.arange(groups * _GROUP, width, device=scores.device).expand(queries, -1)
-    candidates = torch.cat([candidates, scores[:, groups * _GROUP :]], dim=1)
-    columns = torch.cat([columns, rest], dim=1)
-    values, chosen = candidates.topk(count, dim=1, largest=False, sorted=False)
-    return values, columns.gather(1, chosen)
+    minima = scores.unflatten(1, (groups, _GROUP)).amin(dim=2)
+    limit = minima.topk(count, dim=1, largest=False, sorted=False).values.amax(dim=1, keepdim=True)
+    if not bool(torch.isfinite(limit).all()):  # squares overflow
+        return scores.topk(count, dim=1, largest=False, sorted=False)
+    return _below(scores, torch.nextafter(limit, torch.full_like(limit, torch.inf)))
+
+
+def _keep(scores: Tensor, positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` smallest scores of each row, and their positions."""
+    kept, chosen = scores.topk(min(count, scores.shape[1]), dim=1, largest=False, sorted=False)
+    return kept, positions.gather(1, chosen)
+
+
+def _below(scores: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """The entries of `scores` `(b, n)` below `threshold` `(b, 1)`, and their columns.
+
+    Returns:
+        Both `(b, m)`, where `m` is the largest number of such entries in a row; shorter rows end with inf.
+    """
+    groups = scores.shape[1] // _GROUP
+    minima = scores.unflatten(1, (groups, _GROUP)).amin(dim=2)
+    group = (minima < threshold).flatten().nonzero()[:, 0]  # ascending, and so are the rows below
+    members = scores.view(-1, _GROUP).index_select(0, group)
+    found, member = (members < threshold[:, 0].index_select(0, group // groups)[:, None]).nonzero(as_tuple=True)
+    group = group.index_select(0, found)
+    rows = group // groups
+    counts = rows.bincount(minlength=len(scores))
+    width = int(counts.max())
+    place = rows * width + torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    values = scores.new_full((len(scores) * width,), torch.inf)
+    values[place] = members.view(-1).index_select(0, found * _GROUP + member)
+    columns = group.new_zeros(len(scores) * width)
+    columns[place] = group % groups * _GROUP + member
+    return values.view(len(scores), width), columns.view(len(scores), width)
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Float32 products with all their digits: no autocast, no TF32 (scores decide which keys are looked at)."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
