@@ -300,7 +300,7 @@ def test_regression_takes_any_number_and_stores_float32_or_float64(dtype):
 
 def test_regression_takes_a_flat_vector_for_one_output_only():
     assert Regression().check_targets(torch.tensor([1.0, 2.0]), 1).tolist() == [[1.0], [2.0]]
-    assert "(N, 2)" in refusal(Regression(), torch.tensor([1.0, 2.0]), 2)
+    assert "shape (2,), expected (N, 2)" in refusal(Regression(), torch.tensor([1.0, 2.0]), 2)
 
 
 @pytest.mark.parametrize("shape", [(), (4, 2), (4, 3, 1)])
