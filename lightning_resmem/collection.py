@@ -1,5 +1,6 @@
 """The memory pass: every row of a loader once, through the trained model, into whoever wants it."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -18,6 +20,10 @@ from lightning_resmem.head import HeadTap
 from lightning_resmem.loaders import Part
 from lightning_resmem.modes import evaluation_mode
 from lightning_resmem.ranks import Ranks
+
+# A pass is timed over its first batches; one of more than so many seconds is announced.
+_TIMED_BATCHES = 5
+_LONG_SECONDS = 20.0
 
 
 class Chunk(NamedTuple):
@@ -53,6 +59,7 @@ class Pass:
         self._trainer, self._model, self._reader = trainer, model, reader
         self._head, self._embedding = head, embedding
         self.ranks = Ranks(trainer)
+        self.num_local_processes = trainer.num_devices
         self._show_progress = show_progress and self.ranks.rank == 0
         self.tap: HeadTap | None = None if head is None else HeadTap(model, head, embedding)
 
@@ -79,7 +86,8 @@ class Pass:
         Returns:
             Number of rows read by this rank.
         """
-        rows = 0
+        rows, started = 0, time.monotonic()
+        num_batches = sum(part.num_batches or 0 for part in parts)
         with self.ranks.together(doing) as check, self._evaluating(), self._progress(parts, doing) as advance:
             for part in parts:
                 read = 0
@@ -89,6 +97,10 @@ class Pass:
                     consume(chunk)
                     read += len(chunk.ids)
                     advance()
+                    if index == _TIMED_BATCHES and part is parts[0]:
+                        seconds = (time.monotonic() - started) / (index + 1) * num_batches
+                        if seconds > _LONG_SECONDS:
+                            rank_zero_info(f"ResMem: {doing} will take about {seconds:.0f} s.")
                 if part.num_rows is not None and read != part.num_rows:
                     raise InputError(
                         f"A loader yielded {read} rows for {part.num_rows} positions, so ids would be wrong: its "

@@ -14,13 +14,16 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_resmem.batches import BatchReader, ForwardFn, IdsFn, TargetsFn, borrow_transfer_hooks
+from lightning_resmem.capacity import available_bytes, check_capacity, size
 from lightning_resmem.collection import Chunk, Pass
 from lightning_resmem.errors import InputError
 from lightning_resmem.fingerprint import fingerprint
-from lightning_resmem.loaders import Part, plan
+from lightning_resmem.head import HeadTap
+from lightning_resmem.loaders import Part, check_agreement, plan
 from lightning_resmem.memory.base import ResidualMemory
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.module import ResMemModule, describe
+from lightning_resmem.ranks import Ranks, check_strategy
 from lightning_resmem.tuning import GridTuner, Tuner, TuningResult
 
 
@@ -77,6 +80,7 @@ def memorize(
         raise InputError(f"trainer is a {type(trainer).__name__}, expected a lightning Trainer.")
     if not isinstance(model, L.LightningModule):
         raise InputError(f"model is a {type(model).__name__}, expected a LightningModule.")
+    check_strategy(trainer.strategy)
     memory = LocalMemory() if memory is None else memory
     reader = BatchReader(targets_fn, forward_fn, ids_fn)
     memorizer = Memorizer(memory, choose_tuner(tuner, memory), reader, head, embedding, shows_progress(trainer))
@@ -106,8 +110,9 @@ class Memorizer:
     def rehearse(self, trainer: L.Trainer, model: L.LightningModule, loaders: Any) -> None:
         """Find out with two rows what would fail in `run`: the loader, the head, the targets."""
         reading = self._reading(trainer, model)
+        parts = self._plan(reading, loaders)
         with reading.ranks.together("rehearsing the memory pass on two rows"):
-            chunk = reading.rehearse(self._plan(reading, loaders))
+            chunk = reading.rehearse(parts)
             if chunk is not None:
                 self.memory.task.check_targets(chunk.targets, chunk.outputs.shape[1], chunk.ids)
 
@@ -137,7 +142,7 @@ class Memorizer:
         try:
             self._fill(reading, model, self._plan(reading, loaders, limit_batches))
             rank_zero_info(
-                f"ResMem: memorized {len(memory)} training rows ({memory.stats()['bytes'] / 2**20:.1f} MiB, head "
+                f"ResMem: memorized {len(memory)} training rows ({size(memory.stats()['bytes'])}, head "
                 f"{memory.provenance['head']!r}) in {time.monotonic() - started:.1f} s."
             )
             if self.tuner is None or val_loaders is None:
@@ -149,19 +154,36 @@ class Memorizer:
 
     def _fill(self, reading: Pass, model: L.LightningModule, parts: list[Part]) -> None:
         memory = self.memory
-        memory.reserve(sum(part.num_rows or 0 for part in parts))
+        rows = sum(part.num_rows or 0 for part in parts)
+        with reading.ranks.together("rehearsing the memory pass on two rows"):
+            sample = reading.rehearse(parts)
+            if rows and sample is not None:
+                shape = sample.embeddings.shape[1], sample.outputs.shape[1]
+                needed = memory.estimate_bytes(rows * reading.ranks.size, *shape)
+                words = check_capacity(needed, available_bytes(), copies=reading.num_local_processes)
+                rank_zero_info(f"ResMem: memorizing {rows * reading.ranks.size} training rows takes about {words}.")
+            memory.reserve(rows)
         reading.run(parts, lambda chunk: memory.add(*chunk), "collecting training rows")
         with reading.ranks.together("building the memory"):
             if reading.ranks.group is not None:
                 memory.gather(reading.ranks.group)
             memory.build()
-        assert reading.tap is not None
-        memory.provenance.update({"fingerprint": fingerprint(model), **describe(reading.tap)})
+        # A rank without rows has not met the head.
+        taps = reading.ranks.gather_objects(None if reading.tap is None else describe(reading.tap))
+        names = next(found for found in taps if isinstance(found, dict))
+        if reading.tap is None:
+            reading.tap = HeadTap(model, **names)
+        memory.provenance.update({"fingerprint": fingerprint(model), **names})
 
     def _tune(self, reading: Pass, tuner: Tuner, parts: list[Part]) -> TuningResult:
         chunks: list[Chunk] = []
         reading.run(parts, chunks.append, "collecting validation rows")
+        # A rank without rows takes part with none of the others' kind.
+        kinds = reading.ranks.gather_objects(Chunk(*(column[:0].cpu() for column in chunks[0])) if chunks else None)
+        chunks = chunks or [kind for kind in kinds if isinstance(kind, Chunk)][:1]
         with reading.ranks.together("tuning"):
+            if not chunks:
+                raise InputError("The validation loader has no rows to tune on: give one that has, or tuner=None.")
             embeddings, outputs, targets, _ = (torch.cat(column) for column in zip(*chunks, strict=True))
             result = tuner.tune(self.memory, embeddings, outputs, targets, gather=reading.ranks.gather)
         self.memory.params = result.params
@@ -172,13 +194,11 @@ class Memorizer:
         return Pass(trainer, model, self.reader, self.head, self.embedding, self.show_progress)
 
     def _plan(self, reading: Pass, loaders: Any, limit_batches: int | None = None) -> list[Part]:
-        return plan(
-            loaders,
-            lambda batch: len(self.reader.targets(batch)),
-            reading.ranks.rank,
-            reading.ranks.size,
-            limit_batches,
-        )
+        ranks = reading.ranks
+        with ranks.together("planning which rows to read"):
+            parts = plan(loaders, lambda batch: len(self.reader.targets(batch)), ranks.rank, ranks.size, limit_batches)
+        check_agreement(ranks.gather_objects([part.drawn for part in parts]))
+        return parts
 
 
 def choose_tuner(tuner: Tuner | Literal["auto"] | None, memory: ResidualMemory) -> Tuner | None:
@@ -213,17 +233,21 @@ class _Job(L.LightningModule):
     def setup(self, stage: str) -> None:
         if self._datamodule is not None:
             self._datamodule.trainer = self.trainer
-            self._datamodule.setup("fit")
+            with Ranks(self.trainer).together("setting up the datamodule"):
+                self._datamodule.setup("fit")
 
     def on_predict_start(self) -> None:
         loaders, val_loaders = self._loaders, self._val_loaders
         if self._datamodule is not None:
-            loaders = self._datamodule.train_dataloader()
-            if val_loaders is None and is_overridden("val_dataloader", self._datamodule, L.LightningDataModule):
-                val_loaders = self._datamodule.val_dataloader()
+            with Ranks(self.trainer).together("making the loaders"):
+                loaders = self._datamodule.train_dataloader()
+                if val_loaders is None and is_overridden("val_dataloader", self._datamodule, L.LightningDataModule):
+                    val_loaders = self._datamodule.val_dataloader()
         self._memorizer.run(self.trainer, self.model, loaders, val_loaders)
-        if self.directory is not None and self.trainer.is_global_zero:
-            self._memorizer.memory.save(self.directory)
+        if self.directory is not None:
+            with Ranks(self.trainer).together("saving the memory"):
+                if self.trainer.is_global_zero:
+                    self._memorizer.memory.save(self.directory)
 
     def predict_step(self, batch: Any) -> bool:
         return True  # the trainer warns about None

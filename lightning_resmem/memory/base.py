@@ -158,6 +158,19 @@ class ResidualMemory(nn.Module, ABC):
     def reserve(self, rows: int) -> None:
         """Expect `rows` more rows, so that memory is allocated once."""
 
+    @abstractmethod
+    def estimate_bytes(self, rows: int, width: int, num_outputs: int) -> dict[str, int]:
+        """What a memory of so many rows will take in this process.
+
+        Args:
+            rows: `N`.
+            width: `D`.
+            num_outputs: `C`.
+
+        Returns:
+            Bytes by part: `keys`, `values` and `index`.
+        """
+
     def gather(self, group: dist.ProcessGroup) -> None:
         """Exchange the rows that each rank of `group` added, so that every rank answers from all of them.
 
@@ -191,7 +204,7 @@ class ResidualMemory(nn.Module, ABC):
         Returns:
             Shape `(B, C)`, not yet multiplied by `strength`.
         """
-        return self.sums(self.search(queries, self.params.k))[0]
+        return self.sums(self._nearest(queries))[0]
 
     def knn(self, queries: Tensor) -> Tensor:
         """The weighted label average: the prediction of the neighbours alone.
@@ -202,7 +215,7 @@ class ResidualMemory(nn.Module, ABC):
         Returns:
             Shape `(B, C)`.
         """
-        return self.sums(self.search(queries, self.params.k))[1]
+        return self.sums(self._nearest(queries))[1]
 
     def predict(self, queries: Tensor, outputs: Tensor) -> Tensor:
         """The combined prediction `F(x)`.
@@ -231,10 +244,14 @@ class ResidualMemory(nn.Module, ABC):
                 "give one row of head outputs for every query."
             )
         base = self.task.predict(outputs, params.softmax_temperature)
-        residual, labels = self.sums(self.search(queries, params.k))
+        residual, labels = self.sums(self._nearest(queries))
         if base.shape != residual.shape:
             raise InputError(f"outputs has {base.shape[1]} columns, the memory was filled with {residual.shape[1]}.")
         return Predictions(base, labels, combine(base, residual.to(base.device), params.strength))
+
+    def _nearest(self, queries: Tensor) -> Neighbors:
+        """The neighbours that a prediction reads: no places for more of them than there are rows."""
+        return self.search(queries, min(self.params.k, max(1, len(self))))
 
     def distance_scale(self) -> float:
         """The median distance of stored rows to their nearest other rows, a natural unit for `sigma`.

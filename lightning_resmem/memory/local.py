@@ -132,6 +132,14 @@ class LocalMemory(ResidualMemory):
         self._index = ExactIndex(keys)
         self._measure_params()
 
+    def estimate_bytes(self, rows: int, width: int, num_outputs: int) -> dict[str, int]:
+        # Values: outputs and the residuals derived from them, a target and an id a row. Index: a norm a row.
+        return {
+            "keys": rows * width * self.key_dtype.itemsize,
+            "values": rows * (2 * num_outputs * 4 + 16),
+            "index": rows * 4,
+        }
+
     def gather(self, group: dist.ProcessGroup) -> None:
         """Give every rank the rows of all ranks, ascending by id.
 
