@@ -28,17 +28,18 @@ def fingerprint(model: nn.Module) -> str:
         >>> fingerprint(layer) == before
         False
     """
-    metrics = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Metric))
+    modules = model.named_modules(remove_duplicate=False)
+    metrics = tuple(f"{name}." for name, module in modules if isinstance(module, Metric))
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, torch.Tensor) or (metrics and name.startswith(metrics)):
+        if not isinstance(tensor, torch.Tensor) or name.startswith(metrics):
             continue
         tensor = tensor.detach().cpu()
         if tensor.dtype in (torch.float16, torch.bfloat16):
             tensor = tensor.float()
         name = ".".join(part for part in name.split(".") if part != "_orig_mod")
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor.resolve_conj().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
