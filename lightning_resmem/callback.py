@@ -10,7 +10,6 @@ from typing import Any, Literal
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -22,7 +21,7 @@ from lightning_resmem.memorize import Memorizer, choose_tuner, shows_progress
 from lightning_resmem.memory.base import ResidualMemory
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.module import ResMemModule
-from lightning_resmem.ranks import Ranks
+from lightning_resmem.ranks import Ranks, check_strategy
 from lightning_resmem.routing import Routing
 from lightning_resmem.tuning import Tuner, TuningResult
 
@@ -122,7 +121,7 @@ class ResMemCallback(Callback):
     # -- fit: fill the memory
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        _check_strategy(trainer.strategy)
+        check_strategy(trainer.strategy)
         _check_siblings([c for c in trainer.callbacks if isinstance(c, ResMemCallback)])  # type: ignore[attr-defined]
         if stage != TrainerFn.FITTING:
             return
@@ -361,15 +360,6 @@ def _limit(setting: int | float | None, num_batches: list[int | float]) -> int |
     if isinstance(setting, float) and setting == 1.0:
         return None
     return int(min(num_batches, default=0))
-
-
-def _check_strategy(strategy: Strategy) -> None:
-    if isinstance(strategy, DeepSpeedStrategy) or not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
-        raise InputError(
-            f"ResMemCallback does not support {type(strategy).__name__}: a rank may hold only a part of the weights. "
-            'Train without the callback, then memorize on one device or with strategy="ddp": '
-            "memorize(L.Trainer(devices=1), model, dataloader)."
-        )
 
 
 def _check_siblings(callbacks: list[ResMemCallback]) -> None:

@@ -2,19 +2,38 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from itertools import count
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 
-from lightning_resmem.errors import MemoryPassError
+from lightning_resmem.errors import InputError, MemoryPassError
 
 # How often a rank looks whether another one has failed, in seconds.
 _POLL_SECONDS = 1.0
 _attempts = count()
+# Each job's group on the CPU: making one costs time and sockets, so it is made once.
+_cpu_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuse strategies under which a process may hold only a part of the weights.
+
+    Raises:
+        InputError: Naming the way out.
+    """
+    if isinstance(strategy, DeepSpeedStrategy) or not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise InputError(
+            f"ResMem does not support {type(strategy).__name__}: a rank may hold only a part of the weights. Train "
+            'without ResMemCallback, then memorize on one device or with strategy="ddp": '
+            "memorize(L.Trainer(devices=1), model, dataloader)."
+        )
 
 
 class Ranks:
@@ -33,8 +52,8 @@ class Ranks:
         self.rank, self.size = trainer.global_rank, trainer.world_size
         self.group: dist.ProcessGroup | None = None
         if self.size > 1 and dist.is_initialized():
-            # Rows and errors travel on the CPU: GPU memory belongs to the model.
-            self.group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+            # What the user set, `DDPStrategy(timeout=...)`, has no public name.
+            self.group = _cpu_group(getattr(trainer.strategy, "_timeout", None))
 
     @contextmanager
     def together(self, doing: str) -> Iterator[Callable[[], None]]:
@@ -61,7 +80,11 @@ class Ranks:
             nonlocal last_look
             if time.monotonic() - last_look > _POLL_SECONDS:
                 last_look = time.monotonic()
-                if store.check([key]):
+                try:
+                    failed = store.check([key])
+                except RuntimeError as error:  # rank zero, which keeps the store, is gone
+                    raise _OtherRankFailed from error
+                if failed:
                     raise _OtherRankFailed
 
         own: Exception | None = None
@@ -70,9 +93,14 @@ class Ranks:
         except Exception as error:
             own = error
             if not isinstance(error, _OtherRankFailed):
-                store.set(key, "failed")
+                with suppress(RuntimeError):  # without rank zero there is no store, and the vote will tell
+                    store.set(key, "failed")
         text = None if own is None or isinstance(own, _OtherRankFailed) else f"{type(own).__name__}: {own}"
-        failures = [(rank, found) for rank, found in enumerate(self.gather_objects(text, doing)) if found is not None]
+        try:
+            votes = self.gather_objects(text, doing)
+        except MemoryPassError as lost:
+            raise lost from own
+        failures = [(rank, found) for rank, found in enumerate(votes) if found is not None]
         if own is not None and not isinstance(own, _OtherRankFailed):
             raise own
         if failures:
@@ -84,20 +112,21 @@ class Ranks:
         if self.group is None:
             return [value]
         gathered: list[object] = [None] * self.size
-        try:
+        with self._noticing_loss(doing):
             dist.all_gather_object(gathered, value, group=self.group)
-        except RuntimeError as error:
-            raise MemoryPassError(
-                f"A rank was lost while {doing} (rank {self.rank} of {self.size} noticed): {error}"
-            ) from error
         return gathered
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give every rank the buffers of rank zero: those of BatchNorm differ by rank after training."""
         if self.group is None:
             return
-        for buffer in model.buffers():
-            dist.broadcast(buffer.detach(), src=0)
+        with self._noticing_loss("sharing the buffers of rank 0"):
+            for buffer in model.buffers():
+                # As bytes on the CPU: not every dtype and device can be sent.
+                value = buffer.detach().cpu().contiguous()
+                dist.broadcast(value.view(-1).view(torch.uint8), src=0, group=self.group)
+                if self.rank:
+                    buffer.detach().copy_(value)
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows `(n, ...)` of all ranks, one after the other, on the device of this rank's rows."""
@@ -106,6 +135,26 @@ class Ranks:
         gathered = self.gather_objects(rows.detach().cpu())
         return torch.cat([part for part in gathered if isinstance(part, Tensor)]).to(rows.device)
 
+    @contextmanager
+    def _noticing_loss(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise MemoryPassError(
+                f"A rank was lost while {doing} (rank {self.rank} of {self.size} noticed): {error}"
+            ) from error
+
 
 class _OtherRankFailed(Exception):
     """Another rank failed; its error is told in the vote."""
+
+
+def _cpu_group(timeout: timedelta | None) -> dist.ProcessGroup:
+    """The job's process group on the CPU: rows and errors travel there, GPU memory belongs to the model."""
+    world = dist.group.WORLD
+    assert world is not None
+    if dist.get_backend() == "gloo":
+        return world
+    if world not in _cpu_groups:
+        _cpu_groups[world] = dist.new_group(backend="gloo", timeout=timeout)
+    return _cpu_groups[world]

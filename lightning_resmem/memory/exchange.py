@@ -16,7 +16,8 @@ def all_gather_rows(tensors: dict[str, Tensor], group: dist.ProcessGroup) -> dic
     """Give every rank the rows of all ranks, ascending by id, whatever the number of ranks.
 
     Every rank broadcasts its rows chunk by chunk, and every rank writes each chunk to its final place. Beyond the
-    result, a rank needs its own rows of the tensors that are still to come, and one chunk of 16 MiB.
+    result, a rank needs its own rows of the tensors that are still to come, two chunks of 16 MiB (one is being sent
+    while the next is made) and 24 bytes for each row of the result (its place).
 
     Args:
         tensors: This rank's rows, on the CPU: `ids` `(n,)` and others `(n, ...)`; empty where a rank has no rows. The
@@ -64,7 +65,7 @@ def all_gather_rows(tensors: dict[str, Tensor], group: dist.ProcessGroup) -> dic
                 else:
                     chunk = torch.empty(end - begin, *out.shape[1:], dtype=out.dtype)
                 # As bytes: gloo does not know every dtype.
-                dist.broadcast(chunk.view(-1).view(torch.uint8), src=source, group=group)
+                dist.broadcast(chunk.view(-1).view(torch.uint8), group=group, group_src=source)
                 if places is None:
                     out[start + begin : start + end] = chunk
                 else:
@@ -83,6 +84,7 @@ def all_gather_rows(tensors: dict[str, Tensor], group: dist.ProcessGroup) -> dic
             "(an IterableDataset in its __iter__), or give an ids_fn that tells the rows apart."
         )
     places = list(torch.empty_like(order).scatter_(0, order, torch.arange(total)).split(counts))
+    del by_rank, order
     gathered = {"ids": ids}
     for name, (shape, dtype) in kinds[first].items():
         if name != "ids":
