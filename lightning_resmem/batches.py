@@ -1,6 +1,7 @@
 """The inputs and the targets of a batch, and how a batch is run through a model."""
 
-import copy
+import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,13 +27,13 @@ class BatchReader:
     """Reads targets from a batch and runs the model on it.
 
     Args:
-        targets_fn: `targets_fn(batch)` returns the targets. By default the second of an `(inputs, targets)` pair, or
-            the entry `labels`, `label`, `target`, `targets` or `y` of a dict (or an attribute of that name).
+        targets_fn: `targets_fn(batch)` returns the targets. By default the entry `labels`, `label`, `target`, `targets`
+            or `y` of a dict (or an attribute of that name), or the second of an `(inputs, targets)` pair.
         ids_fn: `ids_fn(batch)` returns the rows' ids, unique over the training set, where positions in the dataset are
             not to be used.
-        forward_fn: `forward_fn(model, batch)` runs the model. By default `model(inputs)`; the entries of a dict are
-            passed by the names of `forward`'s arguments. A model without a `forward` of its own is run through its
-            `predict_step`, `validation_step` or `test_step`, with logging switched off.
+        forward_fn: `forward_fn(model, batch)` runs the model. By default `model(inputs)`; the entries of a dict (or
+            dataclass, or namedtuple) are passed by the names of `forward`'s arguments. A model without a `forward` of
+            its own is run through its `predict_step`, `validation_step` or `test_step`, with logging switched off.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class BatchReader:
         for name in ("predict_step", "validation_step", "test_step"):
             if getattr(type(model), name) is not getattr(L.LightningModule, name):
                 step = getattr(model, name)
-                return step(*(batch, 0)[: _num_positional(step)])
+                return step(*(batch, 0, 0)[: _num_positional(step)])
         raise InputError(
             f"{type(model).__name__} has no forward, predict_step, validation_step or test_step to run a batch "
             "through: give forward_fn=lambda model, batch: model.net(batch[0])."
@@ -95,22 +96,18 @@ class BatchReader:
         if self._forward_fn is None and _has_forward(model):
             yield
             return
-        metrics = [module for module in model.modules() if isinstance(module, Metric)]
-        states = [
-            ({name: copy.deepcopy(getattr(metric, name)) for name in metric._defaults}, metric._update_count)
-            for metric in metrics
-        ]
-        # `self.log` raises outside the trainer's loops.
-        model.__dict__.update(log=_ignore, log_dict=_ignore)
+        metrics = [(module, _state(module)) for module in model.modules() if isinstance(module, Metric)]
+        loggers = [module for module in model.modules() if isinstance(module, L.LightningModule)]
+        for module in loggers:  # `self.log` raises outside the trainer's loops
+            vars(module).update(log=_ignore, log_dict=_ignore)
         try:
             yield
         finally:
-            del model.__dict__["log"], model.__dict__["log_dict"]
-            for metric, (state, count) in zip(metrics, states, strict=True):
-                metric.reset()
-                for name, value in state.items():
-                    setattr(metric, name, value)
-                metric._update_count = count
+            for module in loggers:
+                del vars(module)["log"], vars(module)["log_dict"]
+            for metric, state in metrics:
+                vars(metric).clear()
+                vars(metric).update(state)
 
 
 def borrow_transfer_hooks(module: L.LightningModule, owners: Sequence[DataHooks]) -> None:
@@ -122,6 +119,15 @@ def borrow_transfer_hooks(module: L.LightningModule, owners: Sequence[DataHooks]
                 break
 
 
+def _state(metric: Metric) -> dict[str, Any]:
+    """All attributes of a metric; those that an update changes in place (a tensor, or a list of them) are copied."""
+    state = dict(vars(metric))
+    for name in metric._defaults:
+        value = state[name]
+        state[name] = value.clone() if isinstance(value, Tensor) else list(value)
+    return state
+
+
 def _ignore(*args: Any, **kwargs: Any) -> None:
     """Stands in for `self.log`."""
 
@@ -130,37 +136,58 @@ def _has_forward(model: L.LightningModule) -> bool:
     return "forward" in model.__dict__ or type(model).forward is not L.LightningModule.forward
 
 
-def _num_positional(function: Callable[..., Any]) -> int:
-    kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
-    if inspect.Parameter.VAR_POSITIONAL in kinds:
+def _num_positional(step: Callable[..., Any]) -> int:
+    """How many of batch, batch index and dataloader index a step takes; the last only if it has to be given."""
+    parameters = list(inspect.signature(step).parameters.values())
+    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
         return 2
-    return sum(kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return min(len(positional), max(2, sum(p.default is p.empty for p in positional)))
+
+
+def _entries(batch: Any) -> Mapping[str, Any] | None:
+    """What a batch holds by name: a dict, a dataclass, or a namedtuple that names its targets."""
+    if isinstance(batch, Mapping):
+        return batch
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    if isinstance(batch, tuple) and any(key in getattr(batch, "_fields", ()) for key in _TARGET_KEYS):
+        return dict(zip(batch._fields, batch, strict=True))  # type: ignore[attr-defined]
+    return None
 
 
 def _default_targets(batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        for key in _TARGET_KEYS:
-            if key in batch:
-                return batch[key]
-        found = f"a dict with the keys {sorted(map(str, batch))}"
+    entries = _entries(batch)
+    for key in _TARGET_KEYS:
+        if entries is not None and key in entries:
+            return entries[key]
+        if entries is None and hasattr(batch, key):
+            return getattr(batch, key)
+    found = f"a {type(batch).__name__}"
+    if entries is not None:
+        found += f" with the keys {sorted(map(str, entries))}"
     elif isinstance(batch, (tuple, list)):
         if len(batch) == 2:
             return batch[1]
-        found = f"a {type(batch).__name__} of {len(batch)}"
-    else:
-        for key in _TARGET_KEYS:
-            if hasattr(batch, key):
-                return getattr(batch, key)
-        found = f"a {type(batch).__name__}"
+        found += f" of {len(batch)}"
     raise InputError(
         f"A batch is {found}, so its targets cannot be told: give targets_fn=lambda batch: batch[...]. Understood by "
         f"default are (inputs, targets) pairs and dicts with one of the keys {', '.join(_TARGET_KEYS)}."
     )
 
 
+@functools.lru_cache(maxsize=64)
+def _parameters(function: Callable[..., Any], is_method: bool) -> dict[str, inspect.Parameter]:
+    """The parameters of a function, or of a method without `self`: asked for every batch, and slow to find out."""
+    parameters = dict(inspect.signature(function).parameters)
+    if is_method:
+        del parameters[next(iter(parameters))]
+    return parameters
+
+
 def _inputs(model: L.LightningModule, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of `forward` for a batch."""
-    parameters = inspect.signature(model.forward).parameters
+    parameters = _parameters(getattr(model.forward, "__func__", model.forward), hasattr(model.forward, "__func__"))
     named = {
         name: parameter
         for name, parameter in parameters.items()
@@ -169,21 +196,21 @@ def _inputs(model: L.LightningModule, batch: Any) -> tuple[tuple[Any, ...], dict
     required = [name for name, parameter in named.items() if parameter.default is inspect.Parameter.empty]
     if required == ["batch"]:
         return (batch,), {}
-    if isinstance(batch, Mapping):
-        inputs = {key: value for key, value in batch.items() if key not in _TARGET_KEYS}
-        if required and all(name in batch for name in required):
-            return (), {name: batch[name] for name in named if name in inputs or name in required}
-        if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()) and not required:
-            return (), inputs
+    entries = _entries(batch)
+    if entries is not None:
+        inputs = {key: value for key, value in entries.items() if key not in _TARGET_KEYS}
+        takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+        by_name = {name: value for name, value in inputs.items() if takes_any or name in named}
+        if all(name in entries for name in required) and (by_name or required):
+            return (), {**by_name, **{name: entries[name] for name in required}}
         if len(required) <= 1 and len(inputs) == 1:
             return tuple(inputs.values()), {}
         if len(required) == 1:
             return (batch,), {}
-        if not required and inputs and all(name in named for name in inputs):
-            return (), inputs
         raise InputError(
-            f"A batch is a dict with the keys {sorted(map(str, batch))}, but {type(model).__name__}.forward wants "
-            f"{required}: give forward_fn=lambda model, batch: model(...)."
+            f"A batch is a {type(batch).__name__} with the keys {sorted(map(str, entries))}, but "
+            f"{type(model).__name__}.forward wants {required or list(named)}: give forward_fn=lambda model, batch: "
+            "model(...)."
         )
     if isinstance(batch, (tuple, list)):
         if len(batch) in (1, 2):

@@ -33,7 +33,7 @@ class HeadTap:
             By default the key is the input of the head.
 
     Raises:
-        HeadError: If a name is not a module of the model.
+        HeadError: If a name is not a module of the model, or one that cannot be hooked.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -69,7 +69,7 @@ class HeadTap:
         executed: list[tuple[str, nn.Module, Tensor]] = []
 
         def record(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-            return lambda module, _, output: executed.append((name, module, output.detach()))
+            return lambda module, _, output: executed.append((name, module, output.detach().clone()))
 
         with ExitStack() as stack:
             for name, module in _named_modules(model).items():
@@ -103,7 +103,7 @@ class HeadTap:
     @contextmanager
     def capture(self, look: Callable[[Captured], None] | None = None) -> Iterator[None]:
         """Keep what goes in and out of the head, for `take`, or let `look(captured)` have it."""
-        with self._hooked(self._fired.append if look is None else look):
+        with self._hooked(self._keep if look is None else look):
             yield
 
     @contextmanager
@@ -140,8 +140,12 @@ class HeadTap:
         return (
             f"The head {self.head!r} was not called in the forward of a batch. If another module makes the prediction, "
             "name it with head=; if the step does not run the model, give a forward_fn that does; if the model was "
-            "compiled to a graph (torch.jit.script, torch.export), memorize the uncompiled model."
+            "compiled to a graph (torch.compile, torch.export), memorize the uncompiled model."
         )
+
+    def _keep(self, captured: Captured) -> None:
+        # Copies: the model may go on to change both tensors in place.
+        self._fired.append(Captured(*(tensor.clone() for tensor in captured)))
 
     @contextmanager
     def _hooked(self, handle: Callable[[Captured], Tensor | None], last: bool = False) -> Iterator[None]:
@@ -188,10 +192,13 @@ class HeadTap:
         return Captured(embedding.detach(), output.detach())
 
 
-def _named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """All submodules by the names the user knows: torch.compile's wrappers (`_orig_mod`) are left out."""
+def _named_modules(model: nn.Module, aliases: bool = False) -> dict[str, nn.Module]:
+    """All submodules by the names the user knows: torch.compile's wrappers (`_orig_mod`) are left out.
+
+    With `aliases`, a module that was assigned under several names has all of them.
+    """
     names: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=not aliases):
         if hasattr(module, "_orig_mod"):  # a hook on the wrapper would not see a call of what it wraps
             continue
         names[".".join(part for part in name.split(".") if part != "_orig_mod")] = module
@@ -199,12 +206,17 @@ def _named_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _submodule(model: nn.Module, argument: str, name: str) -> nn.Module:
-    modules = _named_modules(model)
+    modules = _named_modules(model, aliases=True)
     if not isinstance(name, str) or not name or name not in modules:
         known = [n for n, module in modules.items() if n and isinstance(module, nn.Linear)] or [n for n in modules if n]
         raise HeadError(
             f"{argument}={name!r} is not a module of {type(model).__name__}. Its modules are named as in "
             f"model.named_modules(), for example {_quoted(known[-5:])}."
+        )
+    if isinstance(modules[name], torch.jit.ScriptModule):
+        raise HeadError(
+            f"{argument}={name!r} is part of a torch.jit.script or traced module, where no hook can see it. Memorize "
+            "the model before it is compiled."
         )
     return modules[name]
 
@@ -218,7 +230,8 @@ def _pooled(name: str | None, output: Any) -> Tensor:
             f"embedding={name!r} returns {shape}, expected (B, D), or a spatial output (B, D, H, W) or "
             "(B, D, T, H, W) to be average-pooled. Name another module."
         )
-    return tensor if tensor.ndim == 2 else tensor.flatten(2).mean(dim=2)
+    # A copy: an in-place activation may follow before the head is called.
+    return tensor.clone() if tensor.ndim == 2 else tensor.flatten(2).mean(dim=2)
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:
@@ -246,7 +259,7 @@ def _same(output: Tensor, returned: Tensor) -> bool:
     wide, seen = output.double(), returned.double()
     forms = (wide, wide.log_softmax(-1), wide.softmax(-1), wide.sigmoid())
     tolerance = 1e-5 if returned.dtype in (torch.float32, torch.float64) else 2e-2
-    return any(torch.allclose(form, seen, rtol=tolerance, atol=tolerance) for form in forms)
+    return any(torch.allclose(form, seen, rtol=tolerance, atol=tolerance, equal_nan=True) for form in forms)
 
 
 def _quoted(names: Any) -> str:
