@@ -45,7 +45,7 @@ class ResidualMemory(nn.Module, ABC):
 
     Args:
         task: What a residual is; `Multiclass()` by default.
-        params: How the memory is read. By default they are measured when the memory is built (`k=50`, `sigma` the
+        params: How the memory is read. By default they are measured when they are first needed (`k=50`, `sigma` the
             median neighbour distance over the training rows), and a callback may tune them.
 
     Attributes:
@@ -140,6 +140,37 @@ class ResidualMemory(nn.Module, ABC):
         """
 
     @abstractmethod
+    def remove(self, ids: Tensor) -> None:
+        """Drop rows; results are at once those of a memory that never had them.
+
+        Args:
+            ids: Shape `(n,)`, int64.
+
+        Raises:
+            InputError: If an id is not in the memory.
+        """
+
+    @abstractmethod
+    def update(
+        self,
+        ids: Tensor,
+        embeddings: Tensor | None = None,
+        outputs: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> None:
+        """Replace parts of rows, e.g. corrected labels; what is not given stays.
+
+        Args:
+            ids: Shape `(n,)`, int64, each once.
+            embeddings: Shape `(n, D)`.
+            outputs: Shape `(n, C)`.
+            targets: As for `add`.
+
+        Raises:
+            InputError: If an id is not in the memory, or as for `add`.
+        """
+
+    @abstractmethod
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Save to a directory (atomically) and return its absolute path."""
 
@@ -185,8 +216,10 @@ class ResidualMemory(nn.Module, ABC):
     @property
     def params(self) -> ResMemParams:
         """How the memory is read; assign new ones at any time. Residuals follow, no second memory pass is needed."""
-        if self._params is None:
-            raise EmptyMemoryError("The memory has no params yet: give params=ResMemParams(...), or build() it first.")
+        if self._params is None:  # nobody gave or tuned any
+            if not len(self):
+                raise EmptyMemoryError("The memory has neither params nor rows to measure them on: add rows first.")
+            self._params = ResMemParams(sigma=self.distance_scale())
         return self._params
 
     @params.setter
@@ -273,11 +306,6 @@ class ResidualMemory(nn.Module, ABC):
         self.provenance = {}
         if self.tunable:
             self._params = None
-
-    def _measure_params(self) -> None:
-        """Fill in params that nobody gave."""
-        if self._params is None:
-            self._params = ResMemParams(sigma=self.distance_scale())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ResidualMemory":
         # `.to(device)` moves the rows, but `.half()` or a trainer's precision must not round keys and residuals.

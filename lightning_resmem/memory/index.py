@@ -94,7 +94,7 @@ class ExactIndex:
     def _search_block(self, queries: Tensor, k: int, wanted: int, key_block: int) -> tuple[Tensor, Tensor]:
         shifted = self._shifted(queries)
         scores, positions = self._candidates(shifted, wanted, key_block)
-        distances, positions = self._measured(queries, positions)
+        distances, positions = measure(self.keys, queries, positions)
         if wanted < len(self.keys):
             bounds = self._score_bounds(shifted, distances[:, k - 1])
             worst = scores.amax(dim=1)
@@ -137,13 +137,6 @@ class ExactIndex:
                 torch.addmm(norms, doubled, keys.T, out=scores[:, first - start : last - start])
             yield start, scores
 
-    def _measured(self, queries: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """True distances `(b, n)` of the keys at `positions` `(b, n)`, sorted by distance and then by position."""
-        positions = positions.sort(dim=1).values
-        differences = self.keys[positions].float() - queries[:, None]  # (b, n, D)
-        distances, order = torch.linalg.vector_norm(differences, dim=2).sort(dim=1, stable=True)
-        return distances, positions.gather(1, order)
-
     def _score_bounds(self, shifted: Tensor, farthest: Tensor) -> Tensor:
         """The score `(b,)` that a key nearer than `farthest` `(b,)`, or as near, cannot exceed."""
         assert self._squared_norms is not None
@@ -162,11 +155,29 @@ class ExactIndex:
             keys = self.keys[start : start + _CHUNK]
             scores = torch.addmv(self._squared_norms[start : start + _CHUNK], self._shifted(keys), shifted * -2)
             near = (~(scores > bound)).nonzero()[:, 0]
-            measured, order = self._measured(query[None], near[None] + start)
+            measured, order = measure(self.keys, query[None], near[None] + start)
             distances.append(measured[0, :k])
             positions.append(order[0, :k])
         nearest, chosen = torch.cat(distances).sort(stable=True)  # chunks come by position, so ties stay in order
         return nearest[:k], torch.cat(positions)[chosen[:k]]
+
+
+def measure(keys: Tensor, queries: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """True distances of candidates, by direct differences.
+
+    Args:
+        keys: Shape `(N, D)`.
+        queries: Shape `(b, D)`, float32.
+        positions: Shape `(b, n)`, int64; -1 is missing.
+
+    Returns:
+        Distances and positions, both `(b, n)`, sorted by distance and then by position, missing ones last.
+    """
+    positions = positions.sort(dim=1).values
+    differences = keys[positions.clamp_min(0)].float() - queries[:, None]  # (b, n, D)
+    distances = torch.linalg.vector_norm(differences, dim=2).masked_fill_(positions < 0, torch.inf)
+    distances, order = distances.sort(dim=1, stable=True)
+    return distances, positions.gather(1, order)
 
 
 def _blocks(device: torch.device, wanted: int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """A memory in this process."""
 
 import dataclasses
+import logging
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -11,14 +12,22 @@ from torch import Tensor
 
 from lightning_resmem.errors import EmptyMemoryError, InputError, StorageError
 from lightning_resmem.functional import neighbor_weights
-from lightning_resmem.memory import storage
+from lightning_resmem.memory import faiss_index, storage
 from lightning_resmem.memory.base import Neighbors, ResidualMemory
+from lightning_resmem.memory.checks import check_different, check_shapes, checked_ids, repeated
 from lightning_resmem.memory.exchange import all_gather_rows
+from lightning_resmem.memory.faiss_index import FaissIndex, FaissSearch
 from lightning_resmem.memory.index import ExactIndex
 from lightning_resmem.memory.rows import GrowingTensor
-from lightning_resmem.memory.values import DenseValues, Values
+from lightning_resmem.memory.sparse import SparseConfig
+from lightning_resmem.memory.values import DenseConfig, Values
 from lightning_resmem.params import ResMemParams
-from lightning_resmem.tasks import TASKS, Task, check_finite
+from lightning_resmem.tasks import TASKS, Multiclass, Task, check_finite
+
+_log = logging.getLogger("lightning_resmem")
+
+# Outputs up to which values="auto" keeps them in full.
+_DENSE_OUTPUTS = 1024
 
 
 class LocalMemory(ResidualMemory):
@@ -29,8 +38,11 @@ class LocalMemory(ResidualMemory):
     Args:
         task: What a residual is; `Multiclass()` by default.
         params: How the memory is read; measured at `build` by default.
-        index: `"exact"`: all keys are compared; `"auto"` is the same.
-        values: `"dense"`: outputs are kept in full; `"auto"` is the same.
+        index: `"exact"` compares all keys. A FAISS factory string such as `"HNSW32"`, or a `FaissIndex`, searches
+            approximately. `"auto"` is exact up to 2**30 key entries (rows x width), and on a GPU always; beyond that,
+            a FAISS IVF index with recall 0.95 (see `faiss_index.choose`). The choice is logged.
+        values: `"dense"`, or a `DenseConfig`, keeps outputs in full; `"sparse"`, or a `SparseConfig`, only the largest
+            probabilities. `"auto"` is sparse for `Multiclass` with more than 1,024 outputs.
         key_dtype: What keys are stored as; `torch.float16` halves their bytes and rounds them to 3 digits.
 
     Raises:
@@ -41,36 +53,42 @@ class LocalMemory(ResidualMemory):
         >>> memory.add(torch.eye(2), outputs=torch.zeros(2, 2), targets=torch.tensor([0, 1]))
         >>> memory.build()
         >>> memory.predict(torch.tensor([[0.9, 0.1]]), torch.zeros(1, 2))
-        tensor([[0.9056, 0.0944]])
+        tensor([[0.9057, 0.0943]])
     """
 
     def __init__(
         self,
         task: Task | None = None,
         params: ResMemParams | None = None,
-        index: Literal["auto", "exact"] = "auto",
-        values: Literal["auto", "dense"] = "auto",
+        index: str | FaissIndex = "auto",
+        values: Literal["auto", "dense", "sparse"] | DenseConfig | SparseConfig = "auto",
         key_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(task, params)
-        if index not in ("auto", "exact"):
-            raise InputError(f'index={index!r} is not known: give "auto" or "exact".')
-        if values not in ("auto", "dense"):
-            raise InputError(f'values={values!r} is not known: give "auto" or "dense".')
+        if not isinstance(index, str | FaissIndex) or index == "":
+            raise InputError(f'index={index!r}: give "auto", "exact", a FAISS factory string or a FaissIndex.')
+        if not isinstance(values, DenseConfig | SparseConfig) and values not in ("auto", "dense", "sparse"):
+            raise InputError(f'values={values!r}: give "auto", "dense", "sparse", a DenseConfig or a SparseConfig.')
+        if isinstance(values, SparseConfig) or values == "sparse":
+            SparseConfig().build(self.task, 1)  # refuses other tasks here, not when the first rows arrive
         if key_dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise InputError(f"key_dtype={key_dtype!r}: give torch.float32, torch.float16 or torch.bfloat16.")
+        if isinstance(index, str) and index not in ("auto", "exact"):
+            index = FaissIndex(index)
         self.key_dtype = key_dtype
+        self._wanted_index, self._wanted_values = index, values
         self._device = torch.device("cpu")
         self.clear()
 
     def clear(self) -> None:
         self._forget()
         self._keys, self._ids = GrowingTensor(), GrowingTensor()
-        self._values: Values = DenseValues(self.task)
+        self._values: Values | None = None  # from the first rows on
         self._shape: tuple[int, int] | None = None  # (D, C)
         self._last_id = -1
         self._ordered = True  # ids arrived in ascending order so far
-        self._index: ExactIndex | None = None
+        self._reserved = 0
+        self._index: ExactIndex | FaissSearch | None = None
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -85,59 +103,95 @@ class LocalMemory(ResidualMemory):
         return self._device
 
     def reserve(self, rows: int) -> None:
-        for part in (self._keys, self._ids, self._values):
-            part.reserve(rows)
+        self._reserved = rows
+        self._keys.reserve(rows)
+        self._ids.reserve(rows)
+        if self._values is not None:
+            self._values.reserve(rows)
 
     def add(self, embeddings: Tensor, outputs: Tensor, targets: Tensor, ids: Tensor | None = None) -> None:
         count = embeddings.shape[0] if embeddings.ndim else 0
-        self._check_shapes(embeddings, outputs, targets)
+        check_shapes(embeddings, outputs, targets, self._shape)
         if ids is None:
             ids = torch.arange(self._last_id + 1, self._last_id + 1 + count)
-        ids = self._checked_ids(ids, count)
-        embeddings, outputs = embeddings.detach(), outputs.detach()
-        check_finite("embeddings", embeddings, ids)
+        ids = checked_ids(ids, count)
+        if count and self._index is not None and int(ids.min()) <= self._last_id:
+            known = ids[(self._positions(ids.to(self._device)) >= 0).cpu()]
+            if len(known):
+                raise repeated(known)
+        outputs = outputs.detach()
+        keys = self._checked_keys(embeddings, ids)
         check_finite("outputs", outputs, ids)
-        keys = embeddings.to(self._device, self.key_dtype)
-        if self.key_dtype == torch.float16 and keys.dtype != embeddings.dtype:
-            check_finite("embeddings (as key_dtype=torch.float16; use torch.bfloat16)", keys, ids)
         targets = self.task.check_targets(targets.detach(), outputs.shape[1], ids)
-        # Everything is checked: from here on nothing can leave half a chunk behind.
+        if self._values is None:
+            self._values = self._values_config(outputs.shape[1]).build(self.task, outputs.shape[1])
+            self._values.reserve(self._reserved)
+        # Values check what they store, and come first: a chunk is taken in whole or not at all.
+        self._values.append(outputs.to(self._device), targets.to(self._device))
         self._shape = (embeddings.shape[1], outputs.shape[1])
         if count:
             self._ordered &= int(ids[0]) > self._last_id and bool((ids[1:] > ids[:-1]).all())
             self._last_id = max(self._last_id, int(ids.max()))
         self._keys.append(keys)
-        self._values.append(outputs.to(self._device), targets.to(self._device))
         self._ids.append(ids.to(self._device))
         self._index = None
 
     def build(self) -> None:
         if self._index is not None:
             return
+        self._settle()
         if not len(self):
             raise EmptyMemoryError("The memory is empty: add(embeddings, outputs, targets) before it is used.")
-        ids, order = self._ids.finish(), None
-        if not self._ordered:
-            sorted_ids, order = ids.sort()
-            repeated = sorted_ids[1:][sorted_ids[1:] == sorted_ids[:-1]].unique()
-            if len(repeated):
-                raise _repeated(repeated)
-            self._ids.replace(sorted_ids)
-        keys = self._keys.finish()
-        if order is not None:
-            keys = keys[order]
-            self._keys.replace(keys)
-        self._values.finish(order)
-        self._ordered = True
-        self._index = ExactIndex(keys)
-        self._measure_params()
+        self._index = self._new_index()
+
+    def remove(self, ids: Tensor) -> None:
+        self._settle()
+        kept = torch.ones(len(self), dtype=torch.bool, device=self._device)
+        kept[self._known_positions(ids)] = False
+        for part in (self._keys, self._ids, self._values):
+            if part is not None:
+                part.keep(kept)
+        self._index = None
+
+    def update(
+        self,
+        ids: Tensor,
+        embeddings: Tensor | None = None,
+        outputs: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> None:
+        self._settle()
+        ids = checked_ids(ids, len(ids))
+        positions = self._known_positions(ids)
+        if self._shape is None or self._values is None:
+            return  # no row to change: unknown ids were refused
+        width, num_outputs = self._shape
+        checked = torch.empty(len(ids), width) if embeddings is None else embeddings
+        check_shapes(
+            checked,
+            torch.empty(len(ids), num_outputs) if outputs is None else outputs,
+            torch.empty(len(ids)) if targets is None else targets,
+            self._shape,
+        )
+        keys = None if embeddings is None else self._checked_keys(embeddings, ids)
+        if outputs is not None:
+            check_finite("outputs", outputs, ids)
+            outputs = outputs.detach().to(self._device)
+        if targets is not None:
+            targets = self.task.check_targets(targets.detach(), num_outputs, ids).to(self._device)
+        self._values.assign(positions, outputs, targets)
+        if keys is not None:
+            self._keys.finish()[positions] = keys
+            self._index = None
 
     def estimate_bytes(self, rows: int, width: int, num_outputs: int) -> dict[str, int]:
-        # Values: outputs and the residuals derived from them, a target and an id a row. Index: a norm a row.
+        values = self._values_config(num_outputs).bytes_per_row(num_outputs)
+        # Index: a norm a row, or what FAISS keeps, at most about a copy of the keys with links or centroids.
+        copied = isinstance(self._wanted_index, FaissIndex)
         return {
             "keys": rows * width * self.key_dtype.itemsize,
-            "values": rows * (2 * num_outputs * 4 + 16),
-            "index": rows * 4,
+            "values": rows * (values + 16),  # a target and an id
+            "index": rows * (width * 4 + 256 if copied else 4),
         }
 
     def gather(self, group: dist.ProcessGroup) -> None:
@@ -146,7 +200,9 @@ class LocalMemory(ResidualMemory):
         Beyond all rows, a rank needs room for its own rows and one chunk of 16 MiB meanwhile.
         """
         own: dict[str, Tensor] = {}
-        if len(self):
+        shapes: list[tuple[int, int] | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(shapes, self._shape, group=group)
+        if self._values is not None and len(self):
             own = {"ids": self._ids.finish(), "keys": self._keys.finish(), **self._values.tensors()}
             own = {name: tensor.cpu() for name, tensor in own.items()}
         provenance, params = self.provenance, self._params
@@ -154,14 +210,15 @@ class LocalMemory(ResidualMemory):
         rows = all_gather_rows(own, group)
         self.provenance, self._params = provenance, params
         if rows:
-            self._hold(rows)
+            num_outputs = next(shape[1] for shape in shapes if shape is not None)
+            self._hold(rows, self._values_config(num_outputs).build(self.task, num_outputs))
 
     def search(self, queries: Tensor, k: int) -> Neighbors:
         index = self._built()
         assert self._shape is not None
         self._check_queries(queries, self._shape[0], k)
         distances, positions = index.search(queries.to(self._device), min(k, len(self)))
-        ids = self._ids.finish()[positions]
+        ids = self._ids.finish()[positions.clamp_min(0)].masked_fill_(positions < 0, -1)
         missing = k - distances.shape[1]
         if missing > 0:
             distances = torch.nn.functional.pad(distances, (0, missing), value=torch.inf)
@@ -169,108 +226,164 @@ class LocalMemory(ResidualMemory):
         return Neighbors(distances.to(queries.device), ids.to(queries.device))
 
     def sums(self, neighbors: Neighbors) -> tuple[Tensor, Tensor]:
-        self._built()
-        device = neighbors.distances.device
-        weights = neighbor_weights(neighbors.distances, self.params.sigma).to(self._device)
-        positions = self._positions(neighbors.ids.to(self._device))
-        residual = self._values.residual_sum(positions, weights, self.params.softmax_temperature)
-        return residual.to(device), self._values.label_sum(positions, weights).to(device)
+        values, device = self._built_values(), neighbors.distances.device
+        # A trainer's autocast would sum in half precision.
+        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+            weights = neighbor_weights(neighbors.distances, self.params.sigma).to(self._device)
+            positions = self._positions(neighbors.ids.to(self._device))
+            residual = values.residual_sum(positions, weights, self.params.softmax_temperature)
+            return residual.to(device), values.label_sum(positions, weights).to(device)
 
     def fetch(self, ids: Tensor) -> Values:
-        self._built()
-        return self._values.select(self._known_positions(ids))
+        return self._built_values().select(self._known_positions(ids))
 
     def stats(self) -> dict[str, Any]:
         """Rows, key width, outputs, bytes (keys, values and ids), index, values, key_dtype and device."""
         width, num_outputs = self._shape or (0, 0)
-        stored = (
-            self._values.nbytes() + sum(part.nbytes for part in (self._keys.finish(), self._ids.finish()))
-            if len(self)
-            else 0
-        )
-        return {
+        wanted = self._wanted_index
+        stats = {
             "rows": len(self),
             "width": width,
             "outputs": num_outputs,
-            "bytes": stored,
-            "index": ExactIndex.name,
-            "values": self._values.name,
+            "bytes": 0,
+            "index": wanted.factory if isinstance(wanted, FaissIndex) else wanted,
+            "values": "" if self._values is None else self._values.name,
             "key_dtype": str(self.key_dtype).removeprefix("torch."),
             "device": str(self._device),
         }
+        if self._values is not None:
+            stats["bytes"] = self._values.nbytes() + self._keys.finish().nbytes + self._ids.finish().nbytes
+        if isinstance(self._index, FaissSearch):
+            stats.update(index=self._index.config.factory, recall=self._index.recall, **self._index.settings())
+        elif self._index is not None:
+            stats["index"] = self._index.name
+        return stats
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
-        self.build()
+        index, values = self._built(), self._built_values()
+        searched = None
+        if isinstance(index, FaissSearch):
+            searched = {**dataclasses.asdict(index.config), **index.settings()}
         manifest = {
             "task": self.task.name,
             "params": dataclasses.asdict(self.params),
             "tunable": self.tunable,
             "rows": len(self),
-            "index": ExactIndex.name,
-            "values": self._values.name,
+            "index": searched or "exact",
+            "values": values.describe(),
             "provenance": self.provenance,
         }
-        tensors = {"keys": self._keys.finish(), "ids": self._ids.finish(), **self._values.tensors()}
-        return storage.write(directory, manifest, tensors)
+        tensors = {"keys": self._keys.finish(), "ids": self._ids.finish(), **values.tensors()}
+        extra = {faiss_index.FILE: index.save} if isinstance(index, FaissSearch) else {}
+        return storage.write(directory, manifest, tensors, extra)
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str], device: str | torch.device = "cpu") -> "LocalMemory":
+    def load(
+        cls, directory: str | os.PathLike[str], device: str | torch.device = "cpu", mmap: bool = False
+    ) -> "LocalMemory":
         """Load a saved memory.
 
         Args:
             directory: As given to `save`.
             device: Where the rows go.
+            mmap: Map the files into memory instead of reading them: opens at once, rows are read when they are
+                looked at, and several processes share them. Checksums are not checked then. For the CPU.
 
         Raises:
             StorageError: If the directory is missing, incomplete, damaged or of another format version.
         """
         manifest = storage.read_manifest(directory)
-        tensors = storage.read_tensors(directory, manifest)
+        tensors = storage.read_tensors(directory, manifest, mmap)
         try:
             task, params = TASKS[manifest["task"]](), ResMemParams(**manifest["params"])
-            keys, outputs, targets, ids = (tensors[name] for name in ("keys", "outputs", "targets", "ids"))
+            index = manifest["index"] if manifest["index"] == "exact" else FaissIndex(**manifest["index"])
+            top_m, num_outputs = manifest["values"].get("top_m"), manifest["values"]["num_outputs"]
+            config = DenseConfig() if top_m is None else SparseConfig(top_m)
+            values = config.build(task, num_outputs)
+            lengths = {name: len(tensors[name]) for name in ("keys", "ids", *values.names)}
             provenance, tunable = dict(manifest["provenance"]), bool(manifest["tunable"])
             rows = manifest["rows"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise StorageError(f"{Path(directory) / storage.MANIFEST} is damaged: {error!r}.") from error
-        if any(len(part) != rows for part in (keys, outputs, targets, ids)):
-            found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-            raise StorageError(f"{directory} is damaged: the manifest says {rows} rows, the files hold {found}.")
-        memory = cls(task, params, key_dtype=keys.dtype)
-        memory.add(keys, outputs, targets, ids)
+        if not rows or set(lengths.values()) != {rows}:
+            raise StorageError(f"{directory} is damaged: the manifest says {rows} rows, the files hold {lengths}.")
+        memory = cls(task, params, index, config, tensors["keys"].dtype)
         memory.provenance, memory.tunable = provenance, tunable
+        memory._hold(tensors, values)
         memory.to(device)
+        if isinstance(index, FaissIndex):
+            memory._index = faiss_index.load(directory, manifest, memory._keys.finish(), index)
         memory.build()
         return memory
 
-    def _built(self) -> ExactIndex:
+    def _hold(self, rows: dict[str, Tensor], values: Values) -> None:
+        """Hold exactly these rows, ascending by id; `values` takes its own."""
+        rows = {name: tensor.to(self._device) for name, tensor in rows.items()}
+        self._keys.replace(rows["keys"])
+        self._ids.replace(rows["ids"])
+        values.replace(rows)
+        self._values, self._shape = values, (rows["keys"].shape[1], values.num_outputs)
+        self._last_id, self._ordered, self._index = int(rows["ids"][-1]), True, None
+
+    def _settle(self) -> None:
+        """Join the chunks and put rows in the order of their ids."""
+        if self._ordered:
+            return
+        ordered, order = self._ids.finish().sort()
+        check_different(ordered)
+        self._ids.replace(ordered)
+        self._keys.reorder(order)
+        if self._values is not None:
+            self._values.reorder(order)
+        self._ordered = True
+
+    def _new_index(self) -> ExactIndex | FaissSearch:
+        keys, wanted = self._keys.finish(), self._wanted_index
+        config = faiss_index.choose_here(keys) if wanted == "auto" else wanted
+        if not isinstance(config, FaissIndex):
+            return ExactIndex(keys)
+        if self._params is not None:
+            faiss_index.check_gpu_k(keys.device, self._params.k * max(1, config.rerank), config)
+        return FaissSearch(keys, config)
+
+    def _values_config(self, num_outputs: int) -> DenseConfig | SparseConfig:
+        wanted = self._wanted_values
+        if isinstance(wanted, DenseConfig | SparseConfig):
+            return wanted
+        if wanted == "auto":
+            sparse = isinstance(self.task, Multiclass) and num_outputs > _DENSE_OUTPUTS
+            _log.info('values="auto" chose %s: %d outputs', "sparse" if sparse else "dense", num_outputs)
+        else:
+            sparse = wanted == "sparse"
+        return SparseConfig() if sparse else DenseConfig()
+
+    def _built(self) -> ExactIndex | FaissSearch:
         self.build()
         assert self._index is not None
         return self._index
 
-    def _hold(self, rows: dict[str, Tensor]) -> None:
-        """Hold exactly these rows, ascending by id."""
-        ids, keys = rows.pop("ids"), rows.pop("keys")
-        self._ids.replace(ids.to(self._device))
-        self._keys.replace(keys.to(self._device))
-        self._values.replace({name: tensor.to(self._device) for name, tensor in rows.items()})
-        self._shape = (keys.shape[1], self._values.num_outputs)
-        self._last_id, self._ordered, self._index = int(ids[-1]), True, None
+    def _built_values(self) -> Values:
+        self.build()
+        assert self._values is not None
+        return self._values
 
     def _move(self, device: torch.device) -> None:
         self._device = device
         if len(self):
             for rows in (self._keys, self._ids):
                 rows.replace(rows.finish().to(device))
-            self._values.to(device)
+            if self._values is not None:
+                self._values.to(device)
         if self._index is not None:
-            self._index = ExactIndex(self._keys.finish())
+            self._index = self._new_index()
 
     def _query_rows(self, ids: Tensor) -> Tensor:
         return self._keys.finish()[self._known_positions(ids)].float()
 
     def _positions(self, ids: Tensor) -> Tensor:
         """Where rows are stored, -1 for ids that are not in the memory."""
+        if not len(self):
+            return torch.full_like(ids, -1)
         known = self._ids.finish()
         if int(known[-1]) == len(known) - 1:  # ids are 0, 1, 2, ...: the position is the id
             return ids.where(ids < len(known), -1)
@@ -284,44 +397,11 @@ class LocalMemory(ResidualMemory):
             raise InputError(f"ids {unknown} are not in the memory. `memory.ids` lists those that are.")
         return positions
 
-    def _check_shapes(self, embeddings: Tensor, outputs: Tensor, targets: Tensor) -> None:
-        for name, tensor in (("embeddings", embeddings), ("outputs", outputs)):
-            if tensor.ndim != 2 or not tensor.shape[1]:
-                raise InputError(
-                    f"{name} has shape {tuple(tensor.shape)}, expected (N, {'D' if name[0] == 'e' else 'C'})."
-                )
-            if not tensor.is_floating_point():
-                raise InputError(f"{name} has dtype {tensor.dtype}, expected a floating-point one.")
-        if not len(embeddings) == len(outputs) == (len(targets) if targets.ndim else -1):
-            raise InputError(
-                f"embeddings, outputs and targets have shapes {tuple(embeddings.shape)}, {tuple(outputs.shape)} and "
-                f"{tuple(targets.shape)}: the number of rows must be the same."
-            )
-        shape = (embeddings.shape[1], outputs.shape[1])
-        if self._shape is not None and shape != self._shape:
-            raise InputError(
-                f"embeddings and outputs have widths {shape[0]} and {shape[1]}, the memory holds rows of widths "
-                f"{self._shape[0]} and {self._shape[1]}. Use one model and one embedding for all rows of a memory."
-            )
-
-    def _checked_ids(self, ids: Tensor, count: int) -> Tensor:
-        if ids.shape != (count,) or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise InputError(f"ids has shape {tuple(ids.shape)} and dtype {ids.dtype}, expected ({count},) and int64.")
-        ids = ids.detach().cpu().to(torch.int64)
-        if count and int(ids.min()) < 0:
-            raise InputError(f"ids holds {int(ids.min())}: ids are at least 0 (-1 marks a missing neighbour).")
-        ordered = ids if bool((ids[1:] > ids[:-1]).all()) else ids.sort().values
-        repeated = ordered[1:][ordered[1:] == ordered[:-1]]
-        if count and self._index is not None and int(ordered[0]) <= self._last_id:
-            repeated = torch.cat([repeated, ids[(self._positions(ids.to(self._device)) >= 0).cpu()]])
-        if len(repeated):
-            raise _repeated(repeated.unique())
-        return ids
-
-
-def _repeated(ids: Tensor) -> InputError:
-    listed = ", ".join(str(int(i)) for i in ids[:5])
-    return InputError(
-        f"ids are repeated: {listed}{' and more' if len(ids) > 5 else ''}. Every row of a memory has its own id: the "
-        "position in the training dataset."
-    )
+    def _checked_keys(self, embeddings: Tensor, ids: Tensor) -> Tensor:
+        """Embeddings as they are stored, on the device of the memory."""
+        embeddings = embeddings.detach()
+        check_finite("embeddings", embeddings, ids)
+        keys = embeddings.to(self._device, self.key_dtype)
+        if self.key_dtype == torch.float16 and keys.dtype != embeddings.dtype:
+            check_finite("embeddings (as key_dtype=torch.float16; use torch.bfloat16)", keys, ids)
+        return keys

@@ -71,3 +71,19 @@ class GrowingTensor:
     def replace(self, rows: Tensor) -> None:
         """Hold exactly `rows` from now on."""
         self._blocks, self._filled, self._length, self._reserved = [rows], rows.shape[0], rows.shape[0], 0
+
+    def reorder(self, order: Tensor) -> None:
+        """Row `i` becomes what row `order[i]` was; an eighth of the rows' bytes is needed meanwhile."""
+        columns = self.finish().flatten(1) if self.finish().ndim > 1 else self.finish()[:, None]
+        for part in columns.split(max(1, columns.shape[1] // 8), dim=1):
+            part.copy_(part[order])
+
+    def keep(self, kept: Tensor) -> None:
+        """Drop the rows where `kept` `(N,)` is false; the others move together in place."""
+        rows, end = self.finish(), 0
+        step = max(1, _BLOCK_BYTES // max(1, rows[:1].numel() * rows.element_size()))
+        for start in range(0, len(rows), step):
+            moved = rows[start : start + step][kept[start : start + step]]  # a copy, so regions may overlap
+            rows[end : end + len(moved)] = moved
+            end += len(moved)
+        self._length = self._filled = end

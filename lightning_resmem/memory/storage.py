@@ -5,10 +5,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -20,14 +21,30 @@ FORMAT = "lightning_resmem"
 VERSION = 1
 MANIFEST = "manifest.json"
 
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+}
 
-def write(directory: str | os.PathLike[str], manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+
+def write(
+    directory: str | os.PathLike[str],
+    manifest: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    extra: Mapping[str, Callable[[Path], None]] | None = None,
+) -> Path:
     """Save atomically: everything is written beside `directory` and renamed into place at the end.
 
     Args:
         directory: Where to save. An older memory there is replaced; anything else is left alone.
         manifest: Plain JSON values, the description of the memory.
         tensors: One file is written per tensor.
+        extra: Files that can be made again from the tensors, by name: what writes them. See `read_extra`.
 
     Returns:
         The absolute path of the directory.
@@ -53,7 +70,11 @@ def write(directory: str | os.PathLike[str], manifest: Mapping[str, Any], tensor
                 "dtype": str(tensor.dtype).removeprefix("torch."),
                 "sha256": sha256(file),
             }
-        document = {"format": FORMAT, "version": VERSION, **manifest, "tensors": entries}
+        derived = {}
+        for name, write_file in (extra or {}).items():
+            write_file(staging / name)
+            derived[name] = {"sha256": sha256(staging / name), "keys_sha256": entries["keys"]["sha256"]}
+        document = {"format": FORMAT, "version": VERSION, **manifest, "tensors": entries, "extra": derived}
         (staging / MANIFEST).write_text(json.dumps(document, indent=2) + "\n")
         _swap(staging, target)
     except (OSError, safetensors.SafetensorError) as error:
@@ -92,8 +113,16 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return manifest
 
 
-def read_tensors(directory: str | os.PathLike[str], manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+def read_tensors(
+    directory: str | os.PathLike[str], manifest: Mapping[str, Any], mmap: bool = False
+) -> dict[str, Tensor]:
     """Read the tensors that the manifest lists; every file's checksum, shape and dtype is checked.
+
+    Args:
+        directory: Of the saved memory.
+        manifest: From `read_manifest`.
+        mmap: Map the files into memory instead of reading them. Checksums are not checked then (that would read
+            everything), shapes and dtypes are. Changes to the tensors stay in this process.
 
     Raises:
         StorageError: On the first file that is missing or differs from the manifest; both sides are shown.
@@ -103,16 +132,16 @@ def read_tensors(directory: str | os.PathLike[str], manifest: Mapping[str, Any])
     for name, entry in _entries(path, manifest).items():
         file = path / entry["file"]
         try:
-            found = sha256(file)
-            if found != entry["sha256"]:
+            found = None if mmap else sha256(file)
+            if not mmap and found != entry["sha256"]:
                 raise StorageError(
                     f"{file} is damaged: its sha256 is {found}, the manifest says {entry['sha256']}. "
                     "Restore it from a backup, or memorize again."
                 )
-            tensor = safetensors.torch.load_file(file)[name]
+            tensor = _mapped(file)[name] if mmap else safetensors.torch.load_file(file)[name]
         except FileNotFoundError:
             raise StorageError(f"{file} is missing. Restore it from a backup, or memorize again.") from None
-        except (OSError, KeyError, safetensors.SafetensorError) as error:
+        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
             raise StorageError(f"{file} cannot be read: {error}. Restore it from a backup.") from error
         saved = (list(tensor.shape), str(tensor.dtype).removeprefix("torch."))
         if saved != (entry["shape"], entry["dtype"]):
@@ -121,6 +150,36 @@ def read_tensors(directory: str | os.PathLike[str], manifest: Mapping[str, Any])
                 f"the manifest says {entry['shape']} and {entry['dtype']}."
             )
         tensors[name] = tensor
+    return tensors
+
+
+def read_extra(directory: str | os.PathLike[str], manifest: Mapping[str, Any], name: str) -> tuple[Path, str | None]:
+    """Find a file that was written as `extra`.
+
+    Returns:
+        Its path, and what is wrong with it: None if it is complete and belongs to the keys.
+    """
+    path = Path(directory).expanduser().absolute()
+    entry = manifest.get("extra", {}).get(name, {})
+    file = path / name
+    if not file.is_file():
+        return file, "is missing"
+    if entry.get("keys_sha256") != _entries(path, manifest)["keys"]["sha256"]:
+        return file, "belongs to other keys"
+    return file, None if sha256(file) == entry.get("sha256") else "is damaged"
+
+
+def _mapped(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file (8 bytes of header length, JSON header, data), mapped copy-on-write."""
+    data = np.memmap(file, np.uint8, mode="c")
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8:start].tobytes())
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        flat = torch.from_numpy(data[start + first : start + last])
+        tensors[name] = flat.view(_SAFETENSORS_DTYPES[entry["dtype"]]).view(entry["shape"])
     return tensors
 
 
@@ -165,16 +224,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def dtype(name: str) -> torch.dtype:
-    """The torch dtype of that name.
-
-    Example:
-        >>> dtype("float16")
-        torch.float16
-    """
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
-        raise StorageError(f"{name!r} is not a dtype.")
-    return found

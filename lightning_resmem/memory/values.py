@@ -1,14 +1,17 @@
 """What the memory keeps of a row besides its key: the head's output and the target, from which residuals follow."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_resmem import functional
+from lightning_resmem.errors import InputError
 from lightning_resmem.memory.rows import GrowingTensor
-from lightning_resmem.tasks import Task
+from lightning_resmem.tasks import Task, check_finite
 
 # Rows whose residuals are derived at once.
 _DERIVE_ROWS = 65536
@@ -25,9 +28,14 @@ class Values(ABC):
 
     def __init__(self, task: Task) -> None:
         self.task = task
+        self._targets = GrowingTensor()
+
+    def __len__(self) -> int:
+        return len(self._targets)
 
     @abstractmethod
-    def __len__(self) -> int: ...
+    def _parts(self) -> dict[str, GrowingTensor]:
+        """What is stored of the rows, by the name it is saved under."""
 
     @property
     @abstractmethod
@@ -36,45 +44,79 @@ class Values(ABC):
 
     @property
     @abstractmethod
-    def targets(self) -> Tensor:
-        """Targets of all rows, shape `(N,)` or `(N, C)`."""
+    def outputs(self) -> Tensor:
+        """Outputs of all rows, shape `(N, C)`, up to what the kind of values keeps of them."""
 
     @property
-    @abstractmethod
-    def outputs(self) -> Tensor:
-        """Outputs of all rows, shape `(N, C)`."""
+    def targets(self) -> Tensor:
+        """Targets of all rows, shape `(N,)` or `(N, C)`."""
+        return self._targets.finish()
 
     @abstractmethod
     def append(self, outputs: Tensor, targets: Tensor) -> None:
         """Add rows: outputs `(n, C)` and checked targets."""
 
     @abstractmethod
-    def reserve(self, rows: int) -> None:
-        """Expect `rows` more rows."""
+    def assign(self, positions: Tensor, outputs: Tensor | None, targets: Tensor | None) -> None:
+        """Replace outputs `(n, C)`, checked targets, or both, of the rows at `positions` `(n,)`."""
 
     @abstractmethod
-    def finish(self, order: Tensor | None) -> None:
-        """Join the chunks; with `order` `(N,)`, row `i` becomes what row `order[i]` was."""
-
-    @abstractmethod
-    def select(self, positions: Tensor) -> "Values":
-        """The rows at `positions` `(n,)`."""
+    def like(self) -> "Values":
+        """Values of the same kind and width without rows."""
 
     @abstractmethod
     def residual_sum(self, positions: Tensor, weights: Tensor, softmax_temperature: float) -> Tensor:
         """Weighted sum of the residuals at `positions` `(B, k)` (-1 is missing): shape `(B, C)`."""
 
-    @abstractmethod
-    def to(self, device: torch.device) -> None:
-        """Move all rows."""
+    def describe(self) -> dict[str, Any]:
+        """What the manifest says about the values besides their tensors."""
+        return {"kind": self.name, "num_outputs": self.num_outputs}
 
-    @abstractmethod
+    @property
+    def names(self) -> list[str]:
+        """What the tensors are called."""
+        return list(self._parts())
+
     def tensors(self) -> dict[str, Tensor]:
         """What has to be saved."""
+        return {name: rows.finish() for name, rows in self._parts().items()}
 
-    @abstractmethod
-    def replace(self, tensors: dict[str, Tensor]) -> None:
-        """Hold exactly the rows that `tensors` returned somewhere else."""
+    def replace(self, tensors: Mapping[str, Tensor]) -> None:
+        """Hold exactly these rows, named as by `tensors`, without a copy."""
+        for name, rows in self._parts().items():
+            rows.replace(tensors[name])
+        self._changed()
+
+    def select(self, positions: Tensor) -> "Values":
+        """The rows at `positions` `(n,)`."""
+        selected = self.like()
+        selected.replace({name: rows[positions] for name, rows in self.tensors().items()})
+        return selected
+
+    def reserve(self, rows: int) -> None:
+        """Expect `rows` more rows."""
+        for part in self._parts().values():
+            part.reserve(rows)
+
+    def reorder(self, order: Tensor) -> None:
+        """Row `i` becomes what row `order[i]` was."""
+        for part in self._parts().values():
+            part.reorder(order)
+        self._changed()
+
+    def keep(self, kept: Tensor) -> None:
+        """Drop the rows where `kept` `(N,)` is false."""
+        for part in self._parts().values():
+            part.keep(kept)
+        self._changed()
+
+    def to(self, device: torch.device) -> None:
+        """Move all rows."""
+        if len(self) and self.targets.device != device:
+            self.replace({name: rows.to(device) for name, rows in self.tensors().items()})
+
+    def _changed(self) -> None:  # noqa: B027 -- for those that derive something from the rows
+        """Forget what was derived from the rows."""
 
     def label_sum(self, positions: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of the labels at `positions` `(B, k)` (-1 is missing): shape `(B, C)`."""
@@ -85,72 +127,83 @@ class Values(ABC):
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
 
+@dataclass(frozen=True)
+class DenseConfig:
+    """Keep outputs in full.
+
+    Args:
+        dtype: What outputs and residuals are stored as; by default what the first chunk's outputs are.
+            `torch.float16` halves the bytes of float32 and changes a residual by less than 0.001.
+    """
+
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise InputError(f"dtype={self.dtype!r}: give torch.float32 or torch.float16.")
+
+    def build(self, task: Task, num_outputs: int) -> "DenseValues":
+        """Values without rows, for outputs of width `num_outputs`."""
+        return DenseValues(task, num_outputs, self.dtype)
+
+    def bytes_per_row(self, num_outputs: int) -> int:
+        """Outputs and the residuals derived from them."""
+        return 2 * num_outputs * (self.dtype or torch.float32).itemsize
+
+
 class DenseValues(Values):
-    """Outputs in full, shape `(N, C)`, in the dtype they came in; residuals are derived once per temperature.
+    """Outputs in full, shape `(N, C)`; residuals are derived once per temperature.
 
     Args:
         task: Derives residuals from outputs and targets.
+        num_outputs: `C`.
+        dtype: Of the outputs; by default that of the first chunk.
     """
 
     name = "dense"
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, num_outputs: int, dtype: torch.dtype | None = None) -> None:
         super().__init__(task)
-        self._outputs, self._targets = GrowingTensor(), GrowingTensor()
+        self._num_outputs, self._dtype = num_outputs, dtype
+        self._outputs = GrowingTensor()
         self._residuals: tuple[float, Tensor] | None = None
 
-    def __len__(self) -> int:
-        return len(self._outputs)
+    def _parts(self) -> dict[str, GrowingTensor]:
+        return {"outputs": self._outputs, "targets": self._targets}
 
     @property
     def num_outputs(self) -> int:
-        return self.outputs.shape[1]
+        return self._num_outputs
 
     @property
     def outputs(self) -> Tensor:
         return self._outputs.finish()
 
-    @property
-    def targets(self) -> Tensor:
-        return self._targets.finish()
-
     def append(self, outputs: Tensor, targets: Tensor) -> None:
-        self._outputs.append(outputs)
+        self._outputs.append(self._stored(outputs))
         self._targets.append(targets)
-        self._residuals = None
+        self._changed()
 
-    def reserve(self, rows: int) -> None:
-        self._outputs.reserve(rows)
-        self._targets.reserve(rows)
+    def assign(self, positions: Tensor, outputs: Tensor | None, targets: Tensor | None) -> None:
+        if outputs is not None:
+            self.outputs[positions] = self._stored(outputs).to(self.outputs.dtype)
+        if targets is not None:
+            self.targets[positions] = targets
+        self._changed()
 
-    def finish(self, order: Tensor | None) -> None:
-        for rows in (self._outputs, self._targets):
-            joined = rows.finish()
-            if order is not None:
-                rows.replace(joined[order])
-        self._residuals = None
-
-    def select(self, positions: Tensor) -> "DenseValues":
-        selected = DenseValues(self.task)
-        selected._outputs.replace(self.outputs[positions])
-        selected._targets.replace(self.targets[positions])
-        return selected
+    def like(self) -> "DenseValues":
+        return DenseValues(self.task, self._num_outputs, self._dtype)
 
     def residual_sum(self, positions: Tensor, weights: Tensor, softmax_temperature: float) -> Tensor:
         return functional.weighted_residual(positions, weights, self._derived(softmax_temperature))
 
-    def to(self, device: torch.device) -> None:
-        if len(self) and self.outputs.device != device:
-            self._outputs.replace(self.outputs.to(device))
-            self._targets.replace(self.targets.to(device))
-            self._residuals = None
+    def _stored(self, outputs: Tensor) -> Tensor:
+        stored = outputs if self._dtype is None else outputs.to(self._dtype)
+        if stored.dtype == torch.float16 and outputs.dtype != torch.float16:
+            check_finite("outputs (as torch.float16, at most 65504)", stored)
+        return stored
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"outputs": self.outputs, "targets": self.targets}
-
-    def replace(self, tensors: dict[str, Tensor]) -> None:
-        self._outputs.replace(tensors["outputs"])
-        self._targets.replace(tensors["targets"])
+    def _changed(self) -> None:
         self._residuals = None
 
     def _derived(self, softmax_temperature: float) -> Tensor:

@@ -1,0 +1,53 @@
+"""What is checked of rows before a memory takes them in."""
+
+import torch
+from torch import Tensor
+
+from lightning_resmem.errors import InputError
+
+
+def check_shapes(embeddings: Tensor, outputs: Tensor, targets: Tensor, shape: tuple[int, int] | None) -> None:
+    """Raise an error unless rows have one length and the widths `(D, C)` of the memory's rows, if it has any."""
+    for name, tensor, expected in (("embeddings", embeddings, "(N, D)"), ("outputs", outputs, "(N, C)")):
+        if tensor.ndim != 2 or not tensor.shape[1]:
+            raise InputError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}.")
+        if not tensor.is_floating_point():
+            raise InputError(f"{name} has dtype {tensor.dtype}, expected a floating-point one.")
+    if not len(embeddings) == len(outputs) == (len(targets) if targets.ndim else -1):
+        raise InputError(
+            f"embeddings, outputs and targets have shapes {tuple(embeddings.shape)}, {tuple(outputs.shape)} and "
+            f"{tuple(targets.shape)}: the number of rows must be the same."
+        )
+    widths = (embeddings.shape[1], outputs.shape[1])
+    if shape is not None and widths != shape:
+        raise InputError(
+            f"embeddings and outputs have widths {widths[0]} and {widths[1]}, the memory holds rows of widths "
+            f"{shape[0]} and {shape[1]}. Use one model and one embedding for all rows of a memory."
+        )
+
+
+def checked_ids(ids: Tensor, count: int) -> Tensor:
+    """The ids of `count` rows on the CPU, int64; raises an error unless they are different and at least 0."""
+    if ids.shape != (count,) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise InputError(f"ids has shape {tuple(ids.shape)} and dtype {ids.dtype}, expected ({count},) and int64.")
+    ids = ids.detach().cpu().to(torch.int64)
+    if count and int(ids.min()) < 0:
+        raise InputError(f"ids holds {int(ids.min())}: ids are at least 0 (-1 marks a missing neighbour).")
+    check_different(ids if bool((ids[1:] > ids[:-1]).all()) else ids.sort().values)
+    return ids
+
+
+def check_different(ordered: Tensor) -> None:
+    """Raise an error that lists the ids that are repeated in `ordered` `(n,)`, ascending."""
+    again = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(again):
+        raise repeated(again.unique())
+
+
+def repeated(ids: Tensor) -> InputError:
+    """The error for repeated ids `(n,)`."""
+    listed = ", ".join(str(int(i)) for i in ids[:5])
+    return InputError(
+        f"ids are repeated: {listed}{' and more' if len(ids) > 5 else ''}. Every row of a memory has its own id: the "
+        "position in the training dataset."
+    )
