@@ -1,5 +1,6 @@
 """ResMemCallback: when a memory is filled, and when it answers. No maths."""
 
+import copy
 import gc
 import uuid
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_resmem.batches import BatchReader, ForwardFn, IdsFn, TargetsFn
-from lightning_resmem.errors import EmptyMemoryError, InputError, MemoryPassError, ResMemWarning
+from lightning_resmem.errors import EmptyMemoryError, InputError, MemoryPassError, ResMemWarning, StorageError
 from lightning_resmem.fingerprint import check_fingerprint
 from lightning_resmem.memorize import Memorizer, choose_tuner, shows_progress
 from lightning_resmem.memory.base import ResidualMemory
@@ -81,7 +82,7 @@ class ResMemCallback(Callback):
             raise InputError(f"memory is a {type(memory).__name__}, expected a memory, such as LocalMemory().")
         if weights not in ("last", "best"):
             raise InputError(f'weights={weights!r} is not known: give "last" or "best".')
-        if not name or Path(name).name != name:
+        if not name or Path(name).name != name or name == "..":
             raise InputError(f"name={name!r}: give a plain name, it also names a directory.")
         self.memory: ResidualMemory = LocalMemory() if memory is None else memory
         self.tuning: TuningResult | None = None
@@ -266,12 +267,15 @@ class ResMemCallback(Callback):
             )
             return
         check_fingerprint(pl_module, self.memory.provenance, f"trainer.{trainer.state.fn} runs")
-        if self._head is not None:
-            self.memory.provenance.setdefault("head", self._head)
+        if "head" not in self.memory.provenance and self._head is not None:  # it was filled by hand
+            names = {"head": self._head, "embedding": self._embedding}
+            self.memory.provenance.update({name: value for name, value in names.items() if value is not None})
         if "head" not in self.memory.provenance:
             raise InputError(
                 'The memory does not know the head of the model: give ResMemCallback(memory=..., head="net.fc").'
             )
+        with torch.inference_mode(False):  # what is made in inference mode can never be changed again
+            self.memory.build()
         _follow_to_gpu(self.memory, pl_module.device)
         prefix = stage if stage is None or self._name == "resmem" else f"{stage}/{self._name}"
         self._base = pl_module
@@ -281,14 +285,14 @@ class ResMemCallback(Callback):
         if self._routing is not None:
             self._routing.start_batch()
 
-    def _end_batch(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def _end_batch(self, batch: Any, dataloader_idx: int) -> None:
         if self._routing is not None:
             self._routing.end_batch(batch, dataloader_idx)
 
     def _log_scores(self, pl_module: L.LightningModule) -> None:
         if self._routing is not None:
             # The same on every rank already; without sync_dist the trainer warns that it might not be.
-            pl_module.log_dict(self._routing.scores(), sync_dist=True)
+            pl_module.log_dict(self._routing.scores(), sync_dist=True, add_dataloader_idx=False)
 
     def _stop(self) -> None:
         if self._routing is not None:
@@ -306,8 +310,15 @@ class ResMemCallback(Callback):
     def _has_rows(self) -> bool:
         """Whether there is a memory, if need be from where it was saved."""
         if not len(self.memory) and self._directory is not None:
-            with torch.inference_mode(False):  # what is made in inference mode can never be changed again
-                self.memory = LocalMemory.load(self._directory)
+            try:
+                with torch.inference_mode(False):  # what is made in inference mode can never be changed again
+                    self.memory = LocalMemory.load(self._directory)
+            except StorageError as error:
+                raise StorageError(
+                    f"{error} That is where ResMemCallback saved it. If it is elsewhere now, give "
+                    "ResMemCallback(memory=LocalMemory.load(directory)); if it is lost, fill it again: "
+                    "memorize(trainer, model, dataloader)."
+                ) from error
         return len(self.memory) > 0
 
     def _find_saved(self, trainer: L.Trainer) -> None:
@@ -338,12 +349,13 @@ class ResMemCallback(Callback):
                 'weights="best": no best checkpoint was saved in this fit. The model is trained, and '
                 "memorize(trainer, model, dataloader) gives it a memory."
             )
-        last = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
-        pl_module.load_state_dict(trainer.strategy.load_checkpoint(path)["state_dict"])
+        last = copy.deepcopy(pl_module.state_dict())
         try:
+            best = trainer.strategy.load_checkpoint(path)["state_dict"]
+            pl_module.load_state_dict(best, strict=pl_module.strict_loading)
             yield
         finally:
-            pl_module.load_state_dict(last)
+            pl_module.load_state_dict(last, strict=pl_module.strict_loading)
 
 
 def _checkpoints(trainer: L.Trainer) -> list[ModelCheckpoint]:

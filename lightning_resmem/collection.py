@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import lightning.pytorch as L
@@ -21,6 +21,8 @@ from lightning_resmem.loaders import Part
 from lightning_resmem.modes import evaluation_mode
 from lightning_resmem.ranks import Ranks
 
+# Rows wait until there are so many bytes of them, so that a memory's checks are not paid for every batch.
+_CHUNK_BYTES = 4 * 2**20
 # A pass is timed over its first batches; one of more than so many seconds is announced.
 _TIMED_BATCHES = 5
 _LONG_SECONDS = 20.0
@@ -33,6 +35,31 @@ class Chunk(NamedTuple):
     outputs: Tensor
     targets: Tensor
     ids: Tensor
+
+
+class _Waiting:
+    """Joins small chunks into larger ones."""
+
+    def __init__(self, consume: Callable[[Chunk], None]) -> None:
+        self._consume = consume
+        self._chunks: list[Chunk] = []
+        self._bytes = 0
+
+    def add(self, chunk: Chunk) -> None:
+        if self._chunks and any(
+            new.shape[1:] != old.shape[1:] for new, old in zip(chunk, self._chunks[0], strict=True)
+        ):
+            self.flush()  # the memory says what is wrong with other shapes
+        self._chunks.append(chunk)
+        self._bytes += chunk.embeddings.nbytes + chunk.outputs.nbytes
+        if self._bytes >= _CHUNK_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._chunks:
+            self._consume(Chunk(*(torch.cat(column) for column in zip(*self._chunks, strict=True))))
+            self._chunks.clear()
+            self._bytes = 0
 
 
 class Pass:
@@ -61,6 +88,9 @@ class Pass:
         self.ranks = Ranks(trainer)
         self.num_local_processes = trainer.num_devices
         self._show_progress = show_progress and self.ranks.rank == 0
+        # Holds the tap's hooks, from the first batch to the end of a pass.
+        self._capturing = ExitStack()
+        self._tapped = False
         self.tap: HeadTap | None = None if head is None else HeadTap(model, head, embedding)
 
     def rehearse(self, parts: Sequence[Part]) -> Chunk | None:
@@ -71,16 +101,16 @@ class Pass:
         """
         for part in parts:
             if part.sample is not None:
-                with isolate_rng(), self._evaluating():
+                with self._evaluating(), self._capturing:
                     return self._read(next(iter(part.sample)), part, 0, 0)
         return None
 
     def run(self, parts: Sequence[Part], consume: Callable[[Chunk], None], doing: str) -> int:
-        """Read all rows of this rank and hand them on, chunk by chunk.
+        """Read all rows of this rank and hand them on, a few batches at a time.
 
         Args:
             parts: From `loaders.plan`.
-            consume: Takes each chunk.
+            consume: Takes each chunk of some MiB.
             doing: For the progress bar and for errors: "collecting training rows".
 
         Returns:
@@ -88,13 +118,19 @@ class Pass:
         """
         rows, started = 0, time.monotonic()
         num_batches = sum(part.num_batches or 0 for part in parts)
-        with self.ranks.together(doing) as check, self._evaluating(), self._progress(parts, doing) as advance:
+        waiting = _Waiting(consume)
+        with (
+            self.ranks.together(doing) as check,
+            self._evaluating(),
+            self._capturing,
+            self._progress(parts, doing) as advance,
+        ):
             for part in parts:
                 read = 0
                 for index, batch in enumerate(part.batches):
                     check()
                     chunk = self._read(batch, part, index, read)
-                    consume(chunk)
+                    waiting.add(chunk)
                     read += len(chunk.ids)
                     advance()
                     if index == _TIMED_BATCHES and part is parts[0]:
@@ -107,6 +143,7 @@ class Pass:
                         "collate_fn (or batch_size) drops rows. Give memory_dataloader= with one row for each position."
                     )
                 rows += read
+            waiting.flush()
         return rows
 
     def _read(self, batch: object, part: Part, index: int, first_row: int) -> Chunk:
@@ -123,9 +160,13 @@ class Pass:
                     self._embedding,
                     returns_outputs=self._reader.returns_outputs(model),
                 )
-            with self.tap.capture():
-                self._reader.run(model, batch)
-                captured = self.tap.take()
+            if not self._tapped:
+                self._capturing.enter_context(self.tap.capture())
+                self._capturing.callback(setattr, self, "_tapped", False)
+                self._tapped = True
+            self.tap.clear()
+            self._reader.run(model, batch)
+            captured = self.tap.take()
         targets = self._reader.targets(batch)
         count = len(captured.embedding)
         if not targets.ndim or len(targets) != count:
@@ -146,8 +187,14 @@ class Pass:
     def _evaluating(self) -> Iterator[None]:
         state = self._trainer.state
         stage = state.stage
-        # Rows outlive this pass, and tensors made in inference mode could never be changed again.
-        with torch.inference_mode(False), evaluation_mode(self._model), self._reader.quiet(self._model):
+        # Loaders and augmentations draw random numbers; training goes on as if nobody had. Rows outlive this pass, and
+        # tensors made in inference mode could never be changed again.
+        with (
+            isolate_rng(),
+            torch.inference_mode(False),
+            evaluation_mode(self._model),
+            self._reader.quiet(self._model),
+        ):
             # Transfer hooks of users ask `self.trainer.training` whether to augment.
             state.stage = RunningStage.PREDICTING
             try:

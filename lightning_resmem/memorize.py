@@ -24,6 +24,7 @@ from lightning_resmem.memory.base import ResidualMemory
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.module import ResMemModule, describe
 from lightning_resmem.ranks import Ranks, check_strategy
+from lightning_resmem.tasks import check_finite
 from lightning_resmem.tuning import GridTuner, Tuner, TuningResult
 
 
@@ -114,6 +115,8 @@ class Memorizer:
         with reading.ranks.together("rehearsing the memory pass on two rows"):
             chunk = reading.rehearse(parts)
             if chunk is not None:
+                check_finite("embeddings", chunk.embeddings, chunk.ids)
+                check_finite("outputs", chunk.outputs, chunk.ids)
                 self.memory.task.check_targets(chunk.targets, chunk.outputs.shape[1], chunk.ids)
 
     def run(

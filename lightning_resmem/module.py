@@ -170,7 +170,7 @@ class ResMemModule(L.LightningModule):
     def _log_scores(self) -> None:
         if self._scores is not None:
             # The same on every rank already; without sync_dist the trainer warns that it might not be.
-            self.log_dict(self._scores.compute(), sync_dist=True)
+            self.log_dict(self._scores.compute(), sync_dist=True, add_dataloader_idx=False)
             self._scores = None
 
 

@@ -14,6 +14,7 @@ from lightning_resmem.head import Captured, HeadTap
 from lightning_resmem.loaders import num_unpadded_rows
 from lightning_resmem.memory.base import Predictions, ResidualMemory
 from lightning_resmem.metrics import Scoreboard
+from lightning_resmem.modes import eager
 from lightning_resmem.module import evaluation_loaders
 
 
@@ -44,8 +45,7 @@ class Routing:
         self._scores = None if prefix is None else Scoreboard(memory.task, prefix, len(self._loaders), model.device)
         self._tap = HeadTap(model, memory.provenance["head"], memory.provenance.get("embedding"))
         self._stack = ExitStack()
-        # Hooks that are added after torch.compile has compiled a module are skipped silently.
-        self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+        self._stack.enter_context(eager())
         self._stack.enter_context(self._tap.route(self._combined) if replace else self._tap.capture(self._look))
 
     def start_batch(self) -> None:
