@@ -15,7 +15,7 @@ from lightning_resmem.errors import InputError, ResMemWarning
 from lightning_resmem.functional import combine, neighbor_weights
 from lightning_resmem.memory.base import ResidualMemory
 from lightning_resmem.params import ResMemParams
-from lightning_resmem.tasks import Task
+from lightning_resmem.tasks import Task, check_finite
 
 _log = logging.getLogger(__name__)
 
@@ -129,6 +129,7 @@ class GridTuner(Tuner):
         targets: Tensor,
         gather: Gather = lambda rows: rows,
     ) -> TuningResult:
+        check_finite("outputs", outputs)
         targets = memory.task.check_targets(targets, outputs.shape[1])
         rows = int(gather(torch.tensor([len(targets)])).sum())
         if not rows:
@@ -196,10 +197,13 @@ class _Evaluation:
         neighbors = memory.search(embeddings, self.ks[-1])
         self._distances = neighbors.distances
         ids, positions = neighbors.ids.unique(return_inverse=True)
-        self._positions = positions.reshape(neighbors.ids.shape)
-        self._values = memory.fetch(ids)
-        near = neighbors.distances[:, :10].mean(dim=1)
-        self.scale = float(gather(near).median()) or 1.0
+        known = ids[ids >= 0]  # an approximate index may leave places empty
+        positions = positions.reshape(neighbors.ids.shape) - (len(ids) - len(known))
+        self._positions = positions.to(memory.device)
+        self._values = memory.fetch(known)
+        near = neighbors.distances[:, :10]
+        near = near.where(near.isfinite(), torch.nan).nanmean(dim=1)
+        self.scale = float(gather(near).nanmedian()) or 1.0
 
     def sums(self, settings: Sequence[ResMemParams]) -> Tensor:
         """Sums of score and loss over the rows for each setting, shape `(len(settings), 2)`, float64."""
@@ -215,7 +219,7 @@ class _Evaluation:
             if previous is None or (setting.k, setting.sigma) != (previous.k, previous.sigma):
                 weights = neighbor_weights(self._distances[:, : setting.k], setting.sigma)
                 residual = self._values.residual_sum(
-                    self._positions[:, : setting.k], weights, setting.softmax_temperature
+                    self._positions[:, : setting.k], weights.to(self._positions.device), setting.softmax_temperature
                 )
             assert base is not None
             assert residual is not None
