@@ -20,6 +20,7 @@ TargetsFn = Callable[[Any], Tensor]
 IdsFn = Callable[[Any], Tensor]
 ForwardFn = Callable[[L.LightningModule, Any], Any]
 
+TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 _TARGET_KEYS = ("labels", "label", "target", "targets", "y")
 
 
@@ -112,7 +113,7 @@ class BatchReader:
 
 def borrow_transfer_hooks(module: L.LightningModule, owners: Sequence[DataHooks]) -> None:
     """Let `module` transfer batches as the first of `owners` that overrides a transfer hook does."""
-    for hook in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
+    for hook in TRANSFER_HOOKS:
         for owner in owners:
             if is_overridden(hook, owner, DataHooks):
                 setattr(module, hook, getattr(owner, hook))

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_resmem.batches import BatchReader, ForwardFn, IdsFn, TargetsFn, borrow_transfer_hooks
+from lightning_resmem.batches import TRANSFER_HOOKS, BatchReader, ForwardFn, IdsFn, TargetsFn, borrow_transfer_hooks
 from lightning_resmem.capacity import available_bytes, check_capacity, size
 from lightning_resmem.collection import Chunk, Pass
 from lightning_resmem.errors import InputError
@@ -87,6 +87,8 @@ def memorize(
     memorizer = Memorizer(memory, choose_tuner(tuner, memory), reader, head, embedding, shows_progress(trainer))
     job = _Job(model, memorizer, dataloader, val_dataloader)
     callbacks, trainer.callbacks = trainer.callbacks, []  # type: ignore[attr-defined]
+    limit, trainer.limit_predict_batches = trainer.limit_predict_batches, 1
+    attached = trainer.lightning_module or model
     try:
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             memory = _run_in_processes(trainer, job)
@@ -94,6 +96,8 @@ def memorize(
             trainer.predict(job, _Once(), return_predictions=False)
     finally:
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
+        trainer.limit_predict_batches = limit
+        trainer.strategy.connect(attached)  # `trainer.test()` means the model, not the job
     return ResMemModule(model, memory, targets_fn=targets_fn, forward_fn=forward_fn)
 
 
@@ -148,7 +152,7 @@ class Memorizer:
                 f"ResMem: memorized {len(memory)} training rows ({size(memory.stats()['bytes'])}, head "
                 f"{memory.provenance['head']!r}) in {time.monotonic() - started:.1f} s."
             )
-            if self.tuner is None or val_loaders is None:
+            if self.tuner is None or val_loaders is None or val_loaders == []:  # both mean none to Lightning
                 return None
             return self._tune(reading, self.tuner, self._plan(reading, val_loaders, limit_val_batches))
         except BaseException:
@@ -178,15 +182,15 @@ class Memorizer:
             reading.tap = HeadTap(model, **names)
         memory.provenance.update({"fingerprint": fingerprint(model), **names})
 
-    def _tune(self, reading: Pass, tuner: Tuner, parts: list[Part]) -> TuningResult:
+    def _tune(self, reading: Pass, tuner: Tuner, parts: list[Part]) -> TuningResult | None:
         chunks: list[Chunk] = []
         reading.run(parts, chunks.append, "collecting validation rows")
         # A rank without rows takes part with none of the others' kind.
         kinds = reading.ranks.gather_objects(Chunk(*(column[:0].cpu() for column in chunks[0])) if chunks else None)
         chunks = chunks or [kind for kind in kinds if isinstance(kind, Chunk)][:1]
+        if not chunks:  # limit_val_batches=0
+            return None
         with reading.ranks.together("tuning"):
-            if not chunks:
-                raise InputError("The validation loader has no rows to tune on: give one that has, or tuner=None.")
             embeddings, outputs, targets, _ = (torch.cat(column) for column in zip(*chunks, strict=True))
             result = tuner.tune(self.memory, embeddings, outputs, targets, gather=reading.ranks.gather)
         self.memory.params = result.params
@@ -227,7 +231,6 @@ class _Job(L.LightningModule):
         self.model, self._memorizer, self._loaders, self._val_loaders = model, memorizer, loaders, val_loaders
         self._datamodule = loaders if isinstance(loaders, L.LightningDataModule) else None
         self.directory: Path | None = None  # where the memory goes if this process ends with the job
-        borrow_transfer_hooks(self, [model] if self._datamodule is None else [self._datamodule, model])
 
     def prepare_data(self) -> None:
         if self._datamodule is not None:
@@ -239,7 +242,18 @@ class _Job(L.LightningModule):
             with Ranks(self.trainer).together("setting up the datamodule"):
                 self._datamodule.setup("fit")
 
+    def on_predict_model_eval(self) -> None:
+        """Do nothing: the pass changes the model's mode, and restores it even when it fails."""
+
     def on_predict_start(self) -> None:
+        borrow_transfer_hooks(self, [self.model] if self._datamodule is None else [self._datamodule, self.model])
+        try:
+            self._memorize()
+        finally:  # they know nothing of the trainer's empty batch
+            for hook in TRANSFER_HOOKS:
+                vars(self).pop(hook, None)
+
+    def _memorize(self) -> None:
         loaders, val_loaders = self._loaders, self._val_loaders
         if self._datamodule is not None:
             with Ranks(self.trainer).together("making the loaders"):

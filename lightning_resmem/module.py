@@ -35,6 +35,7 @@ class ResMemModule(L.LightningModule):
         forward_fn: Runs the base on a batch; see `BatchReader`.
 
     Raises:
+        EmptyMemoryError: If the memory has no rows.
         StaleMemoryError: If the memory was filled with other weights than the base has.
 
     Example:
@@ -68,6 +69,7 @@ class ResMemModule(L.LightningModule):
         if not isinstance(memory, ResidualMemory):
             raise InputError(f"memory is a {type(memory).__name__}, expected a memory, such as LocalMemory.")
         check_fingerprint(base, memory.provenance, "ResMemModule is made from a base")
+        memory.build()
         self.base, self.memory = base, memory
         self._reader = BatchReader(targets_fn, forward_fn)
         head = head or memory.provenance.get("head")
