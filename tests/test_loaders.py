@@ -3,12 +3,14 @@
 import random
 import tracemalloc
 
+import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler, UnrepeatedDistributedSamplerWrapper
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -24,6 +26,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lightning_resmem import memorize
 from lightning_resmem.errors import InputError
 from lightning_resmem.loaders import num_unpadded_rows, plan, training_positions
 
@@ -91,6 +94,30 @@ def test_every_row_is_read_once_over_all_ranks(size, world_size):
             assert max([len(batch) for batch in part.batches], default=0) <= batch_size
             assert (part.sample is None) == (not rows)
             assert part.sample is None or len(next(iter(part.sample))) == min(2, len(rows))
+
+
+class Net(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(1, 2)
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_the_memory_pass_notices_rows_that_collate_fn_drops(drops):
+    def collate(rows):
+        kept = [row for row in rows if not drops or row != 5]
+        return torch.tensor(kept, dtype=torch.float32)[:, None], torch.tensor(kept) % 2
+
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    loader = DataLoader(Positions(9), batch_size=4, shuffle=True, drop_last=True, collate_fn=collate)
+    if drops:
+        with pytest.raises(InputError, match=r"yielded 8 rows for 9 positions.*memory_dataloader="):
+            memorize(trainer, Net(), loader)
+    else:
+        assert memorize(trainer, Net(), loader).memory.ids.tolist() == list(range(9))
 
 
 # -- samplers
@@ -290,7 +317,7 @@ class HalfTheBuckets(Buckets):
         {"sampler": wrapped(Half(10))},
         {"batch_sampler": HalfTheBuckets(10, 2, False)},
     ],
-    ids=str,
+    ids=lambda options: " ".join(type(value).__name__ for value in options.values()),
 )
 def test_samplers_that_draw_a_part_are_refused(options):
     with pytest.raises(InputError, match=r"draws \d of the dataset's 10 rows.*memory_dataloader=DataLoader"):
@@ -308,7 +335,7 @@ class Yields(Shuffled):
         return iter(self.items)
 
 
-@pytest.mark.parametrize("item", ["a", None, (0, 1), [0], 1.5, 10, object()], ids=str)
+@pytest.mark.parametrize("item", ["a", None, (0, 1), [0], 1.5, 10, {}], ids=str)
 def test_samplers_that_yield_something_else_than_positions_are_refused(item):
     with pytest.raises(InputError, match=r"draws cannot be told.*memory_dataloader="):
         training_positions(DataLoader(Positions(10), sampler=Yields(item)))
@@ -557,24 +584,17 @@ def test_planning_ten_million_rows_takes_little_memory():
 
 
 @pytest.mark.parametrize("world_size", range(1, 6))
-@pytest.mark.parametrize("size", range(1, 14))
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_padding_is_what_the_distributed_sampler_repeats(size, world_size, shuffle):
-    dataset = Positions(size)
-    kept, total = [], 0
-    for rank in range(world_size):
-        sampler = DistributedSampler(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle)
-        rows = list(sampler)
-        for loader in (
-            DataLoader(dataset, sampler=sampler),
-            DataLoader(dataset, batch_sampler=Grouped(sampler, 2, False, 1)),
-        ):
-            count = num_unpadded_rows(loader)
-            assert 0 <= count <= len(rows)
-        kept += rows[:count]
-        total += len(rows)
-    assert sorted(kept) == list(range(size))
-    assert total % world_size == 0
+def test_padding_is_what_the_distributed_sampler_repeats(world_size, shuffle):
+    for size in range(1, 14):
+        dataset, kept = Positions(size), []
+        for rank in range(world_size):
+            sampler = DistributedSampler(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle)
+            count = num_unpadded_rows(DataLoader(dataset, sampler=sampler))
+            assert 0 <= count <= len(sampler)
+            assert num_unpadded_rows(DataLoader(dataset, batch_sampler=Grouped(sampler, 2, False, 1))) == count
+            kept += list(sampler)[:count]
+        assert sorted(kept) == list(range(size))
 
 
 @pytest.mark.parametrize(
@@ -596,9 +616,22 @@ def test_padding_of_a_wrapped_sampler():
     assert counts == [2, 1]
 
 
-def test_tensor_rows_keep_their_values():
-    inputs, targets = torch.rand(7, 3), torch.arange(7)
-    (part,) = plan(DataLoader(TensorDataset(inputs, targets), batch_size=3, shuffle=True), lambda batch: len(batch[1]))
-    batches = list(part.batches)
-    assert torch.equal(torch.cat([batch[0] for batch in batches]), inputs)
-    assert torch.equal(torch.cat([batch[1] for batch in batches]), targets)
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    "options", [{"shuffle": True}, {"sampler": SubsetRandomSampler([6, 0, 3])}], ids=["all", "some"]
+)
+@pytest.mark.parametrize("batch_size", [1, 3, 20])
+def test_batches_of_tensors_are_those_of_the_loader(num_workers, options, batch_size):
+    """Values, types and shapes as the user's own loader would yield them for the same rows."""
+    dataset = TensorDataset(torch.rand(7, 3), torch.arange(7))
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, **options)
+    for rank in range(2):
+        (part,) = plan(loader, lambda batch: len(batch[1]), rank, 2)
+        rows = list(training_positions(loader))[rank::2]
+        found = list(part.batches)
+        expected = list(DataLoader(dataset, batch_size=batch_size, sampler=rows))
+        assert part.num_batches == len(found) == len(expected)
+        assert torch.cat([batch[1] for batch in found]).tolist() == part.ids(0, 0, len(rows)).tolist() == rows
+        for batch, wanted in zip(found, expected, strict=True):
+            assert type(batch) is type(wanted)
+            assert all(torch.equal(a, b) for a, b in zip(batch, wanted, strict=True))
