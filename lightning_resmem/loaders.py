@@ -25,7 +25,9 @@ from torch.utils.data import (
     SequentialSampler,
     Subset,
     SubsetRandomSampler,
+    TensorDataset,
     WeightedRandomSampler,
+    default_collate,
 )
 from torch.utils.data.distributed import DistributedSampler
 
@@ -239,12 +241,16 @@ def rebuilt(
             "prefetch_factor": loader.prefetch_factor,
             "worker_init_fn": loader.worker_init_fn,
         }
+    collate_fn, sampler = loader.collate_fn, rows
+    if type(loader.dataset) is TensorDataset and collate_fn is default_collate and rows and batch_size:
+        # The same batches, several times faster: one gather per tensor instead of a look-up per row and a stack.
+        batch_size, sampler, collate_fn = None, torch.tensor(rows, dtype=torch.int64).split(batch_size), list
     return DataLoader(
         loader.dataset,
         batch_size=batch_size,
-        sampler=rows,
+        sampler=sampler,
         num_workers=workers,
-        collate_fn=loader.collate_fn,
+        collate_fn=collate_fn,
         pin_memory=loader.pin_memory,
         **parallel,
     )
