@@ -185,15 +185,16 @@ class Pass:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        state = self._trainer.state
+        model, state = self._model, self._trainer.state
         stage = state.stage
         # Loaders and augmentations draw random numbers; training goes on as if nobody had. Rows outlive this pass, and
         # tensors made in inference mode could never be changed again.
         with (
-            isolate_rng(),
+            isolate_rng(include_cuda=False),  # all GPUs would be touched, those of other ranks, too
+            torch.random.fork_rng([model.device] if model.device.type == "cuda" else []),
             torch.inference_mode(False),
-            evaluation_mode(self._model),
-            self._reader.quiet(self._model),
+            evaluation_mode(model),
+            self._reader.quiet(model),
         ):
             # Transfer hooks of users ask `self.trainer.training` whether to augment.
             state.stage = RunningStage.PREDICTING

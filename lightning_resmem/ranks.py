@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import count
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import lightning.pytorch as L
@@ -96,21 +97,30 @@ class Ranks:
                 with suppress(RuntimeError):  # without rank zero there is no store, and the vote will tell
                     store.set(key, "failed")
         text = None if own is None or isinstance(own, _OtherRankFailed) else f"{type(own).__name__}: {own}"
+        if isinstance(own, _Voted):
+            raise own.verdict
         try:
-            votes = self.gather_objects(text, doing)
+            failures = self._all_gather(_Vote(text), doing)
         except MemoryPassError as lost:
             raise lost from own
-        failures = [(rank, found) for rank, found in enumerate(votes) if found is not None]
         if own is not None and not isinstance(own, _OtherRankFailed):
             raise own
-        if failures:
-            rank, found = failures[0]
-            raise MemoryPassError(f"Rank {rank} failed while {doing}, so all ranks stop. {found}")
+        _raise_first(failures, doing)
 
     def gather_objects(self, value: object, doing: str = "exchanging values") -> list[object]:
         """Every rank's (small, picklable) value, in the order of ranks."""
         if self.group is None:
             return [value]
+        gathered = self._all_gather(value, doing)
+        if any(isinstance(found, _Vote) for found in gathered):
+            # Another rank has left the block that this one is still in, and votes already.
+            try:
+                _raise_first(gathered, doing)
+            except MemoryPassError as verdict:
+                raise _Voted(verdict) from None
+        return gathered
+
+    def _all_gather(self, value: object, doing: str) -> list[object]:
         gathered: list[object] = [None] * self.size
         with self._noticing_loss(doing):
             dist.all_gather_object(gathered, value, group=self.group)
@@ -143,6 +153,26 @@ class Ranks:
             raise MemoryPassError(
                 f"A rank was lost while {doing} (rank {self.rank} of {self.size} noticed): {error}"
             ) from error
+
+
+class _Vote(NamedTuple):
+    """How a block ended on a rank: with this error, or well."""
+
+    failure: str | None
+
+
+class _Voted(Exception):
+    """The vote is over, with this verdict: no rank takes part in another one."""
+
+    def __init__(self, verdict: MemoryPassError) -> None:
+        super().__init__(verdict)
+        self.verdict = verdict
+
+
+def _raise_first(gathered: list[object], doing: str) -> None:
+    for rank, found in enumerate(gathered):
+        if isinstance(found, _Vote) and found.failure is not None:
+            raise MemoryPassError(f"Rank {rank} failed while {doing}, so all ranks stop. {found.failure}")
 
 
 class _OtherRankFailed(Exception):

@@ -16,6 +16,7 @@ from lightning_resmem.memory.base import Predictions, ResidualMemory
 from lightning_resmem.metrics import Scoreboard
 from lightning_resmem.modes import eager
 from lightning_resmem.module import evaluation_loaders
+from lightning_resmem.ranks import Ranks
 
 
 class Routing:
@@ -39,7 +40,8 @@ class Routing:
         replace: bool,
         prefix: str | None,
     ) -> None:
-        self._memory, self._reader, self._replace = memory, reader, replace
+        self._memory, self._reader, self._ranks = memory, reader, Ranks(trainer)
+        self._why_no_scores: str | None = None
         self._predictions: list[Predictions] = []
         self._loaders = [] if prefix is None else evaluation_loaders(trainer)
         self._scores = None if prefix is None else Scoreboard(memory.task, prefix, len(self._loaders), model.device)
@@ -61,23 +63,29 @@ class Routing:
         """
         if not self._predictions:
             raise HeadError(self._tap.silent_message())
-        if self._scores is None:
+        if self._scores is None or self._why_no_scores is not None:
             return
         try:
             targets = self._reader.targets(batch)
+            num_rows = num_unpadded_rows(self._loaders[dataloader_idx])
+            self._scores.update(self._of_batch(targets), targets, dataloader_idx, num_rows)
         except InputError as error:
-            self._give_up_scores(str(error))
-            return
-        predictions = self._of_batch(len(targets) if targets.ndim else 0)
-        if predictions is None:
-            self._give_up_scores(f"The step called the head for other rows than the batch's {len(targets)} targets.")
-            return
-        num_rows = num_unpadded_rows(self._loaders[dataloader_idx])
-        self._scores.update(predictions, targets, dataloader_idx, num_rows)
+            # The model's step has accepted the batch; a test set without labels is no reason to stop the run.
+            self._why_no_scores = str(error)
 
     def scores(self) -> dict[str, float]:
-        """The scores of the run, over all ranks."""
-        return {} if self._scores is None else self._scores.compute()
+        """The scores of the run, over all ranks; none, with a warning, if a rank could not score a batch."""
+        if self._scores is None:
+            return {}
+        reasons = [why for why in self._ranks.gather_objects(self._why_no_scores) if why is not None]
+        if reasons:
+            rank_zero_warn(
+                "ResMem scores (base, knn, resmem) are left out of this run; the model's own metrics do show the "
+                f"combined prediction. {reasons[0]}",
+                category=ResMemWarning,
+            )
+            return {}
+        return self._scores.compute()
 
     def close(self) -> None:
         """Take all hooks off the model."""
@@ -90,23 +98,17 @@ class Routing:
 
     def _combined(self, captured: Captured) -> Tensor:
         predictions = self._predicted(captured)
-        return self._memory.task.to_outputs(predictions.resmem, predictions.base)
+        # A copy: the step may change it in place before it is scored.
+        return self._memory.task.to_outputs(predictions.resmem, predictions.base).clone()
 
     def _look(self, captured: Captured) -> None:
         self._predicted(captured)
 
-    def _of_batch(self, num_targets: int) -> Predictions | None:
+    def _of_batch(self, targets: Tensor) -> Predictions:
         """One prediction for each target: of the last call of the head, or of several calls on parts of the batch."""
-        if len(self._predictions[-1].base) == num_targets:
+        count = len(targets) if targets.ndim else 0
+        if len(self._predictions[-1].base) == count:
             return self._predictions[-1]
-        if sum(len(predictions.base) for predictions in self._predictions) == num_targets:
+        if sum(len(predictions.base) for predictions in self._predictions) == count:
             return Predictions(*(torch.cat(parts) for parts in zip(*self._predictions, strict=True)))
-        return None
-
-    def _give_up_scores(self, why: str) -> None:
-        self._scores = None
-        rank_zero_warn(
-            f"ResMem scores (acc_base, acc_knn, acc_resmem) are left out of this run; the model's own metrics do show "
-            f"the combined prediction. {why}",
-            category=ResMemWarning,
-        )
+        raise InputError(f"The step called the head for other rows than the batch's {count} targets.")

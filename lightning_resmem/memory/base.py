@@ -309,7 +309,7 @@ class ResidualMemory(nn.Module, ABC):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ResidualMemory":
         # `.to(device)` moves the rows, but `.half()` or a trainer's precision must not round keys and residuals.
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = fn(torch.empty(0)).device
         if device != self.device:
             self._move(device)
