@@ -35,6 +35,8 @@ class GrowingTensor:
 
     def append(self, chunk: Tensor) -> None:
         """Copy the rows of `chunk` `(n, ...)` to the end."""
+        if not self._blocks and not chunk.shape[0]:
+            self._blocks = [chunk]  # no rows, but their shape and dtype
         self._length += chunk.shape[0]
         while chunk.shape[0]:
             if not self._blocks or self._filled == self._blocks[-1].shape[0]:

@@ -13,7 +13,7 @@ from lightning_resmem.memory.values import Values
 from lightning_resmem.tasks import Multiclass, Task
 
 # Entries of temporary tables: rows x classes when rows are added, queries x neighbours x top_m when they are summed.
-_ENTRIES = 2**22
+_ENTRIES = 2**21
 # Logarithms below this are stored as this: float16 ends at -65504.
 _LOWEST = -60000.0
 

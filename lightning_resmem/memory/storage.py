@@ -141,7 +141,7 @@ def read_tensors(
             tensor = _mapped(file)[name] if mmap else safetensors.torch.load_file(file)[name]
         except FileNotFoundError:
             raise StorageError(f"{file} is missing. Restore it from a backup, or memorize again.") from None
-        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+        except (OSError, KeyError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
             raise StorageError(f"{file} cannot be read: {error}. Restore it from a backup.") from error
         saved = (list(tensor.shape), str(tensor.dtype).removeprefix("torch."))
         if saved != (entry["shape"], entry["dtype"]):

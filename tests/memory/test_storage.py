@@ -1,0 +1,171 @@
+"""What is on disk: damage is told, nothing else is touched, a FAISS file is made again."""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from lightning_resmem import LocalMemory, ResMemParams, StorageError
+from lightning_resmem.memory import storage
+
+
+def _memory(index: str = "exact", rows: int = 200) -> LocalMemory:
+    memory = LocalMemory(params=ResMemParams(k=3), index=index)
+    memory.add(torch.randn(rows, 4), torch.randn(rows, 5), torch.randint(5, (rows,)))
+    return memory
+
+
+def _edited(path: Path, change: Callable[[dict], object]) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return _memory().save(tmp_path / "memory")
+
+
+def test_flipped_byte(saved: Path) -> None:
+    file = saved / "keys.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(StorageError, match=r"keys.safetensors is damaged: its sha256 is \w+, the manifest says"):
+        LocalMemory.load(saved)
+
+
+@pytest.mark.parametrize("name", ["keys", "ids", "outputs", "targets"])
+@pytest.mark.parametrize("mmap", [False, True])
+def test_missing_file(saved: Path, name: str, mmap: bool) -> None:
+    (saved / f"{name}.safetensors").unlink()
+    with pytest.raises(StorageError, match=f"{name}.safetensors is missing"):
+        LocalMemory.load(saved, mmap=mmap)
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_other_shape_shows_both_sides(saved: Path, mmap: bool) -> None:
+    file = saved / "keys.safetensors"
+    safetensors.torch.save_file({"keys": torch.zeros(3, 2)}, file)
+    _edited(saved, lambda manifest: manifest["tensors"]["keys"].update(sha256=storage.sha256(file)))
+    with pytest.raises(StorageError, match=r"shape \[3, 2\] and dtype float32, the manifest says \[200, 4\]"):
+        LocalMemory.load(saved, mmap=mmap)
+
+
+def test_truncated_file_cannot_be_mapped(saved: Path) -> None:
+    file = saved / "keys.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(StorageError, match=r"keys.safetensors cannot be read"):
+        LocalMemory.load(saved, mmap=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(version=99), "version 99, this release reads version 1"),
+        (lambda m: m.update(format="other"), "does not describe"),
+        (lambda m: m.update(task="nonsense"), "damaged"),
+        (lambda m: m.update(rows=7), "says 7 rows"),
+        (lambda m: m.pop("params"), "damaged"),
+        (lambda m: m.pop("values"), "damaged"),
+        (lambda m: m["tensors"].pop("ids"), "damaged"),
+        (lambda m: m["tensors"]["keys"].update(file="../keys.safetensors"), "not in its directory"),
+        (lambda m: m["tensors"]["keys"].update(file="/etc/passwd"), "not in its directory"),
+        (lambda m: m.update(tensors=[]), "not complete"),
+    ],
+)
+def test_manifest_that_does_not_fit(saved: Path, change: Callable[[dict], object], message: str) -> None:
+    _edited(saved, change)
+    with pytest.raises(StorageError, match=message):
+        LocalMemory.load(saved)
+
+
+def test_no_memory_there(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="no such directory"):
+        LocalMemory.load(tmp_path / "nothing")
+    with pytest.raises(StorageError, match=r"has no manifest.json"):
+        LocalMemory.load(tmp_path)
+
+
+def test_other_directories_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("precious")
+    with pytest.raises(StorageError, match="is not a saved memory: it is left as it is"):
+        _memory().save(tmp_path / "thesis")
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter1.tex"]
+
+
+def test_failed_save_keeps_the_old_memory(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+
+    def full(*_args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(StorageError, match="No space left"):
+        _memory(rows=7).save(saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]  # nothing half-written is left
+
+
+def test_saving_again_replaces(saved: Path) -> None:
+    _memory(rows=7).save(saved)
+    assert len(LocalMemory.load(saved)) == 7
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_saving_over_its_own_mapped_files(saved: Path) -> None:
+    memory = LocalMemory.load(saved, mmap=True)
+    memory.remove(torch.tensor([0, 1]))
+    memory.save(saved)
+    assert torch.equal(LocalMemory.load(saved).ids, memory.ids)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_directory(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(StorageError, match="permissions"):
+            _memory().save(tmp_path / "memory")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def _damage(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def _stale(file: Path) -> None:
+    _edited(file.parent, lambda manifest: manifest["extra"]["index.faiss"].update(keys_sha256="0" * 64))
+
+
+@pytest.mark.parametrize(
+    ("harm", "problem"), [(Path.unlink, "is missing"), (_damage, "is damaged"), (_stale, "belongs to other keys")]
+)
+def test_faiss_file_is_built_again(
+    tmp_path: Path, harm: Callable[[Path], None], problem: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory, queries = _memory("HNSW8"), torch.randn(5, 4)
+    path = memory.save(tmp_path / "memory")
+    with caplog.at_level(logging.WARNING, "lightning_resmem"):
+        assert torch.equal(LocalMemory.load(path)(queries), memory(queries))
+        assert not caplog.records
+        harm(path / "index.faiss")
+        assert torch.equal(LocalMemory.load(path)(queries), memory(queries))
+    assert f"index.faiss {problem}: it is built again" in caplog.text
+
+
+def test_mapped_memory_is_not_read_when_it_is_opened(tmp_path: Path) -> None:
+    memory = _memory()
+    path = memory.save(tmp_path / "memory")
+    loaded = LocalMemory.load(path, mmap=True)
+    assert loaded._index is not None
+    assert loaded._index._squared_norms is None  # the one pass over the keys comes with the first search
+    assert torch.equal(loaded(torch.zeros(1, 4)), memory(torch.zeros(1, 4)))
