@@ -63,4 +63,6 @@ def size(count: int) -> str:
         >>> size(3 * 2**20)
         '3.0 MiB'
     """
-    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"
+    if count >= 2**29:
+        return f"{count / 2**30:.2f} GiB"
+    return f"{count / 2**20:.1f} MiB" if count >= 2**19 else f"{count / 2**10:.1f} KiB"
