@@ -189,7 +189,8 @@ class HeadTap:
             raise HeadError(
                 f"The head {self.head!r} returned {shape}, expected a tensor (B, C). Name another module with head=."
             )
-        return Captured(embedding.detach(), output.detach())
+        # Copies: the model may go on in place.
+        return Captured(embedding.detach().clone(), output.detach().clone())
 
 
 def _named_modules(model: nn.Module, aliases: bool = False) -> dict[str, nn.Module]:
