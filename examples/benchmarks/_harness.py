@@ -1,0 +1,70 @@
+"""Interleaved timings, the shared features, and a table on the screen and for the documentation."""
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+TABLES = Path(__file__).parents[2] / "docs" / "benchmarks"
+
+
+def seconds(contestants: dict[str, Callable[[], object]], rounds: int = 3) -> dict[str, float]:
+    """Median seconds of each; they take turns, so that a busy moment of the machine hits all of them."""
+    taken: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(rounds + 1):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            if turn:  # the first turn warms up
+                taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def thread_counts() -> list[int]:
+    """One thread, and all."""
+    return sorted({1, os.cpu_count() or 1})
+
+
+def use_threads(count: int) -> None:
+    """Let torch and FAISS compute with so many threads."""
+    import faiss
+
+    torch.set_num_threads(count)
+    faiss.omp_set_num_threads(count)
+
+
+def features_file() -> Path | None:
+    """The file of CIFAR-10 features: the first argument, or the environment variable RESMEM_FEATURES."""
+    given = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("RESMEM_FEATURES")
+    return Path(given) if given else None
+
+
+def features() -> tuple[torch.Tensor, torch.Tensor, str]:
+    """45,000 keys and 1,000 queries of width 64, and where they come from."""
+    file = features_file()
+    if file is None:
+        generator = torch.Generator().manual_seed(0)
+        print("No features file (give a path, or set RESMEM_FEATURES): random data of the same size instead.")
+        keys, queries = (torch.randn(rows, 64, generator=generator).relu() for rows in (45_000, 1_000))
+        return keys, queries, "random"
+    with np.load(file) as data:
+        keys, queries = (torch.from_numpy(data[f"{part}_embeddings"]).float() for part in ("train", "test"))
+    return keys, queries[:1000].contiguous(), "CIFAR-10 features"
+
+
+def report(name: str, title: str, header: list[str], rows: list[list[str]]) -> None:
+    """Print a table and write it as Markdown where the documentation includes it."""
+    table = Table(*header, title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    lines = [header, ["---"] * len(header), *rows]
+    TABLES.mkdir(parents=True, exist_ok=True)
+    (TABLES / f"{name}.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))

@@ -1,0 +1,42 @@
+"""`memory(queries)` against scikit-learn's KNeighborsRegressor with the same kernel, C = 100, k = 53."""
+
+import numpy as np
+import torch
+from _harness import features, report, seconds, thread_counts, use_threads
+from sklearn.neighbors import KNeighborsRegressor
+from threadpoolctl import threadpool_limits
+
+from lightning_resmem import LocalMemory, ResMemParams
+
+CLASSES, K, SIGMA = 100, 53, 0.7
+
+
+def main() -> None:
+    keys, queries, source = features()
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.randn(len(keys), CLASSES, generator=generator)
+    targets = torch.randint(CLASSES, (len(keys),), generator=generator)
+    memory = LocalMemory(params=ResMemParams(k=K, sigma=SIGMA))
+    memory.add(keys, outputs, targets)
+    residuals = memory.task.residuals(outputs, targets).numpy()
+    table = []
+    for threads in thread_counts():
+        use_threads(threads)
+        contestants = {"ours": lambda: memory(queries)}
+        for algorithm in ("brute", "kd_tree"):
+            learner = KNeighborsRegressor(
+                K, weights=lambda away: np.exp((away.min(axis=1, keepdims=True) - away) / SIGMA), algorithm=algorithm
+            ).fit(keys.numpy(), residuals)
+            contestants[f"scikit-learn {algorithm}"] = lambda learner=learner: learner.predict(queries.numpy())
+        difference = np.abs(memory(queries).numpy() - contestants["scikit-learn brute"]()).max()
+        assert difference < 1e-3, difference
+        with threadpool_limits(threads):
+            times = seconds(contestants)
+        for name, taken in times.items():
+            table.append([str(threads), name, f"{taken:.3f}", f"{taken / times['ours']:.1f}"])
+    title = f"memory(queries) end to end ({source}, 1,000 queries, C = {CLASSES}, k = {K})"
+    report("end_to_end", title, ["threads", "prediction", "seconds", "times ours"], table)
+
+
+if __name__ == "__main__":
+    main()

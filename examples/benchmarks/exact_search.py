@@ -1,0 +1,54 @@
+# ruff: noqa: B023 -- every closure is called before its loop goes on
+"""Exact search, k = 53, against FAISS Flat, addmm + topk, cdist + topk and scikit-learn."""
+
+import faiss
+import torch
+from _harness import features, report, seconds, thread_counts, use_threads
+from sklearn.neighbors import NearestNeighbors
+
+from lightning_resmem.memory.index import ExactIndex
+
+K = 53
+
+
+def addmm_topk(keys: torch.Tensor, norms: torch.Tensor, queries: torch.Tensor) -> None:
+    for block in queries.split(256):
+        torch.addmm(norms, block, keys.T, alpha=-2).topk(K, largest=False)
+
+
+def cdist_topk(keys: torch.Tensor, queries: torch.Tensor) -> None:
+    for block in queries.split(256):
+        torch.cdist(block, keys).topk(K, largest=False)
+
+
+def main() -> None:
+    keys, queries, source = features()
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(keys, queries, f"{source}, 1,000 queries x 45,000 x 64")]
+    for count, rows, width in ((256, 500_000, 64), (128, 200_000, 512), (128, 1_000_000, 128)):
+        shapes = torch.randn(rows, width, generator=generator), torch.randn(count, width, generator=generator)
+        sizes.append((*shapes, f"random, {count} queries x {rows:,} x {width}"))
+    table = []
+    for keys, queries, title in sizes:
+        exact, flat = ExactIndex(keys), faiss.IndexFlatL2(keys.shape[1])
+        flat.add(keys.numpy())
+        norms = keys.square().sum(dim=1)
+        contestants = {
+            "ours": lambda: exact.search(queries, K),
+            "FAISS Flat": lambda: flat.search(queries.numpy(), K),
+            "addmm + topk": lambda: addmm_topk(keys, norms, queries),
+            "cdist + topk": lambda: cdist_topk(keys, queries),
+        }
+        if len(keys) < 100_000:
+            brute = NearestNeighbors(algorithm="brute").fit(keys.numpy())
+            contestants["scikit-learn brute"] = lambda: brute.kneighbors(queries.numpy(), K)
+        for threads in thread_counts():
+            use_threads(threads)
+            times = seconds(contestants)
+            for name, taken in times.items():
+                table.append([title, str(threads), name, f"{taken:.3f}", f"{taken / times['ours']:.2f}"])
+    report("exact_search", "Exact search", ["data", "threads", "search", "seconds", "times ours"], table)
+
+
+if __name__ == "__main__":
+    main()
