@@ -266,7 +266,8 @@ class ResMemCallback(Callback):
                 category=ResMemWarning,
             )
             return
-        check_fingerprint(pl_module, self.memory.provenance, f"trainer.{trainer.state.fn} runs")
+        assert trainer.state.fn is not None
+        check_fingerprint(pl_module, self.memory.provenance, f"trainer.{trainer.state.fn.value} runs")
         if "head" not in self.memory.provenance and self._head is not None:  # it was filled by hand
             names = {"head": self._head, "embedding": self._embedding}
             self.memory.provenance.update({name: value for name, value in names.items() if value is not None})
@@ -351,7 +352,8 @@ class ResMemCallback(Callback):
             )
         last = copy.deepcopy(pl_module.state_dict())
         try:
-            best = trainer.strategy.load_checkpoint(path)["state_dict"]
+            # This very fit wrote it, with whatever hyperparameters the model has: it can be trusted.
+            best = trainer.strategy.load_checkpoint(path, weights_only=False)["state_dict"]
             pl_module.load_state_dict(best, strict=pl_module.strict_loading)
             yield
         finally:
