@@ -14,8 +14,10 @@ from lightning_resmem.errors import (
 from lightning_resmem.head import HeadTap
 from lightning_resmem.memorize import memorize
 from lightning_resmem.memory.base import Neighbors, Predictions, ResidualMemory
+from lightning_resmem.memory.faiss_index import FaissIndex
 from lightning_resmem.memory.local import LocalMemory
-from lightning_resmem.memory.values import DenseValues, Values
+from lightning_resmem.memory.sparse import SparseConfig, SparseValues
+from lightning_resmem.memory.values import DenseConfig, DenseValues, Values
 from lightning_resmem.module import ResMemModule
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Multiclass, Multilabel, Regression, Task
@@ -24,8 +26,10 @@ from lightning_resmem.tuning import GridTuner, Tuner, TuningResult
 __version__ = "0.1.0"
 
 __all__ = [
+    "DenseConfig",
     "DenseValues",
     "EmptyMemoryError",
+    "FaissIndex",
     "GridTuner",
     "HeadError",
     "HeadTap",
@@ -43,6 +47,8 @@ __all__ = [
     "ResMemParams",
     "ResMemWarning",
     "ResidualMemory",
+    "SparseConfig",
+    "SparseValues",
     "StaleMemoryError",
     "StorageError",
     "Task",

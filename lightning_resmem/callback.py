@@ -19,6 +19,7 @@ from lightning_resmem.batches import BatchReader, ForwardFn, IdsFn, TargetsFn
 from lightning_resmem.errors import EmptyMemoryError, InputError, MemoryPassError, ResMemWarning, StorageError
 from lightning_resmem.fingerprint import check_fingerprint
 from lightning_resmem.memorize import Memorizer, choose_tuner, shows_progress
+from lightning_resmem.memory import storage
 from lightning_resmem.memory.base import ResidualMemory
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.module import ResMemModule
@@ -50,8 +51,8 @@ class ResMemCallback(Callback):
         memory_dataloader: The rows to memorize, e.g. without augmentation; by default those of the training loader.
         weights: `"last"` memorizes the weights at the end of training; `"best"` those of the best checkpoint, for
             `trainer.test(ckpt_path="best")`.
-        dirpath: Where the memory is saved after the pass. By default in the trainer's `log_dir`, if the trainer writes
-            checkpoints.
+        dirpath: Where the memory is saved after the pass. By default beside the trainer's `checkpoints` directory, if
+            it writes checkpoints.
         name: Tells several callbacks on one trainer apart; also the name of the default directory.
         route: Whether the model's own metrics see the combined prediction. Of several callbacks only one may.
 
@@ -138,6 +139,8 @@ class ResMemCallback(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._base = pl_module
+        if trainer.val_dataloaders is None and trainer.enable_validation:  # no epoch was validated
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
         own_loader = self._memory_dataloader is not None and not _is_fast_dev_run(trainer)
         with self._chosen_weights(trainer, pl_module):
             self.tuning = self._memorizer(trainer).run(
@@ -324,9 +327,15 @@ class ResMemCallback(Callback):
 
     def _find_saved(self, trainer: L.Trainer) -> None:
         """Under spawn and fork the memory was filled in processes that are gone: look where they saved it."""
-        if self._directory is None and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            return
+        if self._directory is None:
             directory = self._save_directory(trainer)
             self._directory = directory if directory is not None and directory.is_dir() else None
+        elif len(self.memory) and self._directory.is_dir():
+            # What this process loaded after one fit is replaced by the next.
+            saved = storage.read_manifest(self._directory).get("provenance")
+            self.memory = self.memory if saved == self.memory.provenance else LocalMemory()
 
     def _save_directory(self, trainer: L.Trainer) -> Path | None:
         if self._dirpath is not None:
@@ -336,7 +345,10 @@ class ResMemCallback(Callback):
             return Path(trainer.default_root_dir).absolute() / f"{self._name}-{self._token}"
         if _is_fast_dev_run(trainer) or not any(isinstance(c, ModelCheckpoint) for c in trainer.callbacks):  # type: ignore[attr-defined]
             return None
-        return Path(trainer.log_dir or trainer.default_root_dir).absolute() / self._name
+        checkpoints = Path(str(trainer.checkpoint_callback.dirpath))  # type: ignore[union-attr]
+        if checkpoints.is_absolute():
+            return (checkpoints.parent if checkpoints.name == "checkpoints" else checkpoints) / self._name
+        return Path(trainer.default_root_dir).absolute() / self._name  # they are written to a URL
 
     @contextmanager
     def _chosen_weights(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:

@@ -80,8 +80,8 @@ class Routing:
         reasons = [why for why in self._ranks.gather_objects(self._why_no_scores) if why is not None]
         if reasons:
             rank_zero_warn(
-                "ResMem scores (base, knn, resmem) are left out of this run; the model's own metrics do show the "
-                f"combined prediction. {reasons[0]}",
+                "ResMem scores (base, knn, resmem) are left out of this run; the model's own are not affected. "
+                f"{reasons[0]}",
                 category=ResMemWarning,
             )
             return {}
