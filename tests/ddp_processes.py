@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -92,7 +92,16 @@ def _rank(
         dist.destroy_process_group()
 
 
-def run_script(script: Path, *args: object, seconds: float = 120.0) -> subprocess.CompletedProcess[str]:
+class Finished(NamedTuple):
+    """A script that ended: how, what it wrote, and the processes that it left running."""
+
+    code: int
+    output: str
+    seconds: float
+    left: list[int]
+
+
+def run_script(script: Path, *args: object, seconds: float = 90.0) -> Finished:
     """Run a script as a user does; whatever it started is killed with it."""
     environment = {
         name: value
@@ -108,17 +117,22 @@ def run_script(script: Path, *args: object, seconds: float = 120.0) -> subproces
         text=True,
         start_new_session=True,
     )
+    started = time.monotonic()
     try:
         output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         raise AssertionError(f"{script.name} {args} was still running after {seconds} s:\n{output[-4000:]}") from None
-    return subprocess.CompletedProcess(process.args, process.returncode, output)
+    took, deadline = time.monotonic() - started, time.monotonic() + 5.0
+    while (left := _processes_of(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    return Finished(process.returncode, output, took, left)
 
 
-def processes_of(process_group: int) -> list[int]:
-    """The processes of a session that was started by `run_script`, to see that none is left."""
+def _processes_of(process_group: int) -> list[int]:
     left = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
