@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_resmem.capacity import available_bytes
 from lightning_resmem.errors import InputError, ResMemError
 from lightning_resmem.memory import storage
 from lightning_resmem.memory.index import ExactIndex, measure
@@ -179,15 +180,17 @@ class FaissSearch:
         """Measure recall, and raise the search effort until it is as wanted or the effort is at its limit."""
         rows = min(_RECALL_ROWS, len(self.keys))
         chosen = torch.randperm(len(self.keys), generator=torch.Generator().manual_seed(1))[:rows]
-        queries, k = self.keys[chosen.to(self.keys.device)].float(), min(_RECALL_K, len(self.keys))
-        farthest = ExactIndex(self.keys).search(queries, k)[0][:, -1:]
+        # A stored row finds itself, which says nothing: one more is asked for, and one not counted.
+        queries, k = self.keys[chosen.to(self.keys.device)].float(), min(_RECALL_K, len(self.keys) - 1)
+        farthest = ExactIndex(self.keys).search(queries, k + 1)[0][:, -1:]
         # By distance rather than by position: any of several equally near rows is right.
         tolerance = 1e-5 * farthest + 1e-3 * farthest.mean() * 1e-2
 
         def recall() -> float:
-            _, positions = self.search(queries, k)
-            distances, positions = measure(self.keys, queries, positions)
-            return float((distances <= farthest + tolerance).float().mean())
+            _, positions = self.search(queries, k + 1)
+            distances, _ = measure(self.keys, queries, positions)
+            found = (distances <= farthest + tolerance).sum(dim=1) - 1
+            return float((found.clamp_min(0) / max(1, k)).mean()) if k else 1.0
 
         self.recall = recall()
         wanted = self.config.min_recall
@@ -271,7 +274,7 @@ def choose(
 def choose_here(keys: Tensor) -> FaissIndex | None:
     """`choose` for these keys on this machine; the reason is logged."""
     installed = importlib.util.find_spec("faiss") is not None
-    config, reason = choose(keys.shape[0], keys.shape[1], keys.device, _free_bytes(), installed)
+    config, reason = choose(keys.shape[0], keys.shape[1], keys.device, available_bytes() or 0, installed)
     slow = config is None and keys.device.type == "cpu" and keys.numel() > _EXACT_WORK
     _log.log(logging.WARNING if slow else logging.INFO, 'index="auto" chose %s', reason)
     return config
@@ -301,15 +304,6 @@ def load(
             problem = f"cannot be read ({_reason(error)})"
     _log.warning("%s %s: it is built again from the keys.", file, problem)
     return None
-
-
-def _free_bytes() -> int:
-    """Memory of this machine that nobody uses; half of all of it where the system does not tell."""
-    try:
-        meminfo = Path("/proc/meminfo").read_text()
-    except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return 1024 * int(next(line for line in meminfo.splitlines() if line.startswith("MemAvailable:")).split()[1])
 
 
 def _import_faiss(config: FaissIndex) -> ModuleType:
