@@ -63,6 +63,11 @@ class BatchReader:
                 "returns one."
             ) from None
 
+    @property
+    def gives_ids(self) -> bool:
+        """Whether ids come from the batches rather than from positions in the dataset."""
+        return self._ids_fn is not None
+
     def ids(self, batch: Any) -> Tensor | None:
         """The ids of a batch's rows, or None where they are positions in the dataset."""
         return None if self._ids_fn is None else torch.as_tensor(self._ids_fn(batch))

@@ -11,12 +11,12 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_resmem.batches import TRANSFER_HOOKS, BatchReader, ForwardFn, IdsFn, TargetsFn, borrow_transfer_hooks
 from lightning_resmem.capacity import available_bytes, check_capacity, size
 from lightning_resmem.collection import Chunk, Pass
-from lightning_resmem.errors import InputError
+from lightning_resmem.errors import InputError, ResMemWarning
 from lightning_resmem.fingerprint import fingerprint
 from lightning_resmem.head import HeadTap
 from lightning_resmem.loaders import Part, check_agreement, plan
@@ -205,6 +205,12 @@ class Memorizer:
         with ranks.together("planning which rows to read"):
             parts = plan(loaders, lambda batch: len(self.reader.targets(batch)), ranks.rank, ranks.size, limit_batches)
         check_agreement(ranks.gather_objects([part.drawn for part in parts]))
+        if ranks.size > 1 and not self.reader.gives_ids and not all(part.drawn for part in parts):
+            rank_zero_warn(
+                f"A loader without positions (an IterableDataset) is read by {ranks.size} ranks: each of them must "
+                "yield rows of its own, or rows are memorized twice. Give an ids_fn to have that noticed.",
+                category=ResMemWarning,
+            )
         return parts
 
 

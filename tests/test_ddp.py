@@ -79,6 +79,11 @@ def test_every_training_row_once(of_loaders: Found, name: str) -> None:
             torch.testing.assert_close(held["embeddings"], embeddings, rtol=1e-6, atol=1e-6)
 
 
+def test_a_stream_over_several_ranks_warns(of_loaders: Found) -> None:
+    for size, ranks in of_loaders.items():
+        assert ranks[0].get("warned", []) == (["stream"] if size > 1 else [])
+
+
 def same_memory(one: dict[str, Any], other: dict[str, Any], tolerance: float) -> None:
     assert torch.equal(one["ids"], other["ids"])
     assert torch.equal(one["targets"], other["targets"])

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from threadpoolctl import threadpool_limits
 
 TABLES = Path(__file__).parents[2] / "docs" / "benchmarks"
 
@@ -33,11 +34,12 @@ def thread_counts() -> list[int]:
 
 
 def use_threads(count: int) -> None:
-    """Let torch and FAISS compute with so many threads."""
+    """Let torch, FAISS, NumPy and scikit-learn compute with so many threads."""
     import faiss
 
     torch.set_num_threads(count)
     faiss.omp_set_num_threads(count)
+    threadpool_limits(count)
 
 
 def features_file() -> Path | None:

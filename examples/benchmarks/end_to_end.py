@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from _harness import features, report, seconds, thread_counts, use_threads
 from sklearn.neighbors import KNeighborsRegressor
-from threadpoolctl import threadpool_limits
 
 from lightning_resmem import LocalMemory, ResMemParams
 
@@ -30,8 +29,7 @@ def main() -> None:
             contestants[f"scikit-learn {algorithm}"] = lambda learner=learner: learner.predict(queries.numpy())
         difference = np.abs(memory(queries).numpy() - contestants["scikit-learn brute"]()).max()
         assert difference < 1e-3, difference
-        with threadpool_limits(threads):
-            times = seconds(contestants)
+        times = seconds(contestants)
         for name, taken in times.items():
             table.append([str(threads), name, f"{taken:.3f}", f"{taken / times['ours']:.1f}"])
     title = f"memory(queries) end to end ({source}, 1,000 queries, C = {CLASSES}, k = {K})"

@@ -25,7 +25,7 @@ def main() -> None:
     keys, queries, source = features()
     generator = torch.Generator().manual_seed(0)
     sizes = [(keys, queries, f"{source}, 1,000 queries x 45,000 x 64")]
-    for count, rows, width in ((256, 500_000, 64), (64, 200_000, 512), (64, 1_000_000, 128)):
+    for count, rows, width in ((256, 500_000, 64), (500, 200_000, 512), (64, 1_000_000, 128)):
         shapes = torch.randn(rows, width, generator=generator), torch.randn(count, width, generator=generator)
         sizes.append((*shapes, f"random, {count} queries x {rows:,} x {width}"))
     table = []

@@ -9,11 +9,11 @@ from torch import Tensor
 
 # The smallest score of every group of this many keys decides whether the group is looked at.
 _GROUP = 32
-# Scores computed at once. On a CPU they stay in its cache (8 MiB), which is worth a factor of two; a GPU wants more.
-_CPU_SCORES = 2**21
+# Scores computed at once. On a CPU they stay in its cache (16 MiB), which is worth a factor of two; a GPU wants more.
+_CPU_SCORES = 2**22
 _GPU_SCORES = 2**28
 _CPU_KEYS = 8192
-_CPU_PRODUCT = 2048  # keys of one matrix product, which stay in a core's cache
+_CPU_PRODUCT = 1024  # keys of one matrix product, which stay in a core's cache
 _GPU_KEYS = 65536
 # Candidates beyond k that are measured, so that rounding in the scores cannot push a neighbour out.
 _SPARE = 16
