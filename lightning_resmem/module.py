@@ -13,11 +13,11 @@ from lightning_resmem.batches import BatchReader, ForwardFn, TargetsFn, borrow_t
 from lightning_resmem.errors import InputError
 from lightning_resmem.fingerprint import check_fingerprint, fingerprint
 from lightning_resmem.head import Captured, HeadTap
-from lightning_resmem.loaders import num_unpadded_rows
 from lightning_resmem.memory.base import Predictions, ResidualMemory
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.metrics import Scoreboard
 from lightning_resmem.modes import evaluation_mode
+from lightning_resmem.samplers import num_unpadded_rows
 
 
 class ResMemModule(L.LightningModule):

@@ -11,12 +11,12 @@ from torch import Tensor
 from lightning_resmem.batches import BatchReader
 from lightning_resmem.errors import HeadError, InputError, ResMemWarning
 from lightning_resmem.head import Captured, HeadTap
-from lightning_resmem.loaders import num_unpadded_rows
 from lightning_resmem.memory.base import Predictions, ResidualMemory
 from lightning_resmem.metrics import Scoreboard
 from lightning_resmem.modes import eager
 from lightning_resmem.module import evaluation_loaders
 from lightning_resmem.ranks import Ranks
+from lightning_resmem.samplers import num_unpadded_rows
 
 
 class Routing:

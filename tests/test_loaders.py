@@ -28,7 +28,8 @@ from torch.utils.data import (
 
 from lightning_resmem import memorize
 from lightning_resmem.errors import InputError
-from lightning_resmem.loaders import num_unpadded_rows, plan, training_positions
+from lightning_resmem.loaders import plan
+from lightning_resmem.samplers import num_unpadded_rows, training_positions
 
 
 class Positions(Dataset):

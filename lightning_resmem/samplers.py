@@ -1,0 +1,142 @@
+"""Which rows of a dataset a loader draws."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler, UnrepeatedDistributedSamplerWrapper
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+from torch.utils.data.distributed import DistributedSampler
+
+from lightning_resmem.errors import InputError
+
+# Epochs of an unknown sampler that are looked at; what `drop_last` drops differs from epoch to epoch.
+_EPOCHS = 10
+WAY_OUT = (
+    "Give memory_dataloader=DataLoader(dataset, batch_size=..., shuffle=False) with the rows to memorize, each of them "
+    "once."
+)
+
+
+def training_positions(loader: DataLoader[Any]) -> Sequence[int]:
+    """The dataset positions that a loader draws from, ascending, each once.
+
+    Args:
+        loader: A loader over a map-style dataset.
+
+    Raises:
+        InputError: If that cannot be told from its sampler.
+
+    Example:
+        >>> data = torch.utils.data.TensorDataset(torch.arange(4))
+        >>> training_positions(DataLoader(data, batch_size=2, shuffle=True, drop_last=True))
+        range(0, 4)
+        >>> training_positions(DataLoader(data, sampler=SubsetRandomSampler([3, 1])))
+        [1, 3]
+    """
+    sampler = _sampler(loader)
+    # Lightning's wrappers around the user's sampler have no public way to it.
+    if isinstance(sampler, (DistributedSamplerWrapper, UnrepeatedDistributedSamplerWrapper)):
+        sampler = sampler.dataset._sampler  # type: ignore[attr-defined]
+    if _draws_like(sampler, SequentialSampler, RandomSampler):
+        return range(length(sampler.data_source))
+    if _draws_like(sampler, DistributedSampler, UnrepeatedDistributedSampler):
+        return range(length(sampler.dataset))
+    rows: list[int]
+    if _draws_like(sampler, SubsetRandomSampler):
+        rows = torch.as_tensor(sampler.indices, dtype=torch.int64).unique().tolist()
+    elif _draws_like(sampler, WeightedRandomSampler):
+        rows = torch.as_tensor(sampler.weights).nonzero()[:, 0].tolist()
+    elif isinstance(sampler, (Sequence, np.ndarray, Tensor)):
+        rows = torch.as_tensor(sampler, dtype=torch.int64).unique().tolist()
+    else:
+        return _drawn(sampler, loader)
+    everything = range(length(loader.dataset))
+    return everything if len(rows) == len(everything) else rows
+
+
+def _sampler(loader: DataLoader[Any]) -> Any:
+    """What draws the rows: the sampler, or a batch sampler of the user's own that has none."""
+    if loader.batch_sampler is None:
+        return loader.sampler
+    # Beside a batch sampler of the user's own, `loader.sampler` is a SequentialSampler that is not used.
+    return getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
+
+
+def _draws_like(sampler: Any, *kinds: Any) -> bool:
+    """Whether the sampler is one of these kinds, or a subclass that draws the same rows."""
+    return any(isinstance(sampler, kind) and type(sampler).__iter__ is kind.__iter__ for kind in kinds)
+
+
+def _drawn(sampler: Any, loader: DataLoader[Any]) -> range:
+    """All rows, if a few epochs of an unknown sampler draw all of them."""
+    dataset, in_batches = loader.dataset, sampler is loader.batch_sampler
+    seen = np.zeros(length(dataset), dtype=bool)
+    try:
+        with isolate_rng(include_cuda=False):
+            # A copy, so that its generator stays as it is; without the dataset, which may be large.
+            sampler = copy.deepcopy(sampler, {id(dataset): dataset})
+            most = _EPOCHS * len(seen)
+            for epoch in range(_EPOCHS):
+                if hasattr(sampler, "set_epoch"):
+                    sampler.set_epoch(epoch)
+                most -= _mark_epoch(sampler, in_batches, seen, most)
+                if seen.all() or most <= 0:
+                    break
+    except (TypeError, ValueError, IndexError) as error:
+        raise InputError(
+            f"The rows that {type(sampler).__name__} draws cannot be told ({error}), so it is not clear which rows the "
+            f"model is trained on. {WAY_OUT}"
+        ) from error
+    if not seen.all():
+        raise InputError(
+            f"{type(sampler).__name__} draws {seen.sum()} of the dataset's {len(seen)} rows in {_EPOCHS} epochs, so it "
+            f"is not clear which rows the model is trained on. {WAY_OUT}"
+        )
+    return range(len(seen))
+
+
+def _mark_epoch(sampler: Any, in_batches: bool, seen: np.ndarray[Any, Any], most: int) -> int:
+    """Mark the rows that an epoch draws, and count its draws; stops after `most`, as an epoch may be endless."""
+    count = 0
+    for drawn in sampler:
+        rows = np.asarray(list(drawn) if in_batches else drawn)
+        if rows.ndim != in_batches or (rows.size and rows.dtype.kind not in "iu"):
+            raise ValueError(f"it yields {drawn!r}, not {'lists of positions' if in_batches else 'positions'}")
+        if rows.size:
+            seen[rows] = True
+        count += max(1, rows.size)
+        if count >= most:
+            break
+    return count
+
+
+def num_unpadded_rows(loader: Any) -> int | None:
+    """How many of this rank's rows of an evaluation loader are not padding; None if none is.
+
+    `DistributedSampler` repeats the first rows at the end, so that all ranks have equally many.
+    """
+    sampler = _sampler(loader) if isinstance(loader, DataLoader) else None
+    if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
+        return None
+    rows = length(sampler.dataset)
+    return max(0, -(-(rows - sampler.rank) // sampler.num_replicas))
+
+
+def length(dataset: Any) -> int:
+    """`len(dataset)`, or an error that says what to do without one."""
+    try:
+        return len(dataset)
+    except TypeError:
+        raise InputError(f"{type(dataset).__name__} has no length, so its rows cannot be counted. {WAY_OUT}") from None
