@@ -98,7 +98,8 @@ def report(scores: dict[str, np.ndarray], hidden: int) -> Table:
     for seed, row in enumerate(zip(*columns, strict=True)):
         table.add_row(str(seed), *(f"{value:.4f}" for value in row[:-1]), f"{row[-1]:+.4f}")
     table.add_section()
-    table.add_row("mean ± s.e.", *(f"{column.mean():.4f} ± {standard_error(column):.4f}" for column in columns))
+    table.add_row("mean", *(f"{column.mean():.4f}" for column in columns[:-1]), f"{columns[-1].mean():+.4f}")
+    table.add_row("std. error", *(f"{standard_error(column):.4f}" for column in columns))
     return table
 
 

@@ -70,7 +70,23 @@ class BatchReader:
 
     def ids(self, batch: Any) -> Tensor | None:
         """The ids of a batch's rows, or None where they are positions in the dataset."""
-        return None if self._ids_fn is None else torch.as_tensor(self._ids_fn(batch))
+        if self._ids_fn is None:
+            return None
+        ids = self._ids_fn(batch)
+        try:
+            return torch.as_tensor(ids)
+        except (TypeError, ValueError, RuntimeError):
+            raise InputError(f"ids_fn returned a {type(ids).__name__} for a batch, expected a tensor of ids.") from None
+
+    def count_rows(self, batch: Any) -> int:
+        """The number of rows of a batch, told by its targets."""
+        targets = self.targets(batch)
+        if not targets.ndim:
+            raise InputError(
+                "The targets of a batch are a single number, so it is a row rather than a batch of rows: give a "
+                "DataLoader with a batch_size."
+            )
+        return len(targets)
 
     def returns_outputs(self, model: L.LightningModule) -> bool:
         """Whether `run` returns what the model's `forward` returns."""
@@ -86,7 +102,16 @@ class BatchReader:
             return self._forward_fn(model, batch)
         if _has_forward(model):
             args, kwargs = _inputs(model, batch)
-            return model(*args, **kwargs)
+            try:
+                return model(*args, **kwargs)
+            except Exception as error:
+                given = [type(value).__name__ for value in args] + [f"{name}=" for name in kwargs]
+                error.add_note(
+                    f"ResMem called {type(model).__name__}({', '.join(given)}) for a batch that is a "
+                    f"{type(batch).__name__}. If the model wants something else of a batch, give "
+                    "forward_fn=lambda model, batch: model(...)."
+                )
+                raise
         for name in ("predict_step", "validation_step", "test_step"):
             if getattr(type(model), name) is not getattr(L.LightningModule, name):
                 step = getattr(model, name)

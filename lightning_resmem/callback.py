@@ -2,9 +2,11 @@
 
 import copy
 import gc
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,13 +53,12 @@ class ResMemCallback(Callback):
         memory_dataloader: The rows to memorize, e.g. without augmentation; by default those of the training loader.
         weights: `"last"` memorizes the weights at the end of training; `"best"` those of the best checkpoint, for
             `trainer.test(ckpt_path="best")`.
-        dirpath: Where the memory is saved after the pass. By default beside the trainer's `checkpoints` directory, if
-            it writes checkpoints.
+        dirpath: Where the memory is saved after the pass; a memory that is there is replaced. By default beside the
+            trainer's `checkpoints` directory, if it writes checkpoints, with a version if there is one already.
         name: Tells several callbacks on one trainer apart; also the name of the default directory.
         route: Whether the model's own metrics see the combined prediction. Of several callbacks only one may.
 
     Attributes:
-        memory: The memory.
         tuning: What the tuner chose and gained in the last `fit`, or None.
 
     Example:
@@ -83,11 +84,15 @@ class ResMemCallback(Callback):
             raise InputError(f"memory is a {type(memory).__name__}, expected a memory, such as LocalMemory().")
         if weights not in ("last", "best"):
             raise InputError(f'weights={weights!r} is not known: give "last" or "best".')
-        if not name or Path(name).name != name or name == "..":
+        if not isinstance(name, str) or not name or Path(name).name != name or name == "..":
             raise InputError(f"name={name!r}: give a plain name, it also names a directory.")
-        self.memory: ResidualMemory = LocalMemory() if memory is None else memory
+        if not isinstance(route, bool):
+            raise InputError(f"route={route!r}: give True or False.")
+        if dirpath is not None and (not isinstance(dirpath, (str, os.PathLike)) or not os.fspath(dirpath)):
+            raise InputError(f"dirpath={dirpath!r} is not a path: give a directory for the memory, or None.")
+        self._memory: ResidualMemory = LocalMemory() if memory is None else memory
         self.tuning: TuningResult | None = None
-        self._tuner = choose_tuner(tuner, self.memory)
+        self._tuner = choose_tuner(tuner, self._memory)
         self._head, self._embedding = head, embedding
         self._targets_fn, self._forward_fn = targets_fn, forward_fn
         self._reader = BatchReader(targets_fn, forward_fn, ids_fn)
@@ -105,6 +110,12 @@ class ResMemCallback(Callback):
         return self._generate_state_key(name=self._name)
 
     @property
+    def memory(self) -> ResidualMemory:
+        """The memory; empty until `fit` has filled it."""
+        self._found_base()
+        return self._memory
+
+    @property
     def module(self) -> ResMemModule:
         """Base and memory as one LightningModule, for inference, saving and serving.
 
@@ -112,13 +123,10 @@ class ResMemCallback(Callback):
             EmptyMemoryError: If nothing was memorized yet.
             StaleMemoryError: If the model has other weights by now.
         """
-        base, trainer = self._base, None
-        if base is None and (trainer := _owner(self)) is not None:
-            base = trainer.lightning_module
-            self._find_saved(trainer)
-        if base is None or not self._has_rows():
+        base = self._found_base()
+        if base is None or not len(self._memory):
             raise EmptyMemoryError("Nothing was memorized yet: ResMemCallback.module is there after trainer.fit(...).")
-        return ResMemModule(base, self.memory, targets_fn=self._targets_fn, forward_fn=self._forward_fn)
+        return ResMemModule(base, self._memory, targets_fn=self._targets_fn, forward_fn=self._forward_fn)
 
     # -- fit: fill the memory
 
@@ -135,6 +143,10 @@ class ResMemCallback(Callback):
         trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        directory = self._save_directory(trainer)
+        with Ranks(trainer).together("looking where the memory will be saved"):
+            if directory is not None and trainer.is_global_zero:
+                storage.check_target(directory)
         self._memorizer(trainer).rehearse(trainer, pl_module, self._memory_loaders(trainer))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -152,17 +164,17 @@ class ResMemCallback(Callback):
                 _limit(trainer.limit_val_batches, trainer.num_val_batches),
             )
         self._memorized = True
-        if self.tuning is None and self.memory.tunable:
-            params = self.memory.params
+        if self.tuning is None and self._memory.tunable:
+            params = self._memory.params
             rank_zero_info(
                 f"ResMem: no validation set to tune on, so params are measured, not tuned: k={params.k}, "
                 f"sigma={params.sigma:.4g}."
             )
-        self._directory = self._save_directory(trainer)
+        self._directory = trainer.strategy.broadcast(self._free_directory(trainer))
         if self._directory is not None:
             with Ranks(trainer).together("saving the memory"):
                 if trainer.is_global_zero:
-                    self.memory.save(self._directory)
+                    self._memory.save(self._directory)
             rank_zero_info(f"ResMem: saved the memory to {self._directory}.")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -182,7 +194,7 @@ class ResMemCallback(Callback):
         return {} if self._directory is None else {"directory": str(self._directory)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if "directory" in state_dict and not len(self.memory):
+        if "directory" in state_dict and not len(self._memory):
             self._directory = Path(state_dict["directory"])
 
     # -- validate, test, predict: answer from it
@@ -270,20 +282,20 @@ class ResMemCallback(Callback):
             )
             return
         assert trainer.state.fn is not None
-        check_fingerprint(pl_module, self.memory.provenance, f"trainer.{trainer.state.fn.value} runs")
-        if "head" not in self.memory.provenance and self._head is not None:  # it was filled by hand
+        check_fingerprint(pl_module, self._memory.provenance, f"trainer.{trainer.state.fn.value} runs")
+        if "head" not in self._memory.provenance and self._head is not None:  # it was filled by hand
             names = {"head": self._head, "embedding": self._embedding}
-            self.memory.provenance.update({name: value for name, value in names.items() if value is not None})
-        if "head" not in self.memory.provenance:
+            self._memory.provenance.update({name: value for name, value in names.items() if value is not None})
+        if "head" not in self._memory.provenance:
             raise InputError(
                 'The memory does not know the head of the model: give ResMemCallback(memory=..., head="net.fc").'
             )
         with torch.inference_mode(False):  # what is made in inference mode can never be changed again
-            self.memory.build()
-        _follow_to_gpu(self.memory, pl_module.device)
+            self._memory.build()
+        _follow_to_gpu(self._memory, pl_module.device)
         prefix = stage if stage is None or self._name == "resmem" else f"{stage}/{self._name}"
         self._base = pl_module
-        self._routing = Routing(trainer, pl_module, self.memory, self._reader, self._route, prefix)
+        self._routing = Routing(trainer, pl_module, self._memory, self._reader, self._route, prefix)
 
     def _start_batch(self) -> None:
         if self._routing is not None:
@@ -306,24 +318,33 @@ class ResMemCallback(Callback):
     # -- details
 
     def _memorizer(self, trainer: L.Trainer) -> Memorizer:
-        return Memorizer(self.memory, self._tuner, self._reader, self._head, self._embedding, shows_progress(trainer))
+        return Memorizer(self._memory, self._tuner, self._reader, self._head, self._embedding, shows_progress(trainer))
 
     def _memory_loaders(self, trainer: L.Trainer) -> Any:
         return trainer.train_dataloader if self._memory_dataloader is None else self._memory_dataloader
 
+    def _found_base(self) -> L.LightningModule | None:
+        """The base, if there is one; the memory is then there as well, if it was filled or saved."""
+        base = self._base
+        if base is None and (trainer := _owner(self)) is not None:
+            base = trainer.lightning_module
+            self._find_saved(trainer)
+        self._has_rows()
+        return base
+
     def _has_rows(self) -> bool:
         """Whether there is a memory, if need be from where it was saved."""
-        if not len(self.memory) and self._directory is not None:
+        if not len(self._memory) and self._directory is not None:
             try:
                 with torch.inference_mode(False):  # what is made in inference mode can never be changed again
-                    self.memory = LocalMemory.load(self._directory)
+                    self._memory = LocalMemory.load(self._directory)
             except StorageError as error:
                 raise StorageError(
                     f"{error} That is where ResMemCallback saved it. If it is elsewhere now, give "
                     "ResMemCallback(memory=LocalMemory.load(directory)); if it is lost, fill it again: "
                     "memorize(trainer, model, dataloader)."
                 ) from error
-        return len(self.memory) > 0
+        return len(self._memory) > 0
 
     def _find_saved(self, trainer: L.Trainer) -> None:
         """Under spawn and fork the memory was filled in processes that are gone: look where they saved it."""
@@ -332,10 +353,10 @@ class ResMemCallback(Callback):
         if self._directory is None:
             directory = self._save_directory(trainer)
             self._directory = directory if directory is not None and directory.is_dir() else None
-        elif len(self.memory) and self._directory.is_dir():
+        elif len(self._memory) and self._directory.is_dir():
             # What this process loaded after one fit is replaced by the next.
             saved = storage.read_manifest(self._directory).get("provenance")
-            self.memory = self.memory if saved == self.memory.provenance else LocalMemory()
+            self._memory = self._memory if saved == self._memory.provenance else LocalMemory()
 
     def _save_directory(self, trainer: L.Trainer) -> Path | None:
         if self._dirpath is not None:
@@ -349,6 +370,14 @@ class ResMemCallback(Callback):
         if checkpoints.is_absolute():
             return (checkpoints.parent if checkpoints.name == "checkpoints" else checkpoints) / self._name
         return Path(trainer.default_root_dir).absolute() / self._name  # they are written to a URL
+
+    def _free_directory(self, trainer: L.Trainer) -> Path | None:
+        """Where to save without replacing the memory of another run, as checkpoints get a version then, too."""
+        directory = self._save_directory(trainer)
+        if directory is None or self._dirpath is not None or self._token in directory.name:
+            return directory
+        versions = (directory.with_name(f"{directory.name}-v{version}") for version in count(1))
+        return next(free for free in chain([directory], versions) if not free.exists())
 
     @contextmanager
     def _chosen_weights(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
@@ -392,13 +421,15 @@ def _check_siblings(callbacks: list[ResMemCallback]) -> None:
     if sum(callback._route for callback in callbacks) > 1:
         raise InputError(
             f"{len(callbacks)} ResMemCallbacks would each replace the head's output. Keep one of them, and give the "
-            "others route=False: they still fill their memories and log their scores under their names."
+            'others name="..." and route=False: they fill memories and log scores of their own under that name.'
         )
 
 
 def _owner(callback: ResMemCallback) -> L.Trainer | None:
     """The trainer of a callback whose hooks ran in other processes only: spawn and fork call none in this one."""
-    trainers = (o for o in gc.get_objects() if isinstance(o, L.Trainer))
+    trainers = (
+        o for o in gc.get_objects() if issubclass(type(o), L.Trainer)
+    )  # isinstance would ask proxies, which warn
     return next((t for t in trainers if callback in t.callbacks), None)  # type: ignore[attr-defined]
 
 

@@ -12,8 +12,8 @@ from lightning_resmem.errors import StaleMemoryError
 def fingerprint(model: nn.Module) -> str:
     """A hash of the model's parameters and buffers.
 
-    It does not depend on the device, on `torch.compile`, on half or single precision holding the same numbers, nor on
-    the state of metrics.
+    It does not depend on the device, on `torch.compile`, on the precision that the same numbers are held in, nor on the
+    state of metrics.
 
     Args:
         model: Any module.
@@ -35,8 +35,9 @@ def fingerprint(model: nn.Module) -> str:
         if not isinstance(tensor, torch.Tensor) or name.startswith(metrics):
             continue
         tensor = tensor.detach().cpu()
-        if tensor.dtype in (torch.float16, torch.bfloat16):
-            tensor = tensor.float()
+        single = tensor.float() if tensor.is_floating_point() else tensor
+        if tensor.dtype != torch.float64 or torch.equal(single.double(), tensor):
+            tensor = single
         name = ".".join(part for part in name.split(".") if part != "_orig_mod")
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.resolve_conj().contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
+    Dataset,
     IterableDataset,
     Subset,
     TensorDataset,
@@ -86,6 +87,11 @@ def plan(
         raise InputError(f"There is no loader to read rows from. {WAY_OUT}")
     parts, first_id = [], 0
     for loader in flat:
+        if isinstance(loader, (str, bytes, Tensor, Dataset)) or not isinstance(loader, Iterable):
+            raise InputError(
+                f"A {type(loader).__name__} ({str(loader)[:50]!r}) is not a loader of batches: give a DataLoader, such "
+                "as DataLoader(dataset, batch_size=128)."
+            )
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             if len(flat) > 1:
                 raise InputError(

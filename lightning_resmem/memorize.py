@@ -155,25 +155,32 @@ class Memorizer:
             if self.tuner is None or val_loaders is None or val_loaders == []:  # both mean none to Lightning
                 return None
             return self._tune(reading, self.tuner, self._plan(reading, val_loaders, limit_val_batches))
-        except BaseException:
+        except BaseException as error:
             memory.clear()  # half a memory would answer, wrongly
+            error.add_note(
+                "This was ResMem's memory pass: the model is trained and as it was, its memory is empty. "
+                "memorize(trainer, model, dataloader) repeats the pass."
+            )
             raise
 
     def _fill(self, reading: Pass, model: L.LightningModule, parts: list[Part]) -> None:
         memory = self.memory
         rows = sum(part.num_rows or 0 for part in parts)
+        all_rows = sum(count for count in reading.ranks.gather_objects(rows) if isinstance(count, int))
         with reading.ranks.together("rehearsing the memory pass on two rows"):
             sample = reading.rehearse(parts)
-            if rows and sample is not None:
+            if all_rows and sample is not None:
                 shape = sample.embeddings.shape[1], sample.outputs.shape[1]
-                needed = memory.estimate_bytes(rows * reading.ranks.size, *shape)
+                needed = memory.estimate_bytes(all_rows, *shape)
                 words = check_capacity(needed, available_bytes(), copies=reading.num_local_processes)
-                rank_zero_info(f"ResMem: memorizing {rows * reading.ranks.size} training rows takes about {words}.")
+                rank_zero_info(f"ResMem: memorizing {all_rows} training rows takes about {words}.")
             memory.reserve(rows)
         reading.run(parts, lambda chunk: memory.add(*chunk), "collecting training rows")
         with reading.ranks.together("building the memory"):
             if reading.ranks.group is not None:
                 memory.gather(reading.ranks.group)
+            if not len(memory):
+                raise InputError("The training loader yielded no rows to memorize: is its dataset empty?")
             memory.build()
         # A rank without rows has not met the head.
         taps = reading.ranks.gather_objects(None if reading.tap is None else describe(reading.tap))
@@ -203,7 +210,7 @@ class Memorizer:
     def _plan(self, reading: Pass, loaders: Any, limit_batches: int | None = None) -> list[Part]:
         ranks = reading.ranks
         with ranks.together("planning which rows to read"):
-            parts = plan(loaders, lambda batch: len(self.reader.targets(batch)), ranks.rank, ranks.size, limit_batches)
+            parts = plan(loaders, self.reader.count_rows, ranks.rank, ranks.size, limit_batches)
         check_agreement(ranks.gather_objects([part.drawn for part in parts]))
         if ranks.size > 1 and not self.reader.gives_ids and not all(part.drawn for part in parts):
             rank_zero_warn(

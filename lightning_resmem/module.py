@@ -68,9 +68,10 @@ class ResMemModule(L.LightningModule):
             raise InputError(f"base is a {type(base).__name__}, expected the LightningModule that was trained.")
         if not isinstance(memory, ResidualMemory):
             raise InputError(f"memory is a {type(memory).__name__}, expected a memory, such as LocalMemory.")
-        check_fingerprint(base, memory.provenance, "ResMemModule is made from a base")
         memory.build()
         self.base, self.memory = base, memory
+        self._versions: list[int] | None = None
+        self._check_weights("ResMemModule is made from a base")
         self._reader = BatchReader(targets_fn, forward_fn)
         head = head or memory.provenance.get("head")
         self._embedding = embedding or memory.provenance.get("embedding")
@@ -109,6 +110,9 @@ class ResMemModule(L.LightningModule):
         """The combined prediction `F(x)` of a batch, shape `(B, C)`."""
         return self.predictions(batch).resmem
 
+    def on_predict_start(self) -> None:
+        self._check_weights("ResMemModule runs", surely=True)
+
     def on_validation_epoch_start(self) -> None:
         self._start_scores("val")
 
@@ -128,8 +132,10 @@ class ResMemModule(L.LightningModule):
             The absolute path of the directory.
 
         Raises:
+            StaleMemoryError: If the base has other weights by now than the memory was filled with.
             StorageError: If it cannot be written.
         """
+        self._check_weights("ResMemModule is saved with a base", surely=True)
         names = {} if self._tap is None else describe(self._tap)
         self.memory.provenance.update({"fingerprint": fingerprint(self.base), **names})
         return self.memory.save(directory)
@@ -149,7 +155,20 @@ class ResMemModule(L.LightningModule):
         """
         return cls(base, LocalMemory.load(directory), **options)
 
+    def _check_weights(self, doing: str, surely: bool = False) -> None:
+        """Raise `StaleMemoryError` if the base was trained further, by the counters that torch keeps of changes.
+
+        Args:
+            doing: What is about to happen, for the message.
+            surely: Compare the weights in any case; changes through `.data` are not counted.
+        """
+        versions = [parameter._version for parameter in self.base.parameters()]
+        if surely or versions != self._versions:
+            check_fingerprint(self.base, self.memory.provenance, doing)
+            self._versions = versions
+
     def _capture(self, run: Callable[[], Any], returns_outputs: bool) -> Captured:
+        self._check_weights("ResMemModule runs")
         with evaluation_mode(self.base):
             if self._tap is None:
                 self._tap = HeadTap.find(self.base, run, self._embedding, returns_outputs)
@@ -158,7 +177,7 @@ class ResMemModule(L.LightningModule):
                 return self._tap.take()
 
     def _start_scores(self, stage: str) -> None:
-        check_fingerprint(self.base, self.memory.provenance, "ResMemModule runs")
+        self._check_weights("ResMemModule runs", surely=True)
         num_dataloaders = len(evaluation_loaders(self.trainer))
         self._scores = Scoreboard(self.memory.task, stage, num_dataloaders, self.device)
 

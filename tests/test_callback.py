@@ -900,3 +900,67 @@ def test_lr_find_goes_along(root):
     run.fit(model, datamodule=data)
     (logged,) = run.test(model, datamodule=data, verbose=False)
     assert logged["test_score"] == logged["test/acc_resmem"]
+
+
+# -- told before training
+
+
+def steps_before(error, callback, root, match):
+    """Fit, expecting an error, and return how many training steps there were."""
+    model, steps = make(CallsSelf), []
+    step = model.training_step
+    model.training_step = lambda *args: steps.append(1) or step(*args)
+    with pytest.raises(error, match=match):
+        trainer(root, callback).fit(model, datamodule=Data())
+    return len(steps)
+
+
+def test_a_directory_that_cannot_be_saved_to_is_refused_before_training(root):
+    (root / "file").write_text("not a directory")
+    (root / "mine").mkdir()
+    (root / "mine" / "thesis.tex").write_text("years of work")
+    for dirpath, match in (("mine", "not a saved memory"), ("file", "not a saved memory"), ("file/x", "not a dir")):
+        callback = ResMemCallback(memory_for(CallsSelf), dirpath=root / dirpath)
+        assert steps_before(StorageError, callback, root, match) == 0
+    assert (root / "mine" / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("loader", ["x", 3, torch.zeros(3)])
+def test_what_is_no_loader_is_refused_before_training(root, loader):
+    assert steps_before(InputError, ResMemCallback(memory_dataloader=loader), root, "is not a loader of batches") == 0
+
+
+def test_a_dataset_is_no_loader(root):
+    data = torch.utils.data.TensorDataset(torch.zeros(3, 4))
+    assert steps_before(InputError, ResMemCallback(memory_dataloader=data), root, "DataLoader") == 0
+
+
+@pytest.mark.parametrize(
+    "bad", [{"name": -1}, {"name": ""}, {"route": "x"}, {"route": None}, {"dirpath": -1}, {"dirpath": ""}]
+)
+def test_bad_arguments_are_named(bad):
+    with pytest.raises(InputError, match=next(iter(bad))):
+        ResMemCallback(**bad)
+
+
+def test_another_run_keeps_the_memory_of_the_first(root):
+    for seed in (1, 2):
+        trainer(root, ResMemCallback(memory_for(CallsSelf)), enable_checkpointing=True, logger=False).fit(
+            make(CallsSelf, seed=seed), datamodule=Data()
+        )
+    first, second = (LocalMemory.load(root / name) for name in ("resmem", "resmem-v1"))
+    assert first.provenance["fingerprint"] != second.provenance["fingerprint"]
+
+
+def test_an_error_in_the_pass_says_what_is_left(root):
+    class Breaks(CallsSelf):
+        def forward(self, x):
+            if not self.training and len(x) > 2:  # not in the rehearsal
+                raise ValueError("broken")
+            return super().forward(x)
+
+    with pytest.raises(ValueError, match="broken") as caught:
+        trainer(root, ResMemCallback(memory_for(CallsSelf)), limit_val_batches=0).fit(make(Breaks), datamodule=Data())
+    notes = " ".join(caught.value.__notes__)
+    assert "memorize(trainer, model, dataloader)" in notes
+    assert "forward_fn" in notes

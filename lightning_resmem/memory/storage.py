@@ -32,6 +32,27 @@ _SAFETENSORS_DTYPES = {
 }
 
 
+def check_target(directory: str | os.PathLike[str]) -> Path:
+    """The absolute path of a directory that a memory may be saved to.
+
+    Raises:
+        StorageError: If it holds something other than a memory, or cannot be made or written to.
+    """
+    target = Path(directory).expanduser().absolute()
+    try:
+        empty = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+        foreign = not empty and not (target / MANIFEST).is_file()
+    except OSError as error:
+        raise StorageError(f"{target} cannot be looked at: {error}. Name another directory.") from error
+    if foreign:
+        raise StorageError(f"{target} exists and is not a saved memory: it is left as it is. Name a new directory.")
+    parent = next(path for path in target.parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        reason = "not a directory" if not parent.is_dir() else "not writable"
+        raise StorageError(f"The memory cannot be saved to {target}: {parent} is {reason}. Name another directory.")
+    return target
+
+
 def write(
     directory: str | os.PathLike[str],
     manifest: Mapping[str, Any],
@@ -52,9 +73,7 @@ def write(
     Raises:
         StorageError: If `directory` holds something other than a memory, or cannot be written.
     """
-    target = Path(directory).expanduser().absolute()
-    if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
-        raise StorageError(f"{target} exists and is not a saved memory: it is left as it is. Name a new directory.")
+    target = check_target(directory)
     staging: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
