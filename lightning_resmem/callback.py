@@ -427,10 +427,9 @@ def _check_siblings(callbacks: list[ResMemCallback]) -> None:
 
 def _owner(callback: ResMemCallback) -> L.Trainer | None:
     """The trainer of a callback whose hooks ran in other processes only: spawn and fork call none in this one."""
-    trainers = (
-        o for o in gc.get_objects() if issubclass(type(o), L.Trainer)
-    )  # isinstance would ask proxies, which warn
-    return next((t for t in trainers if callback in t.callbacks), None)  # type: ignore[attr-defined]
+    # `isinstance` would also ask proxies for the class they stand for, and some of them warn.
+    trainers = (o for o in gc.get_objects() if issubclass(type(o), L.Trainer))
+    return next((t for t in trainers if callback in t.callbacks), None)
 
 
 def _follow_to_gpu(memory: ResidualMemory, device: torch.device) -> None:

@@ -35,12 +35,7 @@ class ResMemParams:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        try:
-            k = 0 if _is_text_or_bool(self.k) else operator.index(self.k)
-        except TypeError:
-            k = 0
-        if k < 1:
-            raise InputError(f"k={self.k!r} is not a number of neighbours: give a whole number of at least 1.")
+        k = checked_k(self.k)
         sigma = self._number("sigma", "a distance above 0")
         if not sigma > 0:
             raise InputError(
@@ -74,6 +69,17 @@ class ResMemParams:
         if not math.isfinite(number):
             raise InputError(f"{name}={value!r} is not finite: give {expected}.")
         return number
+
+
+def checked_k(k: object) -> int:
+    """A number of neighbours as a plain int; raises an error unless it is a whole number of at least 1."""
+    try:
+        count = 0 if _is_text_or_bool(k) else operator.index(k)  # type: ignore[arg-type]
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise InputError(f"k={k!r} is not a number of neighbours: give a whole number of at least 1.")
+    return count
 
 
 def _is_text_or_bool(value: object) -> bool:

@@ -28,15 +28,26 @@ def check_finite(name: str, tensor: Tensor, ids: Tensor | None = None) -> None:
     bad = ~torch.isfinite(tensor.reshape(len(tensor), -1)).all(dim=1)
     if bad.any():
         raise InputError(
-            f"{name} has NaN or infinite entries in {_rows(bad, ids)}. Has the training diverged, or does a "
-            "half-precision forward overflow? Find out with these rows before memorizing."
+            f"{name} has NaN or infinite entries in {_rows(bad, ids)}. Look at these rows: their input may hold such "
+            "values, the training may have diverged, or a half-precision forward may overflow."
         )
+
+
+def _use(task: str) -> str:
+    """How to change the task, wherever the memory is made."""
+    return f"LocalMemory(task={task}()), with the callback ResMemCallback(memory=LocalMemory(task={task}()))"
+
+
+_SINGLE_OUTPUT = (
+    "A head with one output is a binary classifier or a regression, not task=Multiclass(): use Multilabel() for labels "
+    f"0 and 1, or Regression(), i.e. {_use('Multilabel')}."
+)
 
 
 class Task(ABC):
     """Turns the head's outputs and the targets into predictions and residuals.
 
-    Shapes: outputs `(N, C)`; targets `(N,)` class labels for `Multiclass`, `(N, C)` otherwise.
+    Shapes: outputs `(N, C)`; targets `(N,)` class labels for `Multiclass`, `(N, C)` otherwise (or `(N,)` if `C` is 1).
     """
 
     name: ClassVar[str]
@@ -93,20 +104,29 @@ class Multiclass(Task):
         if targets.ndim != 1:
             raise InputError(
                 f"targets has shape {tuple(targets.shape)}, expected (N,) class labels for task=Multiclass(). "
-                "For one-hot or soft labels give targets.argmax(1), for several labels a row use task=Multilabel()."
+                f"For one-hot or soft labels give targets.argmax(1), for several labels a row use {_use('Multilabel')}."
             )
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
             raise InputError(
                 f"targets has dtype {targets.dtype}, expected integer class labels for task=Multiclass(). "
-                "Convert them with targets.long(), or use task=Regression() or task=Multilabel()."
+                + (
+                    _SINGLE_OUTPUT
+                    if num_outputs == 1
+                    else f"Convert class labels with targets.long(). For real values use {_use('Regression')}; for "
+                    "several labels a row Multilabel() in its place."
+                )
             )
         targets = targets.to(torch.int64)
         bad = (targets < 0) | (targets >= num_outputs)
         if bad.any():
             raise InputError(
                 f"targets holds {int(targets[bad][0])} in {_rows(bad, ids)}, outside [0, {num_outputs}) for a head "
-                f"with {num_outputs} outputs. Map the labels to 0..{num_outputs - 1}, or drop ignored rows with "
-                "a memory_dataloader."
+                + (
+                    f"with one output. {_SINGLE_OUTPUT}"
+                    if num_outputs == 1
+                    else f"with {num_outputs} outputs. Map the labels to 0..{num_outputs - 1}, or drop ignored rows "
+                    "with a memory_dataloader."
+                )
             )
         return targets
 
@@ -141,6 +161,8 @@ class Multilabel(Task):
     margin = 1e-4  # routed probabilities stay this far from 0 and 1, so that their logits are finite
 
     def check_targets(self, targets: Tensor, num_outputs: int, ids: Tensor | None = None) -> Tensor:
+        if targets.ndim == 1 and num_outputs == 1:
+            targets = targets[:, None]
         if targets.ndim != 2 or targets.shape[1] != num_outputs:
             raise InputError(
                 f"targets has shape {tuple(targets.shape)}, expected (N, {num_outputs}) with a 0 or 1 for every "

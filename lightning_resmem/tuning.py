@@ -2,9 +2,10 @@
 
 import itertools
 import logging
+import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -14,12 +15,16 @@ from torch import Tensor
 from lightning_resmem.errors import InputError, ResMemWarning
 from lightning_resmem.functional import combine, neighbor_weights
 from lightning_resmem.memory.base import ResidualMemory
+from lightning_resmem.memory.checks import as_tensor, check_shapes
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Task, check_finite
 
 _log = logging.getLogger(__name__)
 
 Gather = Callable[[Tensor], Tensor]
+
+# Validation rows below which a choice says little.
+_FEW_ROWS = 50
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class TuningResult:
         score: Score of the choice.
         score_name: `"acc"` or `"mse"`.
         rows: Number of validation rows, over all ranks.
+        gain_error: Standard error of `score - base_score`, from the differences of the rows; 0 if the choice is the
+            base alone, inf for a single row. It leaves out that the best of many settings looks better than it is.
     """
 
     params: ResMemParams
@@ -42,16 +49,20 @@ class TuningResult:
     score: float
     score_name: str
     rows: int
+    gain_error: float
 
     def summary(self) -> str:
         """The choice and the gain, as one sentence."""
-        compared = f"{self.score_name} {self.base_score:.4f} -> {self.score:.4f} on {self.rows} validation rows"
+        compared = f"{self.score_name} {self.base_score:.4f} -> {self.score:.4f}"
+        where = f"on {self.rows} validation row{'' if self.rows == 1 else 's'}"
         if self.params.strength == 0:
+            compared = f"{compared} {where}"
             return f"the memory does not help ({len(self.table)} settings, {compared}): strength 0, the base alone"
         params = self.params
         return (
             f"chose k={params.k}, sigma={params.sigma:.4g}, softmax_temperature={params.softmax_temperature:g}, "
-            f"strength={params.strength:g} of {len(self.table)} settings: {compared}"
+            f"strength={params.strength:g} of {len(self.table)} settings: {compared} "
+            f"({self.score - self.base_score:+.4f} ± {self.gain_error:.4f}) {where}"
         )
 
 
@@ -68,6 +79,8 @@ class Tuner(ABC):
         gather: Gather = lambda rows: rows,
     ) -> TuningResult:
         """Choose params on validation rows; the memory is not changed.
+
+        NumPy arrays and nested lists work where tensors do.
 
         Args:
             memory: Filled with training rows.
@@ -129,6 +142,9 @@ class GridTuner(Tuner):
         targets: Tensor,
         gather: Gather = lambda rows: rows,
     ) -> TuningResult:
+        embeddings, outputs = as_tensor("embeddings", embeddings), as_tensor("outputs", outputs)
+        targets = as_tensor("targets", targets)
+        check_shapes(embeddings, outputs, targets, None)
         check_finite("outputs", outputs)
         targets = memory.task.check_targets(targets, outputs.shape[1])
         rows = int(gather(torch.tensor([len(targets)])).sum())
@@ -150,6 +166,8 @@ class GridTuner(Tuner):
             }
             for setting, (score, loss) in zip(settings, means.tolist(), strict=True)
         ]
+        gain = table[best]["score"] - table[0]["score"]
+        squares = float(gather(grid.squared_deviations(base, settings[best], gain)).sum())
         result = TuningResult(
             params=settings[best],
             table=table,
@@ -157,9 +175,15 @@ class GridTuner(Tuner):
             score=table[best]["score"],
             score_name=memory.task.score_name,
             rows=rows,
+            gain_error=0.0 if best == 0 else math.sqrt(squares / (rows - 1) / rows) if rows > 1 else math.inf,
         )
-        if best == 0:
-            warnings.warn(f"ResMem tuning: {result.summary()}.", ResMemWarning, stacklevel=2)
+        few = (
+            f" A choice on fewer than {_FEW_ROWS} rows is mostly chance: give more validation rows, or set the params "
+            "yourself."
+        )
+        if best == 0 or rows < _FEW_ROWS:
+            warning = f"ResMem tuning: {result.summary()}.{few if rows < _FEW_ROWS else ''}"
+            warnings.warn(warning, ResMemWarning, stacklevel=2)
         return result
 
     def _settings(self, task: Task, grid: "_Evaluation") -> list[ResMemParams]:
@@ -201,6 +225,10 @@ class _Evaluation:
         positions = positions.reshape(neighbors.ids.shape) - (len(ids) - len(known))
         self._positions = positions.to(memory.device)
         self._values = memory.fetch(known)
+        if outputs.shape[1] != self._values.num_outputs:
+            raise InputError(
+                f"outputs has {outputs.shape[1]} columns, the memory was filled with {self._values.num_outputs}."
+            )
         near = neighbors.distances[:, :10]
         near = near.where(near.isfinite(), torch.nan).nanmean(dim=1)
         self.scale = float(gather(near).nanmedian()) or 1.0
@@ -210,9 +238,25 @@ class _Evaluation:
         sums = torch.zeros(len(settings), 2, dtype=torch.float64)
         if not len(self._targets):
             return sums
+        for index, (combined, base) in enumerate(self._predictions(settings)):
+            sums[index, 0] = self._task.score(combined, self._targets).sum(dtype=torch.float64)
+            sums[index, 1] = self._task.loss(combined, base, self._targets).sum(dtype=torch.float64)
+        return sums
+
+    def squared_deviations(self, base: ResMemParams, choice: ResMemParams, gain: float) -> Tensor:
+        """Sum over the rows of `(score of the choice - score of the base - gain) ** 2`, shape `(1,)`, float64."""
+        if not len(self._targets):
+            return torch.zeros(1, dtype=torch.float64)
+        before, after = (
+            self._task.score(combined, self._targets).double() for combined, _ in self._predictions([base, choice])
+        )
+        return (after - before - gain).square().sum()[None].cpu()
+
+    def _predictions(self, settings: Sequence[ResMemParams]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The combined and the base prediction, both `(V, C)`, of each setting."""
         base = residual = None
         previous: ResMemParams | None = None
-        for index, setting in enumerate(settings):
+        for setting in settings:
             # Settings come ordered, so what they share with the one before is not computed again.
             if previous is None or setting.softmax_temperature != previous.softmax_temperature:
                 base, previous = self._task.predict(self._outputs, setting.softmax_temperature), None
@@ -223,8 +267,5 @@ class _Evaluation:
                 )
             assert base is not None
             assert residual is not None
-            combined = combine(base, residual.to(base.device), setting.strength)
-            sums[index, 0] = self._task.score(combined, self._targets).sum(dtype=torch.float64)
-            sums[index, 1] = self._task.loss(combined, base, self._targets).sum(dtype=torch.float64)
+            yield combine(base, residual.to(base.device), setting.strength), base
             previous = setting
-        return sums

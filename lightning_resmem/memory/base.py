@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from lightning_resmem.errors import EmptyMemoryError, InputError
 from lightning_resmem.functional import combine
+from lightning_resmem.memory.checks import as_tensor
 from lightning_resmem.memory.values import Values
-from lightning_resmem.params import ResMemParams
+from lightning_resmem.params import ResMemParams, checked_k
 from lightning_resmem.tasks import Multiclass, Task, check_finite
 
+# Bytes of a search result (12 a place) beyond which places that no row can fill are refused.
+_PADDED_BYTES = 2**32
 # Rows on which the distance scale of a memory is measured when no params were given.
 _SCALE_ROWS = 512
 
@@ -42,6 +45,8 @@ class Predictions(NamedTuple):
 
 class ResidualMemory(nn.Module, ABC):
     """Keys, values and ids of the training rows, and the sum of residuals around a query.
+
+    Where a method takes a tensor, a NumPy array or nested lists of numbers work as well.
 
     Args:
         task: What a residual is; `Multiclass()` by default.
@@ -271,11 +276,13 @@ class ResidualMemory(nn.Module, ABC):
             outputs: What the head returned for them, shape `(B, C)`.
         """
         params = self.params
-        if outputs.ndim != 2 or outputs.shape[0] != queries.shape[0]:
+        queries, outputs = as_tensor("queries", queries), as_tensor("outputs", outputs)
+        if outputs.ndim != 2 or outputs.shape[:1] != queries.shape[:1]:
             raise InputError(
                 f"outputs has shape {tuple(outputs.shape)} for queries of shape {tuple(queries.shape)}: "
                 "give one row of head outputs for every query."
             )
+        check_finite("outputs", outputs)
         base = self.task.predict(outputs, params.softmax_temperature)
         residual, labels = self.sums(self._nearest(queries))
         if base.shape != residual.shape:
@@ -318,12 +325,19 @@ class ResidualMemory(nn.Module, ABC):
     def _move(self, device: torch.device) -> None:
         """Move all rows to a device."""
 
-    def _check_queries(self, queries: Tensor, width: int, k: int = 1) -> None:
-        if k < 1:
-            raise InputError(f"k={k!r} is not a number of neighbours: give a whole number of at least 1.")
+    def _checked_search(self, queries: Tensor, width: int, k: int) -> tuple[Tensor, int]:
+        """Queries and k as `search` needs them; raises an error that names the argument."""
+        k = checked_k(k)
+        queries = as_tensor("queries", queries)
         if queries.ndim != 2 or queries.shape[1] != width:
             raise InputError(
                 f"queries has shape {tuple(queries.shape)}, expected (B, {width}): the memory's keys have width "
                 f"{width}. Query with the same embedding that filled the memory."
             )
+        if k > len(self) and len(queries) * k * 12 > _PADDED_BYTES:
+            raise InputError(
+                f"k={k} for {len(queries)} queries takes {len(queries) * k * 12 / 2**30:.1f} GiB, but the memory has "
+                f"only {len(self)} rows: ask for at most so many neighbours."
+            )
         check_finite("queries", queries)
+        return queries, k

@@ -1,9 +1,42 @@
 """What is checked of rows before a memory takes them in."""
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_resmem.errors import InputError
+
+
+def as_tensor(name: str, value: Any) -> Tensor:
+    """A tensor as it is, an array or nested lists of numbers as a tensor; raises an error for anything else."""
+    if isinstance(value, Tensor):
+        return value
+    try:
+        if value is None:
+            raise TypeError("None holds no numbers")
+        if isinstance(value, np.ndarray) and not (value.flags.c_contiguous and value.flags.writeable):
+            value = value.copy(order="C")  # torch takes no negative strides, and warns of read-only arrays
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(
+            f"{name} of type {type(value).__name__} cannot be made a tensor ({error}): give a tensor, a NumPy array or "
+            "nested lists of numbers."
+        ) from error
+
+
+def as_ids(ids: Any) -> Tensor:
+    """Ids as int64 `(n,)`; raises an error for other shapes and for what are not whole numbers."""
+    tensor = as_tensor("ids", ids)
+    if tensor.ndim == 1 and not len(tensor):
+        return tensor.to(torch.int64)  # an empty list has no dtype of its own
+    if tensor.ndim != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        hint = " For a mask over the rows give memory.ids[mask]." if tensor.dtype == torch.bool else ""
+        raise InputError(
+            f"ids has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected (n,) and int64.{hint}"
+        )
+    return tensor.detach().to(torch.int64)
 
 
 def check_shapes(embeddings: Tensor, outputs: Tensor, targets: Tensor, shape: tuple[int, int] | None) -> None:
@@ -26,11 +59,11 @@ def check_shapes(embeddings: Tensor, outputs: Tensor, targets: Tensor, shape: tu
         )
 
 
-def checked_ids(ids: Tensor, count: int) -> Tensor:
+def checked_ids(ids: Any, count: int) -> Tensor:
     """The ids of `count` rows on the CPU, int64; raises an error unless they are different and at least 0."""
-    if ids.shape != (count,) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise InputError(f"ids has shape {tuple(ids.shape)} and dtype {ids.dtype}, expected ({count},) and int64.")
-    ids = ids.detach().cpu().to(torch.int64)
+    ids = as_ids(ids).cpu()
+    if len(ids) != count:
+        raise InputError(f"ids has shape {tuple(ids.shape)}, expected ({count},): one for every row.")
     if count and int(ids.min()) < 0:
         raise InputError(f"ids holds {int(ids.min())}: ids are at least 0 (-1 marks a missing neighbour).")
     check_different(ids if bool((ids[1:] > ids[:-1]).all()) else ids.sort().values)

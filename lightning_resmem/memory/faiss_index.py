@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.capacity import available_bytes
-from lightning_resmem.errors import InputError, ResMemError
+from lightning_resmem.errors import InputError, ResMemError, ResMemWarning
 from lightning_resmem.memory import storage
 from lightning_resmem.memory.index import ExactIndex, measure
 
@@ -30,6 +31,8 @@ _TRAIN_ROWS = 100_000
 _MEASURE_ROWS = 256
 # Rows and neighbours that recall is measured with.
 _RECALL_ROWS, _RECALL_K = 256, 10
+# Recall below which an index whose recall nobody asked for is told of.
+_LOW_RECALL = 0.9
 _GPU_MAX_K = 2048
 _GPU_TEMPORARY_BYTES = 256 * 2**20
 # Multiplications of one query (rows x width) up to which a CPU searches exactly: some 20 ms on one core.
@@ -212,6 +215,17 @@ class FaissSearch:
             "" if effort is None else f" with {parameter} {effort}",
             f", below min_recall={wanted}: it compresses keys (try rerank=4) or cannot do better" if short else "",
         )
+        if wanted is None and self.recall < _LOW_RECALL:
+            argument = {"nprobe": "nprobe", "efSearch": "ef_search"}[parameter]
+            way = "rerank=4" if effort is None or effort >= limit else "min_recall=0.95"
+            larger = "" if way == "rerank=4" else f", or a larger {argument}="
+            setting = "" if effort is None else f" with {argument}={effort}"
+            warnings.warn(
+                f"index={self.config.factory!r} finds a share of only {self.recall:.3f} of the {k} nearest rows"
+                f'{setting}: give index=FaissIndex("{self.config.factory}", {way}){larger}.',
+                ResMemWarning,
+                stacklevel=2,
+            )
 
     def _lists(self, index: Any) -> int:
         inverted = self._faiss.try_extract_index_ivf(index)

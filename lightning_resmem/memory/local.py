@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from lightning_resmem.errors import EmptyMemoryError, InputError, StorageError
 from lightning_resmem.functional import neighbor_weights
 from lightning_resmem.memory import faiss_index, storage
 from lightning_resmem.memory.base import Neighbors, ResidualMemory
-from lightning_resmem.memory.checks import check_different, check_shapes, checked_ids, repeated
+from lightning_resmem.memory.checks import as_ids, as_tensor, check_different, check_shapes, checked_ids, repeated
 from lightning_resmem.memory.exchange import all_gather_rows
 from lightning_resmem.memory.faiss_index import FaissIndex, FaissSearch
 from lightning_resmem.memory.index import ExactIndex
@@ -110,6 +111,8 @@ class LocalMemory(ResidualMemory):
             self._values.reserve(rows)
 
     def add(self, embeddings: Tensor, outputs: Tensor, targets: Tensor, ids: Tensor | None = None) -> None:
+        embeddings, outputs = as_tensor("embeddings", embeddings), as_tensor("outputs", outputs)
+        targets = as_tensor("targets", targets)
         count = embeddings.shape[0] if embeddings.ndim else 0
         check_shapes(embeddings, outputs, targets, self._shape)
         if ids is None:
@@ -145,9 +148,13 @@ class LocalMemory(ResidualMemory):
         self._index = self._new_index()
 
     def remove(self, ids: Tensor) -> None:
+        ids = as_ids(ids)
         self._settle()
+        positions = self._known_positions(ids)
+        if not len(ids):
+            return
         kept = torch.ones(len(self), dtype=torch.bool, device=self._device)
-        kept[self._known_positions(ids)] = False
+        kept[positions] = False
         for part in (self._keys, self._ids, self._values):
             if part is not None:
                 part.keep(kept)
@@ -160,8 +167,13 @@ class LocalMemory(ResidualMemory):
         outputs: Tensor | None = None,
         targets: Tensor | None = None,
     ) -> None:
-        self._settle()
+        ids = as_ids(ids)
         ids = checked_ids(ids, len(ids))
+        embeddings, outputs, targets = (
+            None if rows is None else as_tensor(name, rows)
+            for name, rows in (("embeddings", embeddings), ("outputs", outputs), ("targets", targets))
+        )
+        self._settle()
         positions = self._known_positions(ids)
         if self._shape is None or self._values is None:
             return  # no row to change: unknown ids were refused
@@ -216,7 +228,7 @@ class LocalMemory(ResidualMemory):
     def search(self, queries: Tensor, k: int) -> Neighbors:
         index = self._built()
         assert self._shape is not None
-        self._check_queries(queries, self._shape[0], k)
+        queries, k = self._checked_search(queries, self._shape[0], k)
         distances, positions = index.search(queries.to(self._device), min(k, len(self)))
         ids = self._ids.finish()[positions.clamp_min(0)].masked_fill_(positions < 0, -1)
         missing = k - distances.shape[1]
@@ -235,18 +247,18 @@ class LocalMemory(ResidualMemory):
             return residual.to(device), values.label_sum(positions, weights).to(device)
 
     def fetch(self, ids: Tensor) -> Values:
+        ids = as_ids(ids)
         return self._built_values().select(self._known_positions(ids))
 
     def stats(self) -> dict[str, Any]:
         """Rows, key width, outputs, bytes (keys, values and ids), index, values, key_dtype and device."""
         width, num_outputs = self._shape or (0, 0)
-        wanted = self._wanted_index
         stats = {
             "rows": len(self),
             "width": width,
             "outputs": num_outputs,
             "bytes": 0,
-            "index": wanted.factory if isinstance(wanted, FaissIndex) else wanted,
+            "index": self._index_name(),
             "values": "" if self._values is None else self._values.name,
             "key_dtype": str(self.key_dtype).removeprefix("torch."),
             "device": str(self._device),
@@ -254,12 +266,26 @@ class LocalMemory(ResidualMemory):
         if self._values is not None:
             stats["bytes"] = self._values.nbytes() + self._keys.finish().nbytes + self._ids.finish().nbytes
         if isinstance(self._index, FaissSearch):
-            stats.update(index=self._index.config.factory, recall=self._index.recall, **self._index.settings())
-        elif self._index is not None:
-            stats["index"] = self._index.name
+            stats.update(recall=self._index.recall, **self._index.settings())
         return stats
 
+    def __repr__(self) -> str:
+        wanted = self._wanted_values
+        values = wanted if isinstance(wanted, str) else "sparse" if isinstance(wanted, SparseConfig) else "dense"
+        rows = "empty"
+        if self._values is not None and self._shape is not None:
+            rows, values = f"{len(self)} rows x {self._shape[0]}, {self._shape[1]} outputs", self._values.name
+        return f"{type(self).__name__}({rows}, index={self._index_name()!r}, values={values!r})"
+
+    def _index_name(self) -> str:
+        """What was built, or what is wanted as long as nothing is."""
+        if isinstance(self._index, ExactIndex):
+            return self._index.name
+        config = self._wanted_index if self._index is None else self._index.config
+        return config.factory if isinstance(config, FaissIndex) else config
+
     def save(self, directory: str | os.PathLike[str]) -> Path:
+        storage.as_path(directory)  # refused before the memory is built
         index, values = self._built(), self._built_values()
         searched = None
         if isinstance(index, FaissSearch):
@@ -294,19 +320,40 @@ class LocalMemory(ResidualMemory):
         """
         manifest = storage.read_manifest(directory)
         tensors = storage.read_tensors(directory, manifest, mmap)
+        entry = partial(storage.entry, directory, manifest)
+        name, rows, num_outputs = entry(str, "task"), entry(int, "rows"), entry(int, "values", "num_outputs")
+        tunable, provenance = entry(bool, "tunable"), dict(entry(dict, "provenance"))
+        for key in provenance:
+            entry(str, "provenance", key)
+        for parameter in dataclasses.fields(ResMemParams):
+            if parameter.name not in entry(dict, "params"):
+                raise storage.damaged(directory, f"params.{parameter.name} is missing")
+        if name not in TASKS:
+            raise storage.damaged(directory, f"its task is {name!r}, this release knows {', '.join(TASKS)}")
+        index: str | FaissIndex = "exact"
+        config: DenseConfig | SparseConfig = DenseConfig()
         try:
-            task, params = TASKS[manifest["task"]](), ResMemParams(**manifest["params"])
-            index = manifest["index"] if manifest["index"] == "exact" else FaissIndex(**manifest["index"])
-            top_m, num_outputs = manifest["values"].get("top_m"), manifest["values"]["num_outputs"]
-            config = DenseConfig() if top_m is None else SparseConfig(top_m)
+            task, params = TASKS[name](), ResMemParams(**manifest["params"])
+            if manifest.get("index") != "exact":
+                index = FaissIndex(**entry(dict, "index"))
+            if "top_m" in manifest["values"]:
+                config = SparseConfig(entry(int, "values", "top_m"))
             values = config.build(task, num_outputs)
-            lengths = {name: len(tensors[name]) for name in ("keys", "ids", *values.names)}
-            provenance, tunable = dict(manifest["provenance"]), bool(manifest["tunable"])
-            rows = manifest["rows"]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise StorageError(f"{Path(directory) / storage.MANIFEST} is damaged: {error!r}.") from error
+        except (TypeError, ValueError) as error:
+            raise storage.damaged(directory, str(error).rstrip(".")) from error
+        missing = [f"tensors.{name}" for name in ("keys", "ids", *values.names) if name not in tensors]
+        if missing:
+            raise storage.damaged(directory, f"{', '.join(missing)} is missing")
+        lengths = {name: len(tensors[name]) for name in ("keys", "ids", *values.names)}
         if not rows or set(lengths.values()) != {rows}:
             raise StorageError(f"{directory} is damaged: the manifest says {rows} rows, the files hold {lengths}.")
+        for name, shape in {"keys": tensors["keys"].shape[:2], "ids": (rows,), **values.shapes(rows)}.items():
+            if tensors[name].shape != shape or num_outputs < 1:
+                raise storage.damaged(
+                    directory,
+                    f"values.num_outputs is {num_outputs}, {name} has shape {tuple(tensors[name].shape)}, "
+                    f"expected {tuple(shape)}",
+                )
         memory = cls(task, params, index, config, tensors["keys"].dtype)
         memory.provenance, memory.tunable = provenance, tunable
         memory._hold(tensors, values)

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lightning_resmem.errors import StorageError
+from lightning_resmem.errors import InputError, StorageError
 
 FORMAT = "lightning_resmem"
 VERSION = 1
@@ -32,13 +32,20 @@ _SAFETENSORS_DTYPES = {
 }
 
 
+def as_path(directory: str | os.PathLike[str]) -> Path:
+    """The absolute path of a directory; raises an error for what is no path."""
+    if not isinstance(directory, str | os.PathLike):
+        raise InputError(f"directory={directory!r} is not a path: give a string or a pathlib.Path.")
+    return Path(directory).expanduser().absolute()
+
+
 def check_target(directory: str | os.PathLike[str]) -> Path:
     """The absolute path of a directory that a memory may be saved to.
 
     Raises:
         StorageError: If it holds something other than a memory, or cannot be made or written to.
     """
-    target = Path(directory).expanduser().absolute()
+    target = as_path(directory)
     try:
         empty = not target.exists() or (target.is_dir() and not any(target.iterdir()))
         foreign = not empty and not (target / MANIFEST).is_file()
@@ -113,7 +120,9 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         StorageError: If there is none, or it is damaged or of another format version.
     """
-    path = Path(directory).expanduser().absolute()
+    path = as_path(directory)
+    if path.is_file():
+        raise StorageError(f"There is no saved memory at {path}: it is a file. Give the directory that was saved to.")
     if not path.is_dir():
         raise StorageError(f"There is no saved memory at {path}: no such directory. Was it moved or deleted?")
     try:
@@ -130,6 +139,25 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
             "Load it with the release that wrote it, or memorize again."
         )
     return manifest
+
+
+def entry(directory: str | os.PathLike[str], manifest: Mapping[str, Any], kind: type, *names: str) -> Any:
+    """What the manifest says under these names, one within the other; `kind` is what it has to be."""
+    found: Any = manifest
+    for depth, name in enumerate(names, 1):
+        if not isinstance(found, dict) or name not in found:
+            raise damaged(directory, f"{'.'.join(names[:depth])} is missing")
+        found = found[name]
+    if type(found) is not kind:  # JSON has no subclasses, and True is no number
+        raise damaged(directory, f"{'.'.join(names)} is {found!r}, expected {kind.__name__}")
+    return found
+
+
+def damaged(directory: str | os.PathLike[str], problem: str) -> StorageError:
+    """The error for a manifest that says something impossible."""
+    return StorageError(
+        f"{as_path(directory) / MANIFEST} is damaged: {problem}. Restore it from a backup, or memorize again."
+    )
 
 
 def read_tensors(
@@ -157,7 +185,12 @@ def read_tensors(
                     f"{file} is damaged: its sha256 is {found}, the manifest says {entry['sha256']}. "
                     "Restore it from a backup, or memorize again."
                 )
-            tensor = _mapped(file)[name] if mmap else safetensors.torch.load_file(file)[name]
+            held = _mapped(file) if mmap else safetensors.torch.load_file(file)
+            if name not in held:
+                raise StorageError(f"{file} is damaged: it holds {sorted(held)}, the manifest says {name!r}.")
+            tensor = held[name]
+        except StorageError:
+            raise
         except FileNotFoundError:
             raise StorageError(f"{file} is missing. Restore it from a backup, or memorize again.") from None
         except (OSError, KeyError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
@@ -179,9 +212,10 @@ def read_extra(directory: str | os.PathLike[str], manifest: Mapping[str, Any], n
         Its path, and what is wrong with it: None if it is complete and belongs to the keys.
     """
     path = Path(directory).expanduser().absolute()
-    entry = manifest.get("extra", {}).get(name, {})
+    extra = manifest.get("extra")
+    entry = extra.get(name) if isinstance(extra, dict) else None
     file = path / name
-    if not file.is_file():
+    if not file.is_file() or not isinstance(entry, dict):
         return file, "is missing"
     if entry.get("keys_sha256") != _entries(path, manifest)["keys"]["sha256"]:
         return file, "belongs to other keys"
