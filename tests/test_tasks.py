@@ -258,7 +258,26 @@ def test_only_the_first_five_rows_are_listed():
     assert re.search(r"rows 0, 1, 2, 3, 4\b(?! and)", refusal(Multiclass(), torch.full((5,), 9), 3))
 
 
+@pytest.mark.parametrize("targets", [torch.tensor([0, 1]), torch.tensor([[0.0], [1.0]]), torch.tensor([-1, 1])])
+def test_multiclass_of_one_output_names_the_other_tasks(targets):
+    message = refusal(Multiclass(), targets, 1)
+    assert "0..0" not in message
+    assert "LocalMemory(task=Multilabel())" in message
+    assert "Regression()" in message
+
+
+@pytest.mark.parametrize("targets", [torch.zeros(2), torch.zeros(2, 3, dtype=torch.int64)])
+def test_other_tasks_are_named_for_the_memory_and_the_callback(targets):
+    message = refusal(Multiclass(), targets, 3)
+    assert re.search(r"LocalMemory\(task=(\w+)\(\)\).*ResMemCallback\(memory=LocalMemory\(task=\1\(\)\)\)", message)
+
+
 # -- check_targets: Multilabel
+
+
+def test_multilabel_takes_a_flat_vector_for_one_output_only():
+    assert Multilabel().check_targets(torch.tensor([1, 0]), 1).tolist() == [[1.0], [0.0]]
+    assert "shape (2,), expected (N, 2)" in refusal(Multilabel(), torch.tensor([1, 0]), 2)
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, *INTEGERS, torch.bool])

@@ -15,6 +15,9 @@ from lightning_resmem.tasks import TASKS
 from lightning_resmem.tuning import GridTuner
 from tests import oracle
 
+# Most tests choose on few rows; the tests of warnings see them all the same.
+pytestmark = pytest.mark.filterwarnings("ignore:.*mostly chance")
+
 TASK_NAMES = tuple(TASKS)
 GRID = {"k": [3, 12], "sigma": [0.2, 1.0], "softmax_temperature": [0.8, 2.0], "strength": [0.5, 1.0]}
 
@@ -115,7 +118,8 @@ def test_the_choice_is_the_best_of_the_table(task, objective):
     assert result.score_name == ("mse" if task == "regression" else "acc")
     assert memory.params == before
     assert f"k={params.k}" in result.summary()
-    assert f"{result.base_score:.4f} -> {result.score:.4f} on 25 validation rows" in result.summary()
+    gain = f"({result.score - result.base_score:+.4f} ± {result.gain_error:.4f})"
+    assert f"{result.base_score:.4f} -> {result.score:.4f} {gain} on 25 validation rows" in result.summary()
 
 
 def test_what_was_tuned_is_what_the_memory_then_predicts():
@@ -167,7 +171,44 @@ def test_a_memory_that_hurts_is_switched_off_with_a_warning(objective):
 def test_a_memory_that_helps_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error", ResMemWarning)
-        GridTuner(**GRID).tune(filled(), *rows(25, "multiclass", seed=2))
+        GridTuner(**GRID).tune(filled(), *rows(50, "multiclass", seed=2))
+
+
+@pytest.mark.parametrize("count", [1, 49])
+def test_a_choice_on_few_rows_warns(count):
+    with pytest.warns(ResMemWarning, match=r"fewer than 50 rows is mostly chance") as caught:
+        result = GridTuner(**GRID).tune(filled(), *rows(count, "multiclass", seed=2))
+    assert len(caught) == 1
+    assert result.rows == count
+
+
+@pytest.mark.parametrize("task", TASK_NAMES)
+def test_the_error_of_the_gain_is_that_of_the_paired_differences(task):
+    memory, (embeddings, outputs, targets) = filled(task), rows(60, task, seed=2)
+    result = GridTuner(**GRID).tune(memory, embeddings, outputs, targets)
+    memory.params = result.params
+    after = memory.task.score(memory.predict(embeddings, outputs), targets).double()
+    before = memory.task.score(memory.task.predict(outputs), targets).double()
+    assert result.gain_error == pytest.approx(float((after - before).std() / 60**0.5), rel=1e-3)
+    assert result.gain_error > 0
+
+
+def test_the_error_of_no_gain_is_0_and_of_a_single_row_unknown():
+    with pytest.warns(ResMemWarning):
+        assert GridTuner(strength=[0.0]).tune(filled(), *rows(5, "multiclass", seed=2)).gain_error == 0
+    memory = LocalMemory()
+    memory.add(torch.ones(1, 2), torch.zeros(1, 2), torch.tensor([1]))
+    with pytest.warns(ResMemWarning):
+        result = GridTuner(k=[1]).tune(memory, np.zeros((1, 2)), [[0.0, 0.0]], [1])
+    assert result.gain_error == float("inf")
+    assert "(+1.0000 ± inf) on 1 validation row" in result.summary()
+
+
+def test_arrays_and_lists_are_tuned_on_like_tensors():
+    validation = rows(60, "multiclass", seed=2)
+    expected = GridTuner(**GRID).tune(filled(), *validation)
+    assert GridTuner(**GRID).tune(filled(), *(tensor.numpy() for tensor in validation)) == expected
+    assert GridTuner(**GRID).tune(filled(), *(tensor.tolist() for tensor in validation)) == expected
 
 
 def test_the_base_wins_a_tie():
@@ -332,6 +373,23 @@ def test_numbers_that_are_not_finite(which):
         GridTuner().tune(filled(), *validation)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"embeddings": None}, "embeddings of type NoneType cannot be made a tensor"),
+        ({"outputs": "many"}, "outputs of type str cannot be made a tensor"),
+        ({"targets": None}, "targets of type NoneType"),
+        ({"outputs": torch.zeros(3)}, "outputs has shape"),
+        ({"targets": torch.zeros(2).long()}, "embeddings, outputs and targets have shapes.*must be the same"),
+        ({"outputs": torch.zeros(5, 4)}, "outputs has 4 columns, the memory was filled with 3"),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments, message):
+    validation = dict(zip(("embeddings", "outputs", "targets"), rows(5, "multiclass", seed=2), strict=True))
+    with pytest.raises(InputError, match=message):
+        GridTuner().tune(filled(), **{**validation, **arguments})
+
+
 def test_strength_0_alone_is_the_base():
     with pytest.warns(ResMemWarning, match="does not help"):
         result = GridTuner(strength=[0.0]).tune(filled(), *rows(5, "multiclass", seed=2))
@@ -395,6 +453,7 @@ def test_ranks_choose_what_one_process_chooses(task, sizes):
         )
         assert params.sigma == pytest.approx(alone.params.sigma, rel=1e-6)
         assert found[0].rows == 25
+        assert found[0].gain_error == pytest.approx(alone.gain_error, rel=1e-4, abs=1e-6)
         for setting, expected in zip(found[0].table, alone.table, strict=True):
             assert setting == pytest.approx(expected, rel=1e-5, abs=1e-6)
 

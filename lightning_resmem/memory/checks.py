@@ -61,13 +61,13 @@ def check_shapes(embeddings: Tensor, outputs: Tensor, targets: Tensor, shape: tu
 
 def checked_ids(ids: Any, count: int) -> Tensor:
     """The ids of `count` rows on the CPU, int64; raises an error unless they are different and at least 0."""
-    ids = as_ids(ids).cpu()
-    if len(ids) != count:
-        raise InputError(f"ids has shape {tuple(ids.shape)}, expected ({count},): one for every row.")
-    if count and int(ids.min()) < 0:
-        raise InputError(f"ids holds {int(ids.min())}: ids are at least 0 (-1 marks a missing neighbour).")
-    check_different(ids if bool((ids[1:] > ids[:-1]).all()) else ids.sort().values)
-    return ids
+    checked = as_ids(ids).cpu()
+    if len(checked) != count:
+        raise InputError(f"ids has shape {tuple(checked.shape)}, expected ({count},): one for every row.")
+    if count and int(checked.min()) < 0:
+        raise InputError(f"ids holds {int(checked.min())}: ids are at least 0 (-1 marks a missing neighbour).")
+    check_different(checked if bool((checked[1:] > checked[:-1]).all()) else checked.sort().values)
+    return checked
 
 
 def check_different(ordered: Tensor) -> None:

@@ -271,7 +271,7 @@ class LocalMemory(ResidualMemory):
 
     def __repr__(self) -> str:
         wanted = self._wanted_values
-        values = wanted if isinstance(wanted, str) else "sparse" if isinstance(wanted, SparseConfig) else "dense"
+        values: str = wanted if isinstance(wanted, str) else "sparse" if isinstance(wanted, SparseConfig) else "dense"
         rows = "empty"
         if self._values is not None and self._shape is not None:
             rows, values = f"{len(self)} rows x {self._shape[0]}, {self._shape[1]} outputs", self._values.name
@@ -347,13 +347,18 @@ class LocalMemory(ResidualMemory):
         lengths = {name: len(tensors[name]) for name in ("keys", "ids", *values.names)}
         if not rows or set(lengths.values()) != {rows}:
             raise StorageError(f"{directory} is damaged: the manifest says {rows} rows, the files hold {lengths}.")
-        for name, shape in {"keys": tensors["keys"].shape[:2], "ids": (rows,), **values.shapes(rows)}.items():
-            if tensors[name].shape != shape or num_outputs < 1:
+        width = tensors["keys"].shape[-1]
+        for name, shape in {"keys": (rows, width), "ids": (rows,), **values.shapes(rows)}.items():
+            if tensors[name].shape != shape:
                 raise storage.damaged(
                     directory,
-                    f"values.num_outputs is {num_outputs}, {name} has shape {tuple(tensors[name].shape)}, "
-                    f"expected {tuple(shape)}",
+                    f"values.num_outputs is {num_outputs}, so {name} should have shape {shape}, the file holds "
+                    f"{tuple(tensors[name].shape)}",
                 )
+        labels = [] if mmap or not isinstance(task, Multiclass) else [tensors[name] for name in values.labels]
+        highest = max((int(classes.max()) for classes in labels), default=0)
+        if num_outputs <= highest:
+            raise storage.damaged(directory, f"values.num_outputs is {num_outputs}, the files hold class {highest}")
         memory = cls(task, params, index, config, tensors["keys"].dtype)
         memory.provenance, memory.tunable = provenance, tunable
         memory._hold(tensors, values)

@@ -57,6 +57,7 @@ class SparseValues(Values):
     """
 
     name = "sparse"
+    labels = ("targets", "classes")
 
     def __init__(self, task: Task, num_outputs: int, top_m: int) -> None:
         super().__init__(task)
@@ -71,6 +72,15 @@ class SparseValues(Values):
             "classes": self._classes,  # (N, m) int16 or int32
             "log_probabilities": self._logs,  # (N, m) float16, descending
             "log_tail": self._log_tail,  # (N,) float32
+        }
+
+    def shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
+        kept = (rows, self._top_m)
+        return {
+            "targets": self._targets_shape(rows),
+            "classes": kept,
+            "log_probabilities": kept,
+            "log_tail": (rows,),
         }
 
     @property

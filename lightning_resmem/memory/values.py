@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_resmem import functional
 from lightning_resmem.errors import InputError
 from lightning_resmem.memory.rows import GrowingTensor
-from lightning_resmem.tasks import Task, check_finite
+from lightning_resmem.tasks import Multiclass, Task, check_finite
 
 # Rows whose residuals are derived at once.
 _DERIVE_ROWS = 65536
@@ -25,6 +25,7 @@ class Values(ABC):
     """
 
     name: ClassVar[str]
+    labels: ClassVar[tuple[str, ...]] = ("targets",)  # the tensors that hold classes, with `Multiclass`
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -71,6 +72,13 @@ class Values(ABC):
     def describe(self) -> dict[str, Any]:
         """What the manifest says about the values besides their tensors."""
         return {"kind": self.name, "num_outputs": self.num_outputs}
+
+    @abstractmethod
+    def shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
+        """The shape that each tensor has to have, for that many rows."""
+
+    def _targets_shape(self, rows: int) -> tuple[int, ...]:
+        return (rows,) if isinstance(self.task, Multiclass) else (rows, self.num_outputs)
 
     @property
     def names(self) -> list[str]:
@@ -170,6 +178,9 @@ class DenseValues(Values):
 
     def _parts(self) -> dict[str, GrowingTensor]:
         return {"outputs": self._outputs, "targets": self._targets}
+
+    def shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
+        return {"outputs": (rows, self._num_outputs), "targets": self._targets_shape(rows)}
 
     @property
     def num_outputs(self) -> int:

@@ -2,11 +2,12 @@
 
 import logging
 import os
+import warnings
 
 import pytest
 import torch
 
-from lightning_resmem import InputError, LocalMemory, ResMemError, ResMemParams
+from lightning_resmem import InputError, LocalMemory, ResMemError, ResMemParams, ResMemWarning
 from lightning_resmem.memory import faiss_index
 from lightning_resmem.memory.faiss_index import FaissIndex, FaissSearch, choose
 from lightning_resmem.memory.index import ExactIndex
@@ -46,6 +47,27 @@ def test_unreachable_recall_is_told(caplog: pytest.LogCaptureFixture) -> None:
     assert search.settings() == {"nprobe": 4}
     assert "below min_recall=0.99" in caplog.text
     assert "rerank" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("IVF64,Flat", r'with nprobe=1: give index=FaissIndex\("IVF64,Flat", min_recall=0.95\), or a larger nprobe='),
+        (FaissIndex("HNSW4", ef_search=4), r"with ef_search=4: .*min_recall=0.95\), or a larger ef_search="),
+        ("PQ4x4", r'nearest rows: give index=FaissIndex\("PQ4x4", rerank=4\)\.'),
+    ],
+)
+def test_low_recall_that_nobody_asked_about_warns(config: str | FaissIndex, message: str) -> None:
+    config = FaissIndex(config) if isinstance(config, str) else config
+    with pytest.warns(ResMemWarning, match=message):
+        search = FaissSearch(torch.randn(5000, 16), config)
+    assert search.recall < 0.9
+
+
+def test_high_recall_does_not_warn() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResMemWarning)
+        FaissSearch(torch.randn(5000, 16), FaissIndex("IVF64,Flat", nprobe=64))
 
 
 def test_reranking_measures_true_distances_and_finds_more() -> None:

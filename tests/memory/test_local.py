@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -91,6 +92,107 @@ def test_bad_queries() -> None:
         memory.search(torch.zeros(2, 2), 0)
     with pytest.raises(InputError, match="queries has NaN"):
         memory.search(torch.full((1, 2), torch.nan), 1)
+
+
+@pytest.mark.parametrize("k", ["5", None, 2.5, float("nan"), True, np.float64(2), torch.tensor([1, 2])])
+def test_k_that_is_no_number_of_neighbours(k: object) -> None:
+    with pytest.raises(InputError, match=r"^k=.*whole number of at least 1"):
+        _memory().search(torch.zeros(2, 2), k)
+
+
+def test_k_beyond_the_rows_is_padded_within_reason() -> None:
+    memory = _memory()
+    assert memory.search(torch.zeros(2, 2), np.int64(5)).ids.shape == (2, 5)
+    with pytest.raises(InputError, match=r"k=1000000000 for 2 queries takes 22.4 GiB, .* only 3 rows"):
+        memory.search(torch.zeros(2, 2), 10**9)
+
+
+def test_bad_outputs_of_queries() -> None:
+    outputs = torch.zeros(2, 4)
+    outputs[1, 2] = torch.nan
+    with pytest.raises(InputError, match="outputs has NaN or infinite entries in rows 1"):
+        _memory().predict(torch.zeros(2, 2), outputs)
+    with pytest.raises(InputError, match="outputs has shape"):
+        _memory().predict(torch.tensor(1.0), torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("kind", [np.asarray, lambda rows: np.asarray(rows)[::-1][::-1], lambda rows: rows])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_arrays_and_lists_work_like_tensors(kind: object, dtype: torch.dtype) -> None:
+    keys, outputs = torch.randn(6, 2).to(dtype), torch.randn(6, 4).to(dtype)
+    targets, queries = torch.tensor([0, 1, 2, 3, 0, 1]), torch.randn(3, 2)
+    memories = LocalMemory(params=ResMemParams(k=2)), LocalMemory(params=ResMemParams(k=2))
+    answers = []
+    for memory, given in zip(memories, (lambda rows: rows, lambda rows: kind(rows.tolist())), strict=True):
+        memory.add(given(keys), given(outputs), given(targets), given(torch.arange(6) * 3))
+        memory.remove(given(torch.tensor([3, 9])))
+        memory.update(given(torch.tensor([0, 15])), given(keys[:2] + 1), given(outputs[:2] - 1), given(targets[2:4]))
+        assert memory.fetch(given(torch.tensor([6]))).targets.tolist() == [2]
+        answers.append(memory.predictions(given(queries), given(outputs[:3])))
+        assert memory.search(given(queries), 1).ids.shape == (3, 1)
+    for found, expected in zip(*answers, strict=True):
+        torch.testing.assert_close(found, expected, check_dtype=False)
+
+
+def test_arrays_that_may_not_be_written_do_not_warn(recwarn: pytest.WarningsRecorder) -> None:
+    keys = np.zeros((3, 2), np.float32)
+    keys.flags.writeable = False
+    LocalMemory().add(keys, ROWS["outputs"], ROWS["targets"])
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("bad", [None, "abc", [[1.0], [1.0, 2.0]], {1: 2}, [["a"]], object()])
+def test_what_cannot_be_made_a_tensor_is_named(bad: object) -> None:
+    memory = _memory()
+    for name in ROWS:
+        with pytest.raises(InputError, match=f"^{name} of type"):
+            memory.add(**{**ROWS, name: bad})
+        if bad is not None:
+            with pytest.raises(InputError, match=f"^{name} of type"):
+                memory.update([5, 7, 9], **{name: bad})
+    for ask in (lambda: memory.predict(bad, torch.zeros(1, 4)), lambda: memory.search(bad, 1)):
+        with pytest.raises(InputError, match=r"^queries of type"):
+            ask()
+    with pytest.raises(InputError, match=r"^outputs of type"):
+        memory.predict(torch.zeros(1, 2), bad)
+    assert len(memory) == 3
+
+
+@pytest.mark.parametrize("edit", ["remove", "update", "fetch"])
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.tensor([True, False, True]), r"dtype torch.bool.*memory.ids\[mask\]"),
+        (torch.tensor([5.0]), "dtype torch.float32"),
+        (torch.tensor([[5, 7]]), r"shape \(1, 2\)"),
+        (torch.tensor(5), r"shape \(\)"),
+        (5, r"shape \(\)"),
+        (None, "of type NoneType"),
+        ("5", "of type str"),
+    ],
+)
+def test_ids_that_are_no_ids(edit: str, ids: object, message: str) -> None:
+    memory = _memory()
+    with pytest.raises(InputError, match=f"^ids .*{message}"):
+        getattr(memory, edit)(ids)
+    assert memory.ids.tolist() == [5, 7, 9]
+
+
+def test_removing_nothing() -> None:
+    memory = _memory()
+    memory.remove([])
+    assert len(memory) == 3
+    LocalMemory().remove(torch.empty(0, dtype=torch.int64))
+
+
+def test_repr_shows_what_is_held_and_builds_nothing() -> None:
+    assert repr(LocalMemory()) == "LocalMemory(empty, index='auto', values='auto')"
+    memory = _memory()
+    assert repr(memory) == "LocalMemory(3 rows x 2, 4 outputs, index='auto', values='dense')"
+    assert memory._index is None
+    memory.build()
+    assert repr(memory) == "LocalMemory(3 rows x 2, 4 outputs, index='exact', values='dense')"
+    assert repr(LocalMemory(index="HNSW8", values="sparse")) == "LocalMemory(empty, index='HNSW8', values='sparse')"
 
 
 def test_an_empty_memory_answers_nothing() -> None:

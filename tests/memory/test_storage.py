@@ -10,8 +10,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from lightning_resmem import LocalMemory, ResMemParams, StorageError
+from lightning_resmem import InputError, LocalMemory, ResMemParams, StorageError
 from lightning_resmem.memory import storage
+from lightning_resmem.memory.sparse import SparseConfig
 
 
 def _memory(index: str = "exact", rows: int = 200) -> LocalMemory:
@@ -38,6 +39,19 @@ def test_flipped_byte(saved: Path) -> None:
     file.write_bytes(data)
     with pytest.raises(StorageError, match=r"keys.safetensors is damaged: its sha256 is \w+, the manifest says"):
         LocalMemory.load(saved)
+    with pytest.raises(StorageError) as caught:
+        LocalMemory.load(saved)
+    assert str(caught.value).count("Restore it from a backup") == 1
+    assert "cannot be read" not in str(caught.value)
+
+
+def test_file_of_another_tensor(saved: Path) -> None:
+    file = saved / "ids.safetensors"
+    safetensors.torch.save_file({"other": torch.zeros(3)}, file)
+    with pytest.raises(
+        StorageError, match=r"ids.safetensors is damaged: it holds \['other'\], the manifest says 'ids'"
+    ):
+        LocalMemory.load(saved, mmap=True)
 
 
 @pytest.mark.parametrize("name", ["keys", "ids", "outputs", "targets"])
@@ -69,7 +83,22 @@ def test_truncated_file_cannot_be_mapped(saved: Path) -> None:
     [
         (lambda m: m.update(version=99), "version 99, this release reads version 1"),
         (lambda m: m.update(format="other"), "does not describe"),
-        (lambda m: m.update(task="nonsense"), "damaged"),
+        (lambda m: m.update(task="nonsense"), "its task is 'nonsense', this release knows multiclass, multilabel"),
+        (lambda m: m.update(task=3), "task is 3, expected str"),
+        (lambda m: m["values"].update(num_outputs=-1), r"num_outputs is -1, so outputs .*the file holds \(200, 5\)"),
+        (lambda m: m["values"].update(num_outputs=7), r"should have shape \(200, 7\), the file holds \(200, 5\)"),
+        (lambda m: m["values"].update(num_outputs="x"), "values.num_outputs is 'x', expected int"),
+        (lambda m: m["values"].update(num_outputs=None), "values.num_outputs is None, expected int"),
+        (lambda m: m["values"].update(top_m=0), "top_m=0"),
+        (lambda m: m.update(rows=True), "rows is True, expected int"),
+        (lambda m: m.update(provenance={"head": 5}), "provenance.head is 5, expected str"),
+        (lambda m: m.update(provenance=None), "provenance is None, expected dict"),
+        (lambda m: m["params"].pop("sigma"), "params.sigma is missing"),
+        (lambda m: m["params"].update(sigma=-1), "damaged: sigma=-1"),
+        (lambda m: m.update(tunable="no"), "tunable is 'no', expected bool"),
+        (lambda m: m.update(index={"factory": "Flat", "evil": 1}), "damaged: .*'evil'"),
+        (lambda m: m.update(index=None), "index is None"),
+        (lambda m: m["tensors"].pop("ids"), "tensors.ids is missing"),
         (lambda m: m.update(rows=7), "says 7 rows"),
         (lambda m: m.pop("params"), "damaged"),
         (lambda m: m.pop("values"), "damaged"),
@@ -85,11 +114,30 @@ def test_manifest_that_does_not_fit(saved: Path, change: Callable[[dict], object
         LocalMemory.load(saved)
 
 
+def test_fewer_outputs_than_sparse_values_hold(tmp_path: Path) -> None:
+    memory = LocalMemory(params=ResMemParams(k=3), values=SparseConfig(2))
+    memory.add(torch.randn(50, 4), torch.eye(5).repeat(10, 1), torch.randint(5, (50,)))
+    path = memory.save(tmp_path / "memory")
+    _edited(path, lambda manifest: manifest["values"].update(num_outputs=4))
+    with pytest.raises(StorageError, match="num_outputs is 4, the files hold class 4"):
+        LocalMemory.load(path)
+
+
 def test_no_memory_there(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="no such directory"):
         LocalMemory.load(tmp_path / "nothing")
     with pytest.raises(StorageError, match=r"has no manifest.json"):
         LocalMemory.load(tmp_path)
+    (tmp_path / "notes.txt").write_text("text")
+    with pytest.raises(StorageError, match=r"notes.txt: it is a file"):
+        LocalMemory.load(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize("directory", [None, 5])
+def test_what_is_no_path(directory: object) -> None:
+    for use in (LocalMemory.load, _memory().save):
+        with pytest.raises(InputError, match=f"directory={directory} is not a path"):
+            use(directory)
 
 
 def test_other_directories_are_left_alone(tmp_path: Path) -> None:
