@@ -376,6 +376,17 @@ class Arm(L.Callback):
         self._dataset.armed = True
 
 
+class Vanish(L.Callback):
+    """When training ends, a file is where the memory was to be saved."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._path.write_text("not a directory")
+
+
 def hooks_of(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
@@ -418,7 +429,7 @@ def failures(rank: int, directory: Path) -> dict[str, Any]:
     quiet()
     found: dict[str, Any] = {}
     usual = DataLoader(data(TRAIN), batch_size=BATCH)
-    plain_file = directory / "file"
+    plain_file, vanished = directory / "file", directory / "vanished"
     plain_file.write_text("not a directory")
     dist.barrier()
 
@@ -453,7 +464,8 @@ def failures(rank: int, directory: Path) -> dict[str, Any]:
     attempt("memory.add", Net(), ResMemCallback(memory=FailingMemory()))
     no_length = DataLoader(NoLength(*rows(TRAIN)), batch_size=BATCH, sampler=range(TRAIN))
     attempt("memory_dataloader", Net(), ResMemCallback(memory_dataloader=no_length))
-    attempt("save", Net(), ResMemCallback(dirpath=plain_file / "memory"))
+    attempt("dirpath", Net(), ResMemCallback(dirpath=plain_file / "memory"))
+    attempt("save", Net(), ResMemCallback(dirpath=vanished / "memory"), usual, None, Vanish(vanished))
     own_part = Subset(data(TRAIN), range(rank, TRAIN - 1, 2))
     attempt("part of the rows", Net(), ResMemCallback(memory_dataloader=DataLoader(own_part, BATCH)))
     own_rows = DataLoader(data(TRAIN), BATCH, sampler=SubsetRandomSampler(range(rank, TRAIN, 2)))

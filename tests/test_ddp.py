@@ -176,7 +176,8 @@ FAILURES = {
     "forward": ("*1 ArithmeticError: the forward broke", "rehearsing the memory pass"),
     "memory.add": ("*1 MemoryError: no room for rows", "collecting training rows"),
     "memory_dataloader": ("*1 NotImplementedError: rank 1 does not know its length", "planning which rows to read"),
-    "save": ("*0 StorageError: The memory could not be saved to", "saving the memory"),
+    "dirpath": ("*0 StorageError: The memory cannot be saved to", "looking where the memory will be saved"),
+    "save": ("*0 StorageError: The memory cannot be saved to", "saving the memory"),
     "part of the rows": ("InputError: The loaders differ by rank: rank 0 reads", ""),
     "sampler of its own": ("InputError: The loaders differ by rank: rank 0 reads", ""),
     "stream": ("InputError: ids are repeated on several ranks: 0, 1, 2, 3, 4 and more", ""),
@@ -202,7 +203,7 @@ def test_a_failure_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
             # A filled memory is kept when only its saving failed; half a memory never is.
             assert case["rows"] == (TRAIN if name == "save" else 0)
             # What can be known before training is; otherwise the trained weights are safe.
-            early = name in ("forward", "memory_dataloader", "part of the rows", "sampler of its own")
+            early = name in ("forward", "memory_dataloader", "dirpath", "part of the rows", "sampler of its own")
             assert case.get("checkpoint", 0) == (0 if early or name.startswith("datamodule") else 1), name
         assert cases["nothing"]["error"] is None  # the job goes on
     assert [entry.name for entry in tmp_path.iterdir() if "partial" in entry.name or "replaced" in entry.name] == []
