@@ -39,8 +39,8 @@ def _use(task: str) -> str:
 
 
 _SINGLE_OUTPUT = (
-    "A head with one output is a binary classifier or a regression, not task=Multiclass(): use Multilabel() for labels "
-    f"0 and 1, or Regression(), i.e. {_use('Multilabel')}."
+    "A head with one output is a binary classifier or a regression, not task=Multiclass(). "
+    f"For labels 0 and 1 use {_use('Multilabel')}; for real values use {_use('Regression')}."
 )
 
 
