@@ -425,7 +425,8 @@ def tuned_on_ranks(tuner, memory, parts):
             results[rank] = tuner.tune(memory, *parts[rank], gather=together.gather(rank))
         except BaseException as error:
             results[rank] = error
-            together.barrier.abort()
+            if not isinstance(error, InputError):  # which all of them raise, and some may still be leaving the barrier
+                together.barrier.abort()
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(parts))]
     for thread in threads:

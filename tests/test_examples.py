@@ -1,0 +1,46 @@
+"""The examples run as their own help says."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+pytestmark = pytest.mark.slow
+
+
+def run(directory: Path, script: str, *arguments: str, code: int = 0) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "RESMEM_FEATURES"}
+    environment |= {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    command = [sys.executable, str(ROOT / "examples" / script), *arguments]
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=150)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_digits(tmp_path):
+    printed = run(tmp_path, "digits.py", "--seeds", "2", "--epochs", "4", "--hidden", "8")
+    numbers = re.search(r"mean\W+([\d.]+)\W+([\d.]+)\W+([\d.]+)\W+?([+-][\d.]+)", printed)
+    base, knn, resmem, gain = map(float, numbers.groups())
+    assert 0.5 < base < 1
+    assert 0.5 < knn < 1
+    assert resmem - base == pytest.approx(gain, abs=2e-4)
+    assert (tmp_path / "outputs" / "digits.png").read_bytes().startswith(PNG)
+
+
+def test_digits_refuses_nonsense(tmp_path):
+    assert "at least 1" in run(tmp_path, "digits.py", "--seeds", "0", code=2)
+
+
+def test_memory_pass(tmp_path):
+    printed = run(tmp_path, "benchmarks/memory_pass.py", "--quick", "--repeats", "1")
+    assert len(re.findall(r"\d+\.\d+ +│ +\d+\.\d+ +│ +\d+\.\d{3} ", printed)) == 3
+
+
+def test_cifar10_features_without_the_file(tmp_path):
+    assert "RESMEM_FEATURES" in run(tmp_path, "benchmarks/cifar10_features.py")
