@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_resmem.errors import EmptyMemoryError, InputError, StorageError
+from lightning_resmem.errors import EmptyMemoryError, InputError
 from lightning_resmem.functional import neighbor_weights
 from lightning_resmem.memory import faiss_index, storage
 from lightning_resmem.memory.base import Neighbors, ResidualMemory
@@ -20,10 +19,11 @@ from lightning_resmem.memory.exchange import all_gather_rows
 from lightning_resmem.memory.faiss_index import FaissIndex, FaissSearch
 from lightning_resmem.memory.index import ExactIndex
 from lightning_resmem.memory.rows import GrowingTensor
+from lightning_resmem.memory.saved import read_saved
 from lightning_resmem.memory.sparse import SparseConfig
 from lightning_resmem.memory.values import DenseConfig, Values
 from lightning_resmem.params import ResMemParams
-from lightning_resmem.tasks import TASKS, Multiclass, Task, check_finite
+from lightning_resmem.tasks import Multiclass, Task, check_finite
 
 _log = logging.getLogger("lightning_resmem")
 
@@ -318,53 +318,13 @@ class LocalMemory(ResidualMemory):
         Raises:
             StorageError: If the directory is missing, incomplete, damaged or of another format version.
         """
-        manifest = storage.read_manifest(directory)
-        tensors = storage.read_tensors(directory, manifest, mmap)
-        entry = partial(storage.entry, directory, manifest)
-        name, rows, num_outputs = entry(str, "task"), entry(int, "rows"), entry(int, "values", "num_outputs")
-        tunable, provenance = entry(bool, "tunable"), dict(entry(dict, "provenance"))
-        for key in provenance:
-            entry(str, "provenance", key)
-        for parameter in dataclasses.fields(ResMemParams):
-            if parameter.name not in entry(dict, "params"):
-                raise storage.damaged(directory, f"params.{parameter.name} is missing")
-        if name not in TASKS:
-            raise storage.damaged(directory, f"its task is {name!r}, this release knows {', '.join(TASKS)}")
-        index: str | FaissIndex = "exact"
-        config: DenseConfig | SparseConfig = DenseConfig()
-        try:
-            task, params = TASKS[name](), ResMemParams(**manifest["params"])
-            if manifest.get("index") != "exact":
-                index = FaissIndex(**entry(dict, "index"))
-            if "top_m" in manifest["values"]:
-                config = SparseConfig(entry(int, "values", "top_m"))
-            values = config.build(task, num_outputs)
-        except (TypeError, ValueError) as error:
-            raise storage.damaged(directory, str(error).rstrip(".")) from error
-        missing = [f"tensors.{name}" for name in ("keys", "ids", *values.names) if name not in tensors]
-        if missing:
-            raise storage.damaged(directory, f"{', '.join(missing)} is missing")
-        lengths = {name: len(tensors[name]) for name in ("keys", "ids", *values.names)}
-        if not rows or set(lengths.values()) != {rows}:
-            raise StorageError(f"{directory} is damaged: the manifest says {rows} rows, the files hold {lengths}.")
-        width = tensors["keys"].shape[-1]
-        for name, shape in {"keys": (rows, width), "ids": (rows,), **values.shapes(rows)}.items():
-            if tensors[name].shape != shape:
-                raise storage.damaged(
-                    directory,
-                    f"values.num_outputs is {num_outputs}, so {name} should have shape {shape}, the file holds "
-                    f"{tuple(tensors[name].shape)}",
-                )
-        labels = [] if mmap or not isinstance(task, Multiclass) else [tensors[name] for name in values.labels]
-        highest = max((int(classes.max()) for classes in labels), default=0)
-        if num_outputs <= highest:
-            raise storage.damaged(directory, f"values.num_outputs is {num_outputs}, the files hold class {highest}")
-        memory = cls(task, params, index, config, tensors["keys"].dtype)
-        memory.provenance, memory.tunable = provenance, tunable
-        memory._hold(tensors, values)
+        saved = read_saved(directory, mmap)
+        memory = cls(saved.task, saved.params, saved.index, saved.config, saved.tensors["keys"].dtype)
+        memory.provenance, memory.tunable = saved.provenance, saved.tunable
+        memory._hold(saved.tensors, saved.values)
         memory.to(device)
-        if isinstance(index, FaissIndex):
-            memory._index = faiss_index.load(directory, manifest, memory._keys.finish(), index)
+        if isinstance(saved.index, FaissIndex):
+            memory._index = faiss_index.load(directory, saved.manifest, memory._keys.finish(), saved.index)
         memory.build()
         return memory
 
