@@ -7,14 +7,16 @@ from typing import NamedTuple
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.core.hooks import DataHooks
 from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from lightning_resmem.batches import BatchReader
+from lightning_resmem.batches import TRANSFER_HOOKS, BatchReader
 from lightning_resmem.errors import InputError
 from lightning_resmem.head import HeadTap
 from lightning_resmem.loaders import Part
@@ -87,6 +89,7 @@ class Pass:
         self._head, self._embedding = head, embedding
         self.ranks = Ranks(trainer)
         self.num_local_processes = trainer.num_devices
+        self._transfers = _transfers(trainer)
         self._show_progress = show_progress and self.ranks.rank == 0
         # Holds the tap's hooks, from the first batch to the end of a pass.
         self._capturing = ExitStack()
@@ -150,8 +153,9 @@ class Pass:
         trainer, model = self._trainer, self._model
         # The same steps, in the same order, as in the trainer's own evaluation loop.
         batch = trainer.precision_plugin.convert_input(batch)
-        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        if self._transfers:
+            batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
         with trainer.precision_plugin.forward_context():
             if self.tap is None:
                 self.tap = HeadTap.find(
@@ -214,6 +218,13 @@ class Pass:
         with Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task(f"ResMem: {doing}", total=sum(known) if len(known) == len(parts) else None)
             yield lambda: progress.advance(task)
+
+
+def _transfers(trainer: L.Trainer) -> bool:
+    """Whether a transfer changes anything: finding out for every batch costs as much as a small model's forward."""
+    owners = [owner for owner in (trainer.lightning_module, trainer.datamodule) if owner is not None]  # type: ignore[attr-defined]
+    hooked = any(is_overridden(hook, owner, DataHooks) for hook in TRANSFER_HOOKS for owner in owners)
+    return hooked or trainer.strategy.root_device.type != "cpu"
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
