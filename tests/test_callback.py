@@ -12,10 +12,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import (
     Callback,
+    EarlyStopping,
     EMAWeightAveraging,
     ModelCheckpoint,
     RichProgressBar,
     StochasticWeightAveraging,
+    Timer,
     WeightAveraging,
 )
 from lightning.pytorch.trainer.states import RunningStage
@@ -667,6 +669,26 @@ def test_averaged_weights_are_memorized(averaging, root):
     wanted = Trained(model).scores(data.train, data.test, callback.memory.params)
     (logged,) = trainer(root, callback).test(model, datamodule=data, verbose=False)
     assert {part: logged[f"test/acc_{part}"] for part in wanted} == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [
+        lambda: EarlyStopping("val_loss", stopping_threshold=1e9),
+        lambda: Timer(duration={"milliseconds": 50}),
+    ],
+    ids=["early stopping", "timer"],
+)
+def test_training_that_stops_early_is_memorized(stop, root):
+    data, model, callback = Data(), make(CallsSelf), ResMemCallback(memory_for(CallsSelf))
+    run = trainer(root, callback, stop(), max_epochs=50)
+    run.fit(model, datamodule=data)
+    assert run.current_epoch < 5
+    assert len(callback.memory) == 120
+    (logged,) = run.test(model, datamodule=data, verbose=False)
+    assert logged["test/acc_resmem"] == pytest.approx(
+        Trained(model).scores(data.train, data.test, callback.memory.params)["resmem"]
+    )
 
 
 # -- saving and finding again

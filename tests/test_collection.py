@@ -11,6 +11,10 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
 
 from lightning_resmem import HeadError, InputError, LocalMemory, ResMemCallback, ResMemParams, memorize
+from lightning_resmem.batches import BatchReader
+from lightning_resmem.collection import Pass
+from lightning_resmem.loaders import plan
+from tests.memory.test_exchange import Peak
 from tests.models import CallsSelf, Data, NormAndDropout, Trained, hooks_on, make, memory_for, trainer
 
 
@@ -272,3 +276,24 @@ def test_failures_leave_an_empty_memory_and_the_model_as_it_was(loader, options,
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
     assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_a_pass_needs_no_more_memory_for_more_rows(tmp_path):
+    """Rows are handed on as they come; who does not keep them needs no room for them."""
+
+    class Forgets(CallsSelf):
+        def on_predict_start(self):
+            reading = Pass(self.trainer, self, BatchReader())
+            loader = DataLoader(TensorDataset(inputs, targets), batch_size=128)
+            with Peak() as peak:
+                self.rows = reading.run(
+                    plan(loader, lambda batch: len(batch[1])), lambda chunk: None, "collecting rows"
+                )
+            self.peak = peak.bytes
+
+    inputs, targets = torch.randn(500_000, 4), torch.zeros(500_000, dtype=torch.int64)
+    model = make(Forgets)
+    model.body, model.head = nn.Sequential(nn.Linear(4, 64), nn.ReLU()), nn.Linear(64, 4)
+    trainer(tmp_path).predict(model, DataLoader(inputs[:1]), return_predictions=False)
+    assert model.rows == len(inputs)
+    assert model.peak < len(inputs) * 64 * 4 / 2  # 128 MB of rows went by
