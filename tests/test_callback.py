@@ -681,9 +681,9 @@ def test_averaged_weights_are_memorized(averaging, root):
 )
 def test_training_that_stops_early_is_memorized(stop, root):
     data, model, callback = Data(), make(CallsSelf), ResMemCallback(memory_for(CallsSelf))
-    run = trainer(root, callback, stop(), max_epochs=50)
+    run = trainer(root, callback, stop(), max_epochs=100_000)  # hours, if nothing stopped it
     run.fit(model, datamodule=data)
-    assert run.current_epoch < 5
+    assert 0 < run.global_step < 100_000
     assert len(callback.memory) == 120
     (logged,) = run.test(model, datamodule=data, verbose=False)
     assert logged["test/acc_resmem"] == pytest.approx(
