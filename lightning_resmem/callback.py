@@ -210,13 +210,8 @@ class ResMemCallback(Callback):
         self._start(trainer, pl_module, None)
 
     def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        self._start_batch()
-
-    def on_test_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        self._start_batch()
-
-    def on_predict_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        self._start_batch()
+        if self._routing is not None:
+            self._routing.start_batch()
 
     def on_validation_batch_end(
         self,
@@ -227,44 +222,22 @@ class ResMemCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._end_batch(batch, dataloader_idx)
-
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._end_batch(batch, dataloader_idx)
-
-    def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._end_batch(batch, dataloader_idx)
+        if self._routing is not None:
+            self._routing.end_batch(batch, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._log_scores(pl_module)
-
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._log_scores(pl_module)
+        if self._routing is not None:
+            # The same on every rank already; without sync_dist the trainer warns that it might not be.
+            pl_module.log_dict(self._routing.scores(), sync_dist=True, add_dataloader_idx=False)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stop()
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._stop()
-
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._stop()
+    # Once it has started, a run is a run.
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+    on_test_end = on_predict_end = on_validation_end
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._stop()
@@ -296,19 +269,6 @@ class ResMemCallback(Callback):
         prefix = stage if stage is None or self._name == "resmem" else f"{stage}/{self._name}"
         self._base = pl_module
         self._routing = Routing(trainer, pl_module, self._memory, self._reader, self._route, prefix)
-
-    def _start_batch(self) -> None:
-        if self._routing is not None:
-            self._routing.start_batch()
-
-    def _end_batch(self, batch: Any, dataloader_idx: int) -> None:
-        if self._routing is not None:
-            self._routing.end_batch(batch, dataloader_idx)
-
-    def _log_scores(self, pl_module: L.LightningModule) -> None:
-        if self._routing is not None:
-            # The same on every rank already; without sync_dist the trainer warns that it might not be.
-            pl_module.log_dict(self._routing.scores(), sync_dist=True, add_dataloader_idx=False)
 
     def _stop(self) -> None:
         if self._routing is not None:

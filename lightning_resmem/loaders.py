@@ -131,7 +131,7 @@ def _plan_rows(loader: DataLoader[Any], rank: int, world_size: int, limit: int |
                 f"({first_row + count} for {len(rows)}), so a row has no id: does collate_fn repeat or cut rows? "
                 f"{WAY_OUT}"
             )
-        return torch.tensor(taken, dtype=torch.int64) + first_id
+        return torch.from_numpy(_as_array(taken)) + first_id
 
     return Part(
         batches=rebuilt(loader, rows, batch_size),

@@ -1,7 +1,6 @@
 """Choose k, sigma, softmax_temperature and strength on validation rows: one search, then arithmetic."""
 
 import itertools
-import logging
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -18,8 +17,6 @@ from lightning_resmem.memory.base import ResidualMemory
 from lightning_resmem.memory.checks import as_tensor, check_shapes
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Task, check_finite
-
-_log = logging.getLogger(__name__)
 
 Gather = Callable[[Tensor], Tensor]
 
