@@ -208,29 +208,26 @@ def _default_targets(batch: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def _parameters(function: Callable[..., Any], is_method: bool) -> dict[str, inspect.Parameter]:
-    """The parameters of a function, or of a method without `self`: asked for every batch, and slow to find out."""
-    parameters = dict(inspect.signature(function).parameters)
-    if is_method:
-        del parameters[next(iter(parameters))]
-    return parameters
+def _parameters(function: Callable[..., Any], is_method: bool) -> tuple[list[str], list[str], bool]:
+    """The names that a function (or a method, after `self`) knows, those it requires, and whether it takes any name.
+
+    Asked for every batch, and slow to find out.
+    """
+    parameters = list(inspect.signature(function).parameters.values())[is_method:]
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    required = [p.name for p in named if p.default is p.empty]
+    return [p.name for p in named], required, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _inputs(model: L.LightningModule, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of `forward` for a batch."""
-    parameters = _parameters(getattr(model.forward, "__func__", model.forward), hasattr(model.forward, "__func__"))
-    named = {
-        name: parameter
-        for name, parameter in parameters.items()
-        if parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    }
-    required = [name for name, parameter in named.items() if parameter.default is inspect.Parameter.empty]
+    function = getattr(model.forward, "__func__", None)
+    named, required, takes_any = _parameters(function or model.forward, function is not None)
     if required == ["batch"]:
         return (batch,), {}
     entries = _entries(batch)
     if entries is not None:
         inputs = {key: value for key, value in entries.items() if key not in _TARGET_KEYS}
-        takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
         by_name = {name: value for name, value in inputs.items() if takes_any or name in named}
         if all(name in entries for name in required) and (by_name or required):
             return (), {**by_name, **{name: entries[name] for name in required}}
@@ -240,7 +237,7 @@ def _inputs(model: L.LightningModule, batch: Any) -> tuple[tuple[Any, ...], dict
             return (batch,), {}
         raise InputError(
             f"A batch is a {type(batch).__name__} with the keys {sorted(map(str, entries))}, but "
-            f"{type(model).__name__}.forward wants {required or list(named)}: give forward_fn=lambda model, batch: "
+            f"{type(model).__name__}.forward wants {required or named}: give forward_fn=lambda model, batch: "
             "model(...)."
         )
     if isinstance(batch, (tuple, list)):
