@@ -42,7 +42,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(FULL): pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP_INSTALL) -e ".[cpu,cli,plots,dev,docs]"
+	$(PIP_INSTALL) -e ".[all,dev,docs]"
 	@touch $(DEMO) $@
 
 # Less to install, so that the demo starts sooner; a full install counts as this one too.
