@@ -20,6 +20,7 @@ from lightning_resmem.memory.sparse import SparseConfig, SparseValues
 from lightning_resmem.memory.values import DenseConfig, DenseValues, Values
 from lightning_resmem.module import ResMemModule
 from lightning_resmem.params import ResMemParams
+from lightning_resmem.predictor import ResMemPredictor
 from lightning_resmem.tasks import Multiclass, Multilabel, Regression, Task
 from lightning_resmem.tuning import GridTuner, Tuner, TuningResult
 
@@ -45,6 +46,7 @@ __all__ = [
     "ResMemError",
     "ResMemModule",
     "ResMemParams",
+    "ResMemPredictor",
     "ResMemWarning",
     "ResidualMemory",
     "SparseConfig",

@@ -1,0 +1,168 @@
+"""ResMemPredictor gives a module's own predictions, row by row, however Ray Data cuts the rows into batches."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_resmem import (
+    InputError,
+    LocalMemory,
+    Regression,
+    ResMemModule,
+    ResMemParams,
+    ResMemPredictor,
+    StaleMemoryError,
+    StorageError,
+)
+from tests.conftest import Digits
+
+
+class Net(L.LightningModule):
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body, self.head = nn.Sequential(nn.Linear(64, 16), nn.ReLU()), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+class Pair(Net):
+    """Reads two columns by name."""
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return super().forward(torch.cat([left, right], dim=1))
+
+
+def filled(base: Net, digits: Digits) -> LocalMemory:
+    memory = LocalMemory(params=ResMemParams(k=7, sigma=0.5))
+    with torch.no_grad():
+        embeddings = base.body(digits.train.inputs)
+        memory.add(embeddings, base.head(embeddings), digits.train.targets)
+    return memory
+
+
+@pytest.fixture
+def saved(digits: Digits, tmp_path: Path) -> Path:
+    base = Net()
+    return ResMemModule(base, filled(base, digits), head="head").save(tmp_path / "resmem")
+
+
+def batch_of(digits: Digits) -> dict[str, np.ndarray]:
+    return {"row": np.arange(300), "pixels": digits.test.inputs.numpy()}
+
+
+def test_adds_the_modules_predictions(saved: Path, digits: Digits) -> None:
+    batch = batch_of(digits)
+    expected = ResMemModule.load(saved, base=Net()).predictions(digits.test.inputs)
+    found = ResMemPredictor(saved, Net, inputs="pixels", predictions=["base", "knn", "resmem"])(batch)
+    assert list(found) == ["row", "pixels", "base", "knn", "resmem"]
+    assert found["pixels"] is batch["pixels"]
+    for name, scores in expected._asdict().items():
+        assert found[name].dtype == np.float32
+        np.testing.assert_array_equal(found[name], scores.detach().numpy())
+
+
+def test_labels(saved: Path, digits: Digits) -> None:
+    scores = ResMemPredictor(saved, Net(), inputs="pixels")(batch_of(digits))
+    labels = ResMemPredictor(saved, Net(), inputs="pixels", output="labels")(batch_of(digits))
+    assert "knn" not in labels
+    for name in ("base", "resmem"):
+        assert labels[name].dtype == np.int64
+        np.testing.assert_array_equal(labels[name], scores[name].argmax(axis=1))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_small_batches(saved: Path, digits: Digits, rows: int) -> None:
+    batch = {name: column[:rows] for name, column in batch_of(digits).items()}
+    assert ResMemPredictor(saved, Net, inputs="pixels")(batch)["resmem"].shape == (rows, 10)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16])
+def test_floats_are_given_in_the_models_precision(saved: Path, digits: Digits, dtype: Any) -> None:
+    rounded = digits.test.inputs.numpy().astype(dtype)  # multiples of 1/16: exact
+    predictor = ResMemPredictor(saved, Net, inputs="pixels")
+    found, expected = predictor({"pixels": rounded}), predictor(batch_of(digits))
+    np.testing.assert_array_equal(found["resmem"], expected["resmem"])
+
+
+def test_arrays_that_cannot_be_written_to(saved: Path, digits: Digits, recwarn: pytest.WarningsRecorder) -> None:
+    batch = {"pixels": digits.test.inputs.numpy().copy()}
+    batch["pixels"].flags.writeable = False
+    ResMemPredictor(saved, Net, inputs="pixels")(batch)
+    assert not [warning for warning in recwarn if "writ" in str(warning.message)]
+
+
+def test_several_columns_by_name(digits: Digits, saved: Path) -> None:
+    left, right = (half.numpy() for half in digits.test.inputs.split(32, dim=1))
+    predictor = ResMemPredictor(saved, Pair, inputs=["right", "left"])
+    expected = ResMemPredictor(saved, Net, inputs="pixels")(batch_of(digits))
+    np.testing.assert_array_equal(predictor({"left": left, "right": right})["resmem"], expected["resmem"])
+
+
+def test_forward_fn_runs_the_base(saved: Path, digits: Digits) -> None:
+    predictor = ResMemPredictor(saved, Net, inputs="pixels", forward_fn=lambda model, batch: model(batch / 16))
+    found = predictor({"pixels": (digits.test.inputs.numpy() * 16).astype(np.uint8)})
+    expected = ResMemPredictor(saved, Net, inputs="pixels")(batch_of(digits))
+    np.testing.assert_array_equal(found["resmem"], expected["resmem"])
+
+
+def test_memory_from_a_function(saved: Path, digits: Digits) -> None:
+    predictor = ResMemPredictor(partial(LocalMemory.load, saved, mmap=True), Net, inputs="pixels")
+    expected = ResMemPredictor(saved, Net, inputs="pixels")(batch_of(digits))
+    np.testing.assert_array_equal(predictor(batch_of(digits))["resmem"], expected["resmem"])
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"image": np.zeros((2, 64))}, r"no column 'pixels', it has \['image'\]"),
+        ({"pixels": np.array([np.zeros(3), np.zeros(4)], dtype=object)}, "'pixels' is an array of object"),
+        ({"pixels": np.array(["a"])}, "'pixels' is an array of <U1"),
+        ({"pixels": np.full((2, 64), np.nan, dtype=np.float32)}, "NaN or infinite entries in rows 0, 1"),
+        ({"pixels": np.zeros((2, 64)), "resmem": np.zeros(2)}, "a column 'resmem' already"),
+    ],
+)
+def test_batches_that_cannot_be_scored(saved: Path, batch: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ResMemPredictor(saved, Net, inputs="pixels")(batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inputs": []}, r"inputs=\[\]"),
+        ({"inputs": ["x", 1]}, "inputs="),
+        ({"inputs": ""}, "inputs=''"),
+        ({"inputs": None}, "inputs=None"),
+        ({"base": "net.ckpt"}, "base is a str"),
+        ({"memory": 5}, "5"),
+        ({"predictions": []}, r"predictions=\[\]"),
+        ({"predictions": "base"}, "predictions='base'"),
+        ({"predictions": ["logits"]}, "predictions="),
+        ({"output": "logits"}, "output='logits'"),
+    ],
+)
+def test_arguments_are_checked(saved: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ResMemPredictor(**({"memory": saved, "base": Net, "inputs": "pixels"} | options))
+
+
+def test_no_labels_in_regression() -> None:
+    memory = LocalMemory(task=Regression(), params=ResMemParams(k=1))
+    memory.add(torch.zeros(3, 16), torch.zeros(3, 10), torch.zeros(3, 10))
+    with pytest.raises(InputError, match="is for Multiclass, the memory is for Regression"):
+        ResMemPredictor(lambda: memory, Net, inputs="pixels", output="labels")
+
+
+def test_other_weights_and_no_memory_are_refused(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(StaleMemoryError):
+        ResMemPredictor(saved, partial(Net, seed=1), inputs="pixels")
+    with pytest.raises(StorageError):
+        ResMemPredictor(tmp_path / "nothing", Net, inputs="pixels")
