@@ -19,12 +19,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_resmem.batches import BatchReader, ForwardFn, IdsFn, TargetsFn
 from lightning_resmem.errors import EmptyMemoryError, InputError, MemoryPassError, ResMemWarning, StorageError
+from lightning_resmem.evaluation import Evaluation
 from lightning_resmem.fingerprint import check_fingerprint
-from lightning_resmem.memorize import Memorizer, choose_tuner, shows_progress
+from lightning_resmem.memorize import Memorizer, choose_tuner
 from lightning_resmem.memory import storage
 from lightning_resmem.memory.base import ResidualMemory
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.module import ResMemModule
+from lightning_resmem.progress import shows_progress, working
 from lightning_resmem.ranks import Ranks, check_strategy
 from lightning_resmem.routing import Routing
 from lightning_resmem.tuning import Tuner, TuningResult
@@ -60,6 +62,7 @@ class ResMemCallback(Callback):
 
     Attributes:
         tuning: What the tuner chose and gained in the last `fit`, or None.
+        evaluations: What the last validate or test run showed, for each of its dataloaders; empty before.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[ResMemCallback()], logger=False, accelerator="cpu")
@@ -92,6 +95,7 @@ class ResMemCallback(Callback):
             raise InputError(f"dirpath={dirpath!r} is not a path: give a directory for the memory, or None.")
         self._memory: ResidualMemory = LocalMemory() if memory is None else memory
         self.tuning: TuningResult | None = None
+        self.evaluations: tuple[Evaluation, ...] = ()
         self._tuner = choose_tuner(tuner, self._memory)
         self._head, self._embedding = head, embedding
         self._targets_fn, self._forward_fn = targets_fn, forward_fn
@@ -108,6 +112,11 @@ class ResMemCallback(Callback):
     @property
     def state_key(self) -> str:
         return self._generate_state_key(name=self._name)
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """What the last validate or test run showed on its first dataloader; None before any."""
+        return self.evaluations[0] if self.evaluations else None
 
     @property
     def memory(self) -> ResidualMemory:
@@ -172,7 +181,8 @@ class ResMemCallback(Callback):
             )
         self._directory = trainer.strategy.broadcast(self._free_directory(trainer))
         if self._directory is not None:
-            with Ranks(trainer).together("saving the memory"):
+            showing = trainer.is_global_zero and shows_progress(trainer)
+            with Ranks(trainer).together("saving the memory"), working(showing, "saving the memory"):
                 if trainer.is_global_zero:
                     self._memory.save(self._directory)
             rank_zero_info(f"ResMem: saved the memory to {self._directory}.")

@@ -12,8 +12,6 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from lightning_resmem.batches import TRANSFER_HOOKS, BatchReader
@@ -21,6 +19,7 @@ from lightning_resmem.errors import InputError
 from lightning_resmem.head import HeadTap
 from lightning_resmem.loaders import Part
 from lightning_resmem.modes import evaluation_mode
+from lightning_resmem.progress import progress_bar
 from lightning_resmem.ranks import Ranks
 
 # Rows wait until there are so many bytes of them, so that a memory's checks are not paid for every batch.
@@ -90,7 +89,7 @@ class Pass:
         self.ranks = Ranks(trainer)
         self.num_local_processes = trainer.num_devices
         self._transfers = _transfers(trainer)
-        self._show_progress = show_progress and self.ranks.rank == 0
+        self.show_progress = show_progress and self.ranks.rank == 0
         # Holds the tap's hooks, from the first batch to the end of a pass.
         self._capturing = ExitStack()
         self._tapped = False
@@ -121,12 +120,13 @@ class Pass:
         """
         rows, started = 0, time.monotonic()
         num_batches = sum(part.num_batches or 0 for part in parts)
+        total = num_batches if all(part.num_batches is not None for part in parts) else None
         waiting = _Waiting(consume)
         with (
             self.ranks.together(doing) as check,
             self._evaluating(),
             self._capturing,
-            self._progress(parts, doing) as advance,
+            progress_bar(self.show_progress, doing, total) as advance,
         ):
             for part in parts:
                 read = 0
@@ -206,18 +206,6 @@ class Pass:
                 yield
             finally:
                 state.stage = stage
-
-    @contextmanager
-    def _progress(self, parts: Sequence[Part], doing: str) -> Iterator[Callable[[], None]]:
-        if not self._show_progress:
-            yield lambda: None
-            return
-        known = [part.num_batches for part in parts if part.num_batches is not None]
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        # A console of its own: the trainer's rich bar may still hold the live display of the shared one.
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task(f"ResMem: {doing}", total=sum(known) if len(known) == len(parts) else None)
-            yield lambda: progress.advance(task)
 
 
 def _transfers(trainer: L.Trainer) -> bool:

@@ -23,6 +23,7 @@ from lightning_resmem.loaders import Part, check_agreement, plan
 from lightning_resmem.memory.base import ResidualMemory
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.module import ResMemModule, describe
+from lightning_resmem.progress import shows_progress, working
 from lightning_resmem.ranks import Ranks, check_strategy
 from lightning_resmem.tasks import check_finite
 from lightning_resmem.tuning import GridTuner, Tuner, TuningResult
@@ -176,7 +177,7 @@ class Memorizer:
                 rank_zero_info(f"ResMem: memorizing {all_rows} training rows takes about {words}.")
             memory.reserve(rows)
         reading.run(parts, lambda chunk: memory.add(*chunk), "collecting training rows")
-        with reading.ranks.together("building the memory"):
+        with reading.ranks.together("building the memory"), working(reading.show_progress, "building the memory"):
             if reading.ranks.group is not None:
                 memory.gather(reading.ranks.group)
             if not len(memory):
@@ -197,7 +198,7 @@ class Memorizer:
         chunks = chunks or [kind for kind in kinds if isinstance(kind, Chunk)][:1]
         if not chunks:  # limit_val_batches=0
             return None
-        with reading.ranks.together("tuning"):
+        with reading.ranks.together("tuning"), working(reading.show_progress, "tuning"):
             embeddings, outputs, targets, _ = (torch.cat(column) for column in zip(*chunks, strict=True))
             result = tuner.tune(self.memory, embeddings, outputs, targets, gather=reading.ranks.gather)
         self.memory.params = result.params
@@ -228,12 +229,6 @@ def choose_tuner(tuner: Tuner | Literal["auto"] | None, memory: ResidualMemory) 
     if tuner is not None and not isinstance(tuner, Tuner):
         raise InputError(f'tuner={tuner!r} is not a Tuner: give GridTuner(), "auto", or None to keep the params.')
     return tuner
-
-
-def shows_progress(trainer: L.Trainer) -> bool:
-    """Whether the trainer shows progress bars."""
-    bar = trainer.progress_bar_callback
-    return bar is not None and bool(bar.is_enabled)  # type: ignore[attr-defined]
 
 
 class _Job(L.LightningModule):
