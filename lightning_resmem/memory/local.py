@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,18 +127,10 @@ class LocalMemory(ResidualMemory):
         keys = self._checked_keys(embeddings, ids)
         check_finite("outputs", outputs, ids)
         targets = self.task.check_targets(targets.detach(), outputs.shape[1], ids)
-        if self._values is None:
-            self._values = self._values_config(outputs.shape[1]).build(self.task, outputs.shape[1])
-            self._values.reserve(self._reserved)
         # Values check what they store, and come first: a chunk is taken in whole or not at all.
-        self._values.append(outputs.to(self._device), targets.to(self._device))
-        self._shape = (embeddings.shape[1], outputs.shape[1])
-        if count:
-            self._ordered &= int(ids[0]) > self._last_id and bool((ids[1:] > ids[:-1]).all())
-            self._last_id = max(self._last_id, int(ids.max()))
+        self._values_of(outputs.shape[1]).append(outputs.to(self._device), targets.to(self._device))
         self._keys.append(keys)
-        self._ids.append(ids.to(self._device))
-        self._index = None
+        self._took(ids, (embeddings.shape[1], outputs.shape[1]))
 
     def build(self) -> None:
         if self._index is not None:
@@ -238,17 +231,57 @@ class LocalMemory(ResidualMemory):
         return Neighbors(distances.to(queries.device), ids.to(queries.device))
 
     def sums(self, neighbors: Neighbors) -> tuple[Tensor, Tensor]:
-        values, device = self._built_values(), neighbors.distances.device
+        with torch.no_grad():
+            weights = neighbor_weights(neighbors.distances, self.params.sigma)
+        return self.weighted_sums(neighbors.ids, weights, self.params.softmax_temperature)
+
+    def weighted_sums(self, ids: Tensor, weights: Tensor, softmax_temperature: float) -> tuple[Tensor, Tensor]:
+        """Sums over rows with given weights.
+
+        Args:
+            ids: Shape `(B, k)`, int64; ids that are not in the memory add nothing.
+            weights: Shape `(B, k)`.
+            softmax_temperature: What the logits are divided by for the residuals.
+
+        Returns:
+            The residual sum and the label sum, both `(B, C)`, on the device of the ids.
+        """
+        values = self._built_values()
         # A trainer's autocast would sum in half precision.
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
-            weights = neighbor_weights(neighbors.distances, self.params.sigma).to(self._device)
-            positions = self._positions(neighbors.ids.to(self._device))
-            residual = values.residual_sum(positions, weights, self.params.softmax_temperature)
-            return residual.to(device), values.label_sum(positions, weights).to(device)
+            positions, weights = self._positions(ids.to(self._device)), weights.to(self._device)
+            residual = values.residual_sum(positions, weights, softmax_temperature)
+            return residual.to(ids.device), values.label_sum(positions, weights).to(ids.device)
 
     def fetch(self, ids: Tensor) -> Values:
         ids = as_ids(ids)
         return self._built_values().select(self._known_positions(ids))
+
+    def stored(self, places: slice | Tensor) -> dict[str, Tensor]:
+        """Rows as they are stored, for another memory of the same kind: see `add_stored`.
+
+        Args:
+            places: Which rows, in the order of `ids`.
+
+        Returns:
+            `keys`, `ids` and the tensors of the values.
+        """
+        self._settle()
+        held = {} if self._values is None else self._values.tensors()
+        rows = {"keys": self._keys.finish(), "ids": self._ids.finish(), **held}
+        return {name: tensor[places] for name, tensor in rows.items()}
+
+    def add_stored(self, rows: Mapping[str, Tensor], num_outputs: int) -> None:
+        """Append rows that another memory of the same kind has stored.
+
+        Args:
+            rows: From `stored`.
+            num_outputs: `C`.
+        """
+        ids = rows["ids"].cpu()
+        self._values_of(num_outputs).append_stored({name: rows.to(self._device) for name, rows in rows.items()})
+        self._keys.append(rows["keys"].to(self._device, self.key_dtype))
+        self._took(ids, (rows["keys"].shape[1], num_outputs))
 
     def stats(self) -> dict[str, Any]:
         """Rows, key width, outputs, bytes (keys, values and ids), index, values, key_dtype and device."""
@@ -336,6 +369,21 @@ class LocalMemory(ResidualMemory):
         values.replace(rows)
         self._values, self._shape = values, (rows["keys"].shape[1], values.num_outputs)
         self._last_id, self._ordered, self._index = int(rows["ids"][-1]), True, None
+
+    def _values_of(self, num_outputs: int) -> Values:
+        """The values; the first rows decide of which kind and width."""
+        if self._values is None:
+            self._values = self._values_config(num_outputs).build(self.task, num_outputs)
+            self._values.reserve(self._reserved)
+        return self._values
+
+    def _took(self, ids: Tensor, shape: tuple[int, int]) -> None:
+        """Note rows whose keys and values have just been appended."""
+        if len(ids):
+            self._ordered &= int(ids[0]) > self._last_id and bool((ids[1:] > ids[:-1]).all())
+            self._last_id = max(self._last_id, int(ids.max()))
+        self._ids.append(ids.to(self._device))
+        self._shape, self._index = shape, None
 
     def _settle(self) -> None:
         """Join the chunks and put rows in the order of their ids."""

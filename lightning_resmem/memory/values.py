@@ -95,6 +95,12 @@ class Values(ABC):
             rows.replace(tensors[name])
         self._changed()
 
+    def append_stored(self, tensors: Mapping[str, Tensor]) -> None:
+        """Add rows as another's `tensors` holds them."""
+        for name, rows in self._parts().items():
+            rows.append(tensors[name])
+        self._changed()
+
     def select(self, positions: Tensor) -> "Values":
         """The rows at `positions` `(n,)`."""
         selected = self.like()
@@ -219,12 +225,13 @@ class DenseValues(Values):
 
     def _derived(self, softmax_temperature: float) -> Tensor:
         """The residual table for this temperature, `(N, C)` in the outputs' dtype (at least float32 inside)."""
-        if self._residuals is None or self._residuals[0] != softmax_temperature:
-            self._residuals = None  # free the old table first
+        derived = self._residuals  # threads that ask for different temperatures each get their own
+        if derived is None or derived[0] != softmax_temperature:
+            derived = self._residuals = None  # free the old table first
             outputs, targets = self.outputs, self.targets
             table = torch.empty_like(outputs)
             for start in range(0, len(table), _DERIVE_ROWS):
                 rows = slice(start, start + _DERIVE_ROWS)
                 table[rows] = self.task.residuals(outputs[rows], targets[rows], softmax_temperature)
-            self._residuals = (softmax_temperature, table)
-        return self._residuals[1]
+            derived = self._residuals = (softmax_temperature, table)
+        return derived[1]
