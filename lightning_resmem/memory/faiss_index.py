@@ -78,6 +78,7 @@ class FaissSearch:
         keys: Shape `(N, D)`.
         config: What to build.
         loaded: A FAISS index of these keys, read from disk; nothing is trained then.
+        trained: What `train` returned; by default the index is trained on these keys.
 
     Raises:
         InputError: If FAISS is not installed, does not know the factory string, or cannot use the keys' device.
@@ -85,13 +86,15 @@ class FaissSearch:
 
     name = "faiss"
 
-    def __init__(self, keys: Tensor, config: FaissIndex, loaded: Any | None = None) -> None:
+    def __init__(
+        self, keys: Tensor, config: FaissIndex, loaded: Any | None = None, trained: bytes | None = None
+    ) -> None:
         self.keys, self.config = keys, config
         self.recall: float | None = None
         self._faiss = _import_faiss(config)
         self._process = os.getpid()
         _check_device(self._faiss, keys.device, config)
-        self.index = self._filled() if loaded is None else loaded
+        self.index = self._filled(trained) if loaded is None else loaded
         self._searched = self._on_device()
         self._set("nprobe", config.nprobe)
         self._set("efSearch", config.ef_search)
@@ -129,28 +132,13 @@ class FaissSearch:
                 found[name] = value
         return found
 
-    def _filled(self) -> Any:
-        faiss, keys = self._faiss, self.keys
-        faiss.omp_set_num_threads(torch.get_num_threads())
-        try:
-            index = faiss.index_factory(keys.shape[1], self.config.factory)
-        except RuntimeError as error:
-            raise InputError(
-                f"index={self.config.factory!r} cannot be built for keys of width {keys.shape[1]}: "
-                f'{_reason(error)}. Give "auto", "exact" or a FAISS factory string such as "HNSW32" or "IVF1024,Flat".'
-            ) from error
-        if not index.is_trained:
-            # A random sample: rows in the order of the training set may be sorted by class.
-            count = min(len(keys), max(_TRAIN_ROWS, _TRAIN_PER_CLUSTER * self._lists(index)))
-            chosen = torch.randperm(len(keys), generator=torch.Generator().manual_seed(0))[:count].sort().values
-            try:
-                index.train(keys[chosen.to(keys.device)].float().cpu().numpy())
-            except RuntimeError as error:
-                raise InputError(
-                    f"index={self.config.factory!r} cannot be trained on {count} keys: {_reason(error)}. Use fewer "
-                    'clusters, or index="exact".'
-                ) from error
-        for chunk in keys.split(_ADD_ROWS):
+    def _filled(self, trained: bytes | None) -> Any:
+        self._faiss.omp_set_num_threads(torch.get_num_threads())
+        if trained is None:
+            index = _trained(self._faiss, self.keys, self.config)
+        else:
+            index = self._faiss.deserialize_index(np.frombuffer(trained, np.uint8))
+        for chunk in self.keys.split(_ADD_ROWS):
             index.add(chunk.float().cpu().contiguous().numpy())
         return index
 
@@ -198,7 +186,7 @@ class FaissSearch:
         self.recall = recall()
         wanted = self.config.min_recall
         parameter = "nprobe" if self._get("nprobe") is not None else "efSearch"
-        limit = self._lists(self.index) if parameter == "nprobe" else min(len(self.keys), 4096)
+        limit = _lists(self._faiss, self.index) if parameter == "nprobe" else min(len(self.keys), 4096)
         effort = self._get(parameter)
         while wanted is not None and self.recall < wanted and effort is not None and effort < limit:
             effort = min(2 * effort, limit)
@@ -227,10 +215,6 @@ class FaissSearch:
                 stacklevel=2,
             )
 
-    def _lists(self, index: Any) -> int:
-        inverted = self._faiss.try_extract_index_ivf(index)
-        return int(inverted.nlist) if inverted is not None else 0
-
     def _get(self, parameter: str) -> int | None:
         if parameter == "nprobe":
             inverted = self._faiss.try_extract_index_ivf(self._searched)
@@ -246,6 +230,57 @@ class FaissSearch:
             raise InputError(f"{argument}={value} does nothing for index={self.config.factory!r}: leave it out.")
         space = self._faiss.GpuParameterSpace() if self._searched is not self.index else self._faiss.ParameterSpace()
         space.set_index_parameter(self._searched, parameter, value)
+
+
+def train(keys: Tensor, config: FaissIndex) -> bytes:
+    """A trained index without keys, for the `FaissSearch` of several memories with the same centroids.
+
+    Args:
+        keys: A random sample of all keys, shape `(n, D)`; see `sample_size`.
+        config: What to train.
+
+    Raises:
+        InputError: As for `FaissSearch`.
+    """
+    faiss = _import_faiss(config)
+    return bytes(faiss.serialize_index(_trained(faiss, keys, config)))
+
+
+def sample_size(width: int, config: FaissIndex) -> int:
+    """How many keys of width `D` an index is trained on."""
+    faiss = _import_faiss(config)
+    return max(_TRAIN_ROWS, _TRAIN_PER_CLUSTER * _lists(faiss, _made(faiss, width, config)))
+
+
+def _trained(faiss: ModuleType, keys: Tensor, config: FaissIndex) -> Any:
+    index = _made(faiss, keys.shape[1], config)
+    if not index.is_trained:
+        # A random sample: rows in the order of the training set may be sorted by class.
+        count = min(len(keys), max(_TRAIN_ROWS, _TRAIN_PER_CLUSTER * _lists(faiss, index)))
+        chosen = torch.randperm(len(keys), generator=torch.Generator().manual_seed(0))[:count].sort().values
+        try:
+            index.train(keys[chosen.to(keys.device)].float().cpu().numpy())
+        except RuntimeError as error:
+            raise InputError(
+                f"index={config.factory!r} cannot be trained on {count} keys: {_reason(error)}. Use fewer "
+                'clusters, or index="exact".'
+            ) from error
+    return index
+
+
+def _made(faiss: ModuleType, width: int, config: FaissIndex) -> Any:
+    try:
+        return faiss.index_factory(width, config.factory)
+    except RuntimeError as error:
+        raise InputError(
+            f"index={config.factory!r} cannot be built for keys of width {width}: "
+            f'{_reason(error)}. Give "auto", "exact" or a FAISS factory string such as "HNSW32" or "IVF1024,Flat".'
+        ) from error
+
+
+def _lists(faiss: ModuleType, index: Any) -> int:
+    inverted = faiss.try_extract_index_ivf(index)
+    return int(inverted.nlist) if inverted is not None else 0
 
 
 def choose(

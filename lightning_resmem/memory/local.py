@@ -79,6 +79,7 @@ class LocalMemory(ResidualMemory):
             index = FaissIndex(index)
         self.key_dtype = key_dtype
         self._wanted_index, self._wanted_values = index, values
+        self._trained: bytes | None = None
         self._device = torch.device("cpu")
         self.clear()
 
@@ -139,6 +140,25 @@ class LocalMemory(ResidualMemory):
         if not len(self):
             raise EmptyMemoryError("The memory is empty: add(embeddings, outputs, targets) before it is used.")
         self._index = self._new_index()
+
+    @property
+    def is_built(self) -> bool:
+        """Whether nothing has changed since the last `build`."""
+        return self._index is not None
+
+    def build_with(self, index: str | FaissIndex, trained: bytes | None = None) -> None:
+        """Build another index, here and whenever rows change.
+
+        Args:
+            index: `"exact"` or a `FaissIndex`.
+            trained: What `faiss_index.train` returned, for an index that shares its centroids with others.
+
+        Raises:
+            EmptyMemoryError: If no rows were added.
+        """
+        if (index, trained) != (self._wanted_index, self._trained):
+            self._wanted_index, self._trained, self._index = index, trained, None
+        self.build()
 
     def remove(self, ids: Tensor) -> None:
         ids = as_ids(ids)
@@ -404,7 +424,7 @@ class LocalMemory(ResidualMemory):
             return ExactIndex(keys)
         if self._params is not None:
             faiss_index.check_gpu_k(keys.device, self._params.k * max(1, config.rerank), config)
-        return FaissSearch(keys, config)
+        return FaissSearch(keys, config, trained=self._trained)
 
     def _values_config(self, num_outputs: int) -> DenseConfig | SparseConfig:
         wanted = self._wanted_values
