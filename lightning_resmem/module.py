@@ -1,5 +1,6 @@
 """Base and memory as one LightningModule."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lightning_resmem.batches import BatchReader, ForwardFn, TargetsFn, borrow_transfer_hooks
 from lightning_resmem.errors import InputError
+from lightning_resmem.explain import Explanation, explain, find_images
 from lightning_resmem.fingerprint import check_fingerprint, fingerprint
 from lightning_resmem.head import Captured, HeadTap
 from lightning_resmem.memory.base import Predictions, ResidualMemory
@@ -92,11 +94,26 @@ class ResMemModule(L.LightningModule):
 
     def predictions(self, batch: Any) -> Predictions:
         """Base, knn and combined prediction for a batch as the loaders yield it, each of shape `(B, C)`."""
-        with self._reader.quiet(self.base):
-            captured = self._capture(
-                lambda: self._reader.run(self.base, batch), self._reader.returns_outputs(self.base)
-            )
-        return self.memory.predictions(*captured)
+        return self.memory.predictions(*self._captured(batch))
+
+    def explain(self, batch: Any, top: int = 5) -> Explanation:
+        """Why the predictions for a batch are what they are: the neighbours behind each, and what each of them added.
+
+        Args:
+            batch: As the loaders yield it, on any device.
+            top: How many neighbours are listed one by one; what the others add is summed up.
+
+        Returns:
+            A table (print it with rich), plain `rows`, and a picture grid `figure()` where inputs are images.
+        """
+        batch = self.transfer_batch_to_device(batch, self.device, 0)
+        captured = self._captured(batch)
+        try:
+            targets = self._reader.targets(batch)
+        except InputError:  # a batch to predict has none
+            targets = None
+        explanation = explain(self.memory, captured.embedding, captured.output, top, targets)
+        return dataclasses.replace(explanation, images=find_images(batch))
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Score a batch; returns `F(x)`, shape `(B, C)`."""
@@ -166,6 +183,10 @@ class ResMemModule(L.LightningModule):
         if surely or versions != self._versions:
             check_fingerprint(self.base, self.memory.provenance, doing)
             self._versions = versions
+
+    def _captured(self, batch: Any) -> Captured:
+        with self._reader.quiet(self.base):
+            return self._capture(lambda: self._reader.run(self.base, batch), self._reader.returns_outputs(self.base))
 
     def _capture(self, run: Callable[[], Any], returns_outputs: bool) -> Captured:
         self._check_weights("ResMemModule runs")
