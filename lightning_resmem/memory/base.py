@@ -233,6 +233,12 @@ class ResidualMemory(nn.Module, ABC):
             raise InputError(f"params={params!r} is not a ResMemParams: give ResMemParams(k=..., sigma=...).")
         self._params = params
 
+    @property
+    def num_outputs(self) -> int:
+        """`C`, the number of outputs of the head that filled the memory."""
+        nobody = Neighbors(torch.zeros(0, 1), torch.zeros(0, 1, dtype=torch.int64))
+        return self.sums(nobody)[0].shape[1]
+
     def forward(self, queries: Tensor) -> Tensor:
         """The weighted residual sum for the current params.
 
@@ -275,6 +281,15 @@ class ResidualMemory(nn.Module, ABC):
             queries: Embeddings, shape `(B, D)`.
             outputs: What the head returned for them, shape `(B, C)`.
         """
+        return self.predictions_and_neighbors(queries, outputs)[0]
+
+    def predictions_and_neighbors(self, queries: Tensor, outputs: Tensor) -> tuple[Predictions, Neighbors]:
+        """The predictions, and the neighbours that they come from, from one search.
+
+        Args:
+            queries: Embeddings, shape `(B, D)`.
+            outputs: What the head returned for them, shape `(B, C)`.
+        """
         params = self.params
         queries, outputs = as_tensor("queries", queries), as_tensor("outputs", outputs)
         if outputs.ndim != 2 or outputs.shape[:1] != queries.shape[:1]:
@@ -284,10 +299,11 @@ class ResidualMemory(nn.Module, ABC):
             )
         check_finite("outputs", outputs)
         base = self.task.predict(outputs, params.softmax_temperature)
-        residual, labels = self.sums(self._nearest(queries))
+        neighbors = self._nearest(queries)
+        residual, labels = self.sums(neighbors)
         if base.shape != residual.shape:
             raise InputError(f"outputs has {base.shape[1]} columns, the memory was filled with {residual.shape[1]}.")
-        return Predictions(base, labels, combine(base, residual.to(base.device), params.strength))
+        return Predictions(base, labels, combine(base, residual.to(base.device), params.strength)), neighbors
 
     def _nearest(self, queries: Tensor) -> Neighbors:
         """The neighbours that a prediction reads: no places for more of them than there are rows."""
