@@ -164,3 +164,25 @@ def digits() -> Digits:
     targets = torch.tensor(data.target, dtype=torch.int64)
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
     return Digits(*(Rows(inputs[part], targets[part]) for part in order.split([1197, 300, 300])))
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """Address of a Ray of one node, which this process is connected to; other processes join it by `RAY_ADDRESS`.
+
+    One for the whole session, so do not shut it down, and leave no actors. Tests that kill nodes need a cluster of
+    their own, in a process of their own.
+    """
+    import ray
+
+    # The CPUs are only counted: actors of tests mostly wait.
+    ray.init(
+        address="local",
+        num_cpus=16,
+        object_store_memory=150 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="WARNING",
+    )
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
