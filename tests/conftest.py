@@ -40,8 +40,15 @@ _TOLERATED_ENVIRONMENT = {
     "WORLD_SIZE",
 }
 
-# Helpers of the standard library and of torch.compile that live as long as the interpreter, by design.
-_TOLERATED_PROCESSES = ("resource_tracker", "multiprocessing.forkserver", "_inductor/compile_worker")
+# Helpers of the standard library and of torch.compile that live as long as the interpreter, by design; and workers that
+# Ray keeps ready (an actor has its name in place of IDLE).
+_TOLERATED_PROCESSES = (
+    "resource_tracker",
+    "multiprocessing.forkserver",
+    "_inductor/compile_worker",
+    "ray::IDLE",
+    "ray/_private/workers/default_worker.py",
+)
 
 
 def _until_gone(alive: Callable[[], list]) -> list:
