@@ -11,7 +11,9 @@ from lightning_resmem.errors import (
     StaleMemoryError,
     StorageError,
 )
+from lightning_resmem.explain import Explanation, explain
 from lightning_resmem.head import HeadTap
+from lightning_resmem.influence import Influence, Ranking, label_errors, usefulness
 from lightning_resmem.memorize import memorize
 from lightning_resmem.memory.base import Neighbors, Predictions, ResidualMemory
 from lightning_resmem.memory.faiss_index import FaissIndex
@@ -30,10 +32,12 @@ __all__ = [
     "DenseConfig",
     "DenseValues",
     "EmptyMemoryError",
+    "Explanation",
     "FaissIndex",
     "GridTuner",
     "HeadError",
     "HeadTap",
+    "Influence",
     "InputError",
     "LocalMemory",
     "MemoryPassError",
@@ -41,6 +45,7 @@ __all__ = [
     "Multilabel",
     "Neighbors",
     "Predictions",
+    "Ranking",
     "Regression",
     "ResMemCallback",
     "ResMemError",
@@ -57,5 +62,8 @@ __all__ = [
     "Tuner",
     "TuningResult",
     "Values",
+    "explain",
+    "label_errors",
     "memorize",
+    "usefulness",
 ]

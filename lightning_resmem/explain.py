@@ -204,15 +204,15 @@ def explain(
     """
     top = checked_k(top, "top")
     embeddings = as_tensor("embeddings", embeddings)
-    predictions = Predictions(*(part.cpu() for part in memory.predictions(embeddings, outputs)))
+    found, neighbors = memory.predictions_and_neighbors(embeddings, outputs)
+    predictions = Predictions(*(part.cpu() for part in found))
     params, num_outputs = memory.params, predictions.base.shape[1]
     if targets is not None:
         targets = memory.task.check_targets(as_tensor("targets", targets), num_outputs).cpu()
         if len(targets) != len(embeddings):
             raise InputError(f"targets has {len(targets)} rows, embeddings has {len(embeddings)}: give one a query.")
-    found = memory.search(embeddings, min(params.k, len(memory)))
-    neighbors = Neighbors(found.distances[:, :top].cpu(), found.ids[:, :top].cpu())
-    weights = neighbor_weights(found.distances, params.sigma)[:, :top].cpu()
+    weights = neighbor_weights(neighbors.distances, params.sigma)[:, :top].cpu()
+    neighbors = Neighbors(neighbors.distances[:, :top].cpu(), neighbors.ids[:, :top].cpu())
     values, positions = fetch_neighbors(memory, neighbors.ids)
     residuals = row_residuals(values, positions, params.softmax_temperature).cpu()
     contributions = params.strength * weights[..., None] * residuals

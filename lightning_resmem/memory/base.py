@@ -4,7 +4,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,9 @@ from lightning_resmem.memory.checks import as_tensor
 from lightning_resmem.memory.values import Values
 from lightning_resmem.params import ResMemParams, checked_k
 from lightning_resmem.tasks import Multiclass, Task, check_finite
+
+if TYPE_CHECKING:
+    from lightning_resmem.influence import Influence
 
 # Bytes of a search result (12 a place) beyond which places that no row can fill are refused.
 _PADDED_BYTES = 2**32
@@ -304,6 +307,21 @@ class ResidualMemory(nn.Module, ABC):
         if base.shape != residual.shape:
             raise InputError(f"outputs has {base.shape[1]} columns, the memory was filled with {residual.shape[1]}.")
         return Predictions(base, labels, combine(base, residual.to(base.device), params.strength)), neighbors
+
+    def influence(self, id: int, queries: Tensor, top: int = 10) -> "Influence":
+        """The queries whose predictions one row of the memory changes most.
+
+        Args:
+            id: Of the row.
+            queries: Embeddings, shape `(B, D)`.
+            top: How many queries at most.
+
+        Raises:
+            InputError: If the memory has no such row, or shapes do not fit.
+        """
+        from lightning_resmem.influence import influence  # what reads memories comes after them
+
+        return influence(self, id, queries, top)
 
     def _nearest(self, queries: Tensor) -> Neighbors:
         """The neighbours that a prediction reads: no places for more of them than there are rows."""
