@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.errors import InputError
+from lightning_resmem.tasks import Task, check_finite
 
 
 def as_tensor(name: str, value: Any) -> Tensor:
@@ -68,6 +69,69 @@ def checked_ids(ids: Any, count: int) -> Tensor:
         raise InputError(f"ids holds {int(checked.min())}: ids are at least 0 (-1 marks a missing neighbour).")
     check_different(checked if bool((checked[1:] > checked[:-1]).all()) else checked.sort().values)
     return checked
+
+
+def checked_rows(
+    task: Task,
+    embeddings: Any,
+    outputs: Any,
+    targets: Any,
+    ids: Any,
+    shape: tuple[int, int] | None,
+    next_id: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """New rows as `ResidualMemory.add` takes them, as tensors without gradients; raises an error for what does not fit.
+
+    Args:
+        task: Checks the targets.
+        embeddings: Shape `(N, D)`.
+        outputs: Shape `(N, C)`.
+        targets: As the task wants them.
+        ids: Shape `(N,)`, or None for `next_id, next_id + 1, ...`.
+        shape: `(D, C)` of the rows that the memory holds, if any.
+        next_id: The first of the ids by default.
+    """
+    embeddings, outputs = as_tensor("embeddings", embeddings), as_tensor("outputs", outputs)
+    targets = as_tensor("targets", targets)
+    check_shapes(embeddings, outputs, targets, shape)
+    count = len(embeddings)
+    ids = checked_ids(torch.arange(next_id, next_id + count) if ids is None else ids, count)
+    check_finite("embeddings", embeddings.detach(), ids)
+    check_finite("outputs", outputs.detach(), ids)
+    return embeddings.detach(), outputs.detach(), task.check_targets(targets.detach(), outputs.shape[1], ids), ids
+
+
+def checked_changes(
+    task: Task, ids: Any, embeddings: Any, outputs: Any, targets: Any, shape: tuple[int, int]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Changed parts of rows as `ResidualMemory.update` takes them; raises an error for what does not fit.
+
+    Args:
+        task: Checks the targets.
+        ids: Shape `(n,)`, each once.
+        embeddings: Shape `(n, D)`, or None.
+        outputs: Shape `(n, C)`, or None.
+        targets: As the task wants them, or None.
+        shape: `(D, C)` of the rows.
+
+    Returns:
+        The ids, and what is given of the others, by name.
+    """
+    ids = as_ids(ids)
+    ids = checked_ids(ids, len(ids))
+    given = {"embeddings": embeddings, "outputs": outputs, "targets": targets}
+    changes = {name: as_tensor(name, rows).detach() for name, rows in given.items() if rows is not None}
+    checked = {
+        "embeddings": torch.empty(len(ids), shape[0]),
+        "outputs": torch.empty(len(ids), shape[1]),
+        "targets": torch.empty(len(ids)),
+    }
+    check_shapes(**{**checked, **changes}, shape=shape)
+    for name in changes.keys() & {"embeddings", "outputs"}:
+        check_finite(name, changes[name], ids)
+    if "targets" in changes:
+        changes["targets"] = task.check_targets(changes["targets"], shape[1], ids)
+    return ids, changes
 
 
 def check_different(ordered: Tensor) -> None:

@@ -15,7 +15,7 @@ from lightning_resmem.errors import EmptyMemoryError, InputError
 from lightning_resmem.functional import neighbor_weights
 from lightning_resmem.memory import faiss_index, storage
 from lightning_resmem.memory.base import Neighbors, ResidualMemory
-from lightning_resmem.memory.checks import as_ids, as_tensor, check_different, check_shapes, checked_ids, repeated
+from lightning_resmem.memory.checks import as_ids, check_different, checked_changes, checked_rows, repeated
 from lightning_resmem.memory.exchange import all_gather_rows
 from lightning_resmem.memory.faiss_index import FaissIndex, FaissSearch
 from lightning_resmem.memory.index import ExactIndex
@@ -113,21 +113,14 @@ class LocalMemory(ResidualMemory):
             self._values.reserve(rows)
 
     def add(self, embeddings: Tensor, outputs: Tensor, targets: Tensor, ids: Tensor | None = None) -> None:
-        embeddings, outputs = as_tensor("embeddings", embeddings), as_tensor("outputs", outputs)
-        targets = as_tensor("targets", targets)
-        count = embeddings.shape[0] if embeddings.ndim else 0
-        check_shapes(embeddings, outputs, targets, self._shape)
-        if ids is None:
-            ids = torch.arange(self._last_id + 1, self._last_id + 1 + count)
-        ids = checked_ids(ids, count)
-        if count and self._index is not None and int(ids.min()) <= self._last_id:
-            known = ids[(self._positions(ids.to(self._device)) >= 0).cpu()]
+        embeddings, outputs, targets, ids = checked_rows(
+            self.task, embeddings, outputs, targets, ids, self._shape, self._last_id + 1
+        )
+        if len(ids) and self._index is not None and int(ids.min()) <= self._last_id:
+            known = ids[self.has(ids).cpu()]
             if len(known):
                 raise repeated(known)
-        outputs = outputs.detach()
-        keys = self._checked_keys(embeddings, ids)
-        check_finite("outputs", outputs, ids)
-        targets = self.task.check_targets(targets.detach(), outputs.shape[1], ids)
+        keys = self._stored_keys(embeddings, ids)
         # Values check what they store, and come first: a chunk is taken in whole or not at all.
         self._values_of(outputs.shape[1]).append(outputs.to(self._device), targets.to(self._device))
         self._keys.append(keys)
@@ -142,9 +135,32 @@ class LocalMemory(ResidualMemory):
         self._index = self._new_index()
 
     @property
+    def wanted_index(self) -> tuple[str | FaissIndex, bytes | None]:
+        """What `build` builds: an index, and what `faiss_index.train` returned, if it shares its centroids."""
+        return self._wanted_index, self._trained
+
+    @property
     def is_built(self) -> bool:
         """Whether nothing has changed since the last `build`."""
         return self._index is not None
+
+    @property
+    def last_id(self) -> int:
+        """The largest id that was ever added, -1 before."""
+        return self._last_id
+
+    def has(self, ids: Tensor) -> Tensor:
+        """Which of the ids `(n,)` are in the built memory: shape `(n,)`, bool."""
+        return self._positions(ids.to(self._device)) >= 0
+
+    def places(self, ids: Tensor) -> Tensor:
+        """Where the rows of ids `(n,)` are in the order of `ids`.
+
+        Raises:
+            InputError: If an id is not in the memory.
+        """
+        self.build()
+        return self._known_positions(ids)
 
     def build_with(self, index: str | FaissIndex, trained: bytes | None = None) -> None:
         """Build another index, here and whenever rows change.
@@ -180,37 +196,20 @@ class LocalMemory(ResidualMemory):
         outputs: Tensor | None = None,
         targets: Tensor | None = None,
     ) -> None:
-        ids = as_ids(ids)
-        ids = checked_ids(ids, len(ids))
-        embeddings, outputs, targets = (
-            None if rows is None else as_tensor(name, rows)
-            for name, rows in (("embeddings", embeddings), ("outputs", outputs), ("targets", targets))
-        )
         self._settle()
-        positions = self._known_positions(ids)
+        positions = self._known_positions(as_ids(ids))
         if self._shape is None or self._values is None:
             return  # no row to change: unknown ids were refused
-        width, num_outputs = self._shape
-        checked = torch.empty(len(ids), width) if embeddings is None else embeddings
-        check_shapes(
-            checked,
-            torch.empty(len(ids), num_outputs) if outputs is None else outputs,
-            torch.empty(len(ids)) if targets is None else targets,
-            self._shape,
-        )
-        keys = None if embeddings is None else self._checked_keys(embeddings, ids)
-        if outputs is not None:
-            check_finite("outputs", outputs, ids)
-            outputs = outputs.detach().to(self._device)
-        if targets is not None:
-            targets = self.task.check_targets(targets.detach(), num_outputs, ids).to(self._device)
-        self._values.assign(positions, outputs, targets)
+        ids, changes = checked_changes(self.task, ids, embeddings, outputs, targets, self._shape)
+        changes = {name: rows.to(self._device) for name, rows in changes.items()}
+        keys = self._stored_keys(changes["embeddings"], ids) if "embeddings" in changes else None
+        self._values.assign(positions, changes.get("outputs"), changes.get("targets"))
         if keys is not None:
             self._keys.finish()[positions] = keys
             self._index = None
 
     def estimate_bytes(self, rows: int, width: int, num_outputs: int) -> dict[str, int]:
-        values = self._values_config(num_outputs).bytes_per_row(num_outputs)
+        values = self.values_config(num_outputs).bytes_per_row(num_outputs)
         # Index: a norm a row, or what FAISS keeps, at most about a copy of the keys with links or centroids.
         copied = isinstance(self._wanted_index, FaissIndex)
         return {
@@ -236,7 +235,7 @@ class LocalMemory(ResidualMemory):
         self.provenance, self._params = provenance, params
         if rows:
             num_outputs = next(shape[1] for shape in shapes if shape is not None)
-            self._hold(rows, self._values_config(num_outputs).build(self.task, num_outputs))
+            self._hold(rows, self.values_config(num_outputs).build(self.task, num_outputs))
 
     def search(self, queries: Tensor, k: int) -> Neighbors:
         index = self._built()
@@ -393,7 +392,7 @@ class LocalMemory(ResidualMemory):
     def _values_of(self, num_outputs: int) -> Values:
         """The values; the first rows decide of which kind and width."""
         if self._values is None:
-            self._values = self._values_config(num_outputs).build(self.task, num_outputs)
+            self._values = self.values_config(num_outputs).build(self.task, num_outputs)
             self._values.reserve(self._reserved)
         return self._values
 
@@ -426,7 +425,8 @@ class LocalMemory(ResidualMemory):
             faiss_index.check_gpu_k(keys.device, self._params.k * max(1, config.rerank), config)
         return FaissSearch(keys, config, trained=self._trained)
 
-    def _values_config(self, num_outputs: int) -> DenseConfig | SparseConfig:
+    def values_config(self, num_outputs: int) -> DenseConfig | SparseConfig:
+        """The kind of values that is kept for outputs of width `C`."""
         wanted = self._wanted_values
         if isinstance(wanted, DenseConfig | SparseConfig):
             return wanted
@@ -477,10 +477,8 @@ class LocalMemory(ResidualMemory):
             raise InputError(f"ids {unknown} are not in the memory. `memory.ids` lists those that are.")
         return positions
 
-    def _checked_keys(self, embeddings: Tensor, ids: Tensor) -> Tensor:
+    def _stored_keys(self, embeddings: Tensor, ids: Tensor) -> Tensor:
         """Embeddings as they are stored, on the device of the memory."""
-        embeddings = embeddings.detach()
-        check_finite("embeddings", embeddings, ids)
         keys = embeddings.to(self._device, self.key_dtype)
         if self.key_dtype == torch.float16 and keys.dtype != embeddings.dtype:
             check_finite("embeddings (as key_dtype=torch.float16; use torch.bfloat16)", keys, ids)
