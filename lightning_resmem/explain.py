@@ -96,7 +96,7 @@ class Explanation:
         Args:
             class_names: Shown in the place of numbers.
         """
-        headings = {"change_base": "base class", "change_resmem": "resmem class", "change": "change"}
+        headings = {"change_base": "to base class", "change_resmem": "to resmem class", "change": "change"}
         tables = []
         for query in range(len(self)):
             rows = self.rows_of(query)

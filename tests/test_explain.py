@@ -1,5 +1,6 @@
 """explain: neighbours and contributions against the float64 oracle; tables and pictures."""
 
+import re
 import sys
 
 import numpy as np
@@ -182,14 +183,20 @@ def test_module_explains_a_batch_without_targets(tmp_path):
 # -- tables and pictures
 
 
+def shown(*tables):
+    """What a terminal shows, with the line breaks that rich puts into titles taken out."""
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(*tables)
+    return re.sub(r"\s+", " ", capture.get())
+
+
 @pytest.mark.parametrize("task", TASK_NAMES)
 def test_table(task):
     memory, _ = filled(task)
     embeddings, outputs, targets = queries(task, 2)
     found = explain(memory, embeddings, outputs, 3, targets)
-    console = Console(width=100, record=True, quiet=True)
-    console.print(found)
-    printed = console.export_text()
+    printed = shown(found)
     assert found.title(0) in printed
     assert found.title(1) in printed
     for row in found.rows:
@@ -206,9 +213,7 @@ def test_class_names():
     title = found.title(0, names)
     assert f"base {names[row['base']]} (" in title
     assert title.endswith(f"target {names[row['target']]}")
-    console = Console(width=100, record=True, quiet=True)
-    console.print(*found.tables(names))
-    assert names[row["label"]] in console.export_text()
+    assert names[row["label"]] in shown(*found.tables(names))
 
 
 @pytest.fixture
@@ -226,9 +231,9 @@ def test_figure_shows_queries_and_neighbours(pictured, digits):
     assert len(figure.axes) == 3 * 5
     for query in range(3):
         axes = figure.axes[query * 5 : query * 5 + 5]
-        shown = [np.asarray(picture.get_images()[0].get_array()) for picture in axes]
-        np.testing.assert_allclose(shown[0], queries[query] / queries[query].max(), atol=1e-6)
-        for picture, image, id in zip(axes[1:], shown[1:], pictured.neighbors.ids[query].tolist(), strict=True):
+        pictures = [np.asarray(picture.get_images()[0].get_array()) for picture in axes]
+        np.testing.assert_allclose(pictures[0], queries[query] / queries[query].max(), atol=1e-6)
+        for picture, image, id in zip(axes[1:], pictures[1:], pictured.neighbors.ids[query].tolist(), strict=True):
             wanted = digits.train.inputs[id].view(8, 8)
             np.testing.assert_allclose(image, wanted / wanted.max(), atol=1e-6)
             assert picture.get_title().startswith(f"#{id}: {int(digits.train.targets[id])}\n")
