@@ -69,6 +69,26 @@ def test_adds_the_modules_predictions(saved: Path, digits: Digits) -> None:
         np.testing.assert_array_equal(found[name], scores.detach().numpy())
 
 
+@pytest.mark.slow
+def test_ray_data(saved: Path, digits: Digits, ray_address: str) -> None:
+    import ray
+
+    rows = [{"row": row, "pixels": pixels} for row, pixels in enumerate(digits.test.inputs.numpy())]
+    scored = ray.data.from_items(rows, override_num_blocks=3).map_batches(
+        ResMemPredictor,
+        fn_constructor_kwargs={"memory": saved, "base": Net, "inputs": "pixels"},
+        batch_size=64,
+        compute=ray.data.ActorPoolStrategy(size=2),
+    )
+    found = sorted(scored.take_all(), key=lambda row: row["row"])
+    assert [row["row"] for row in found] == list(range(300))
+    expected = ResMemModule.load(saved, base=Net()).predictions(digits.test.inputs)
+    for name in ("base", "resmem"):
+        # Batches of other sizes round differently, in the last bits.
+        scores = np.stack([row[name] for row in found])
+        np.testing.assert_allclose(scores, getattr(expected, name).detach().numpy(), atol=1e-6)
+
+
 def test_labels(saved: Path, digits: Digits) -> None:
     scores = ResMemPredictor(saved, Net(), inputs="pixels")(batch_of(digits))
     labels = ResMemPredictor(saved, Net(), inputs="pixels", output="labels")(batch_of(digits))
