@@ -41,13 +41,15 @@ _TOLERATED_ENVIRONMENT = {
 }
 
 # Helpers of the standard library and of torch.compile that live as long as the interpreter, by design; and workers that
-# Ray keeps ready, and its own actors (others have a name in place of IDLE, without an underscore).
+# Ray keeps ready, and actors that Ray Data keeps.
 _TOLERATED_PROCESSES = (
     "resource_tracker",
     "multiprocessing.forkserver",
     "_inductor/compile_worker",
     "ray::IDLE",
-    "ray::_",
+    "ray::_AutoscalingCoordinatorActor",
+    "ray::_StatsActor",
+    "ray::ActorLocationTracker",
     "ray/_private/workers/default_worker.py",
 )
 
