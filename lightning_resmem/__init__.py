@@ -11,6 +11,7 @@ from lightning_resmem.errors import (
     StaleMemoryError,
     StorageError,
 )
+from lightning_resmem.evaluation import Evaluation, Flip
 from lightning_resmem.explain import Explanation, explain
 from lightning_resmem.head import HeadTap
 from lightning_resmem.influence import Influence, Ranking, label_errors, usefulness
@@ -20,6 +21,7 @@ from lightning_resmem.memory.faiss_index import FaissIndex
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.sparse import SparseConfig, SparseValues
 from lightning_resmem.memory.values import DenseConfig, DenseValues, Values
+from lightning_resmem.metrics import NegativeFlipRate, NeighborhoodAccuracy, PositiveFlipRate, ResMemMetrics
 from lightning_resmem.module import ResMemModule
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.predictor import ResMemPredictor
@@ -32,8 +34,10 @@ __all__ = [
     "DenseConfig",
     "DenseValues",
     "EmptyMemoryError",
+    "Evaluation",
     "Explanation",
     "FaissIndex",
+    "Flip",
     "GridTuner",
     "HeadError",
     "HeadTap",
@@ -43,12 +47,16 @@ __all__ = [
     "MemoryPassError",
     "Multiclass",
     "Multilabel",
+    "NegativeFlipRate",
+    "NeighborhoodAccuracy",
     "Neighbors",
+    "PositiveFlipRate",
     "Predictions",
     "Ranking",
     "Regression",
     "ResMemCallback",
     "ResMemError",
+    "ResMemMetrics",
     "ResMemModule",
     "ResMemParams",
     "ResMemPredictor",

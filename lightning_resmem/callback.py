@@ -3,6 +3,7 @@
 import copy
 import gc
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,11 +26,14 @@ from lightning_resmem.memorize import Memorizer, choose_tuner
 from lightning_resmem.memory import storage
 from lightning_resmem.memory.base import ResidualMemory
 from lightning_resmem.memory.local import LocalMemory
+from lightning_resmem.metrics import UserMetrics, as_collection
 from lightning_resmem.module import ResMemModule
 from lightning_resmem.progress import shows_progress, working
 from lightning_resmem.ranks import Ranks, check_strategy
+from lightning_resmem.reporting import Report
 from lightning_resmem.routing import Routing
 from lightning_resmem.tuning import Tuner, TuningResult
+from lightning_resmem.wandb_report import finish_forked_run
 
 
 class ResMemCallback(Callback):
@@ -38,7 +42,8 @@ class ResMemCallback(Callback):
     After `trainer.fit`, one pass over the training set fills the memory, and the validation set tunes it. In
     `trainer.validate`, `test` and `predict` the output of the model's head is replaced by the combined prediction, so
     the model's own steps and metrics see it; `{stage}/acc_base`, `{stage}/acc_knn` and `{stage}/acc_resmem` are logged
-    beside them (`val` or `test` for the stage; `mse` in regression). Validation during `fit` shows the base.
+    beside them (`val` or `test` for the stage; `mse` in regression), and what else `ResMemMetrics` shows at a glance.
+    Validation during `fit` shows the base.
 
     Args:
         memory: Where the rows go; `LocalMemory()` by default. It may already be filled, for use without `fit`.
@@ -59,6 +64,10 @@ class ResMemCallback(Callback):
             trainer's `checkpoints` directory, if it writes checkpoints, with a version if there is one already.
         name: Tells several callbacks on one trainer apart; also the name of the default directory.
         route: Whether the model's own metrics see the combined prediction. Of several callbacks only one may.
+        metrics: Your own torchmetrics metrics, reported as `{stage}/{name}_base`, `_knn` and `_resmem`; see
+            `ResMemMetrics`.
+        log_memory_artifact: Whether a `WandbLogger`'s run gets the memory as an artifact, for
+            `ResMemModule.from_wandb`. It is as large as the memory.
 
     Attributes:
         tuning: What the tuner chose and gained in the last `fit`, or None.
@@ -82,6 +91,8 @@ class ResMemCallback(Callback):
         dirpath: str | Path | None = None,
         name: str = "resmem",
         route: bool = True,
+        metrics: UserMetrics | None = None,
+        log_memory_artifact: bool = False,
     ) -> None:
         if memory is not None and not isinstance(memory, ResidualMemory):
             raise InputError(f"memory is a {type(memory).__name__}, expected a memory, such as LocalMemory().")
@@ -89,8 +100,9 @@ class ResMemCallback(Callback):
             raise InputError(f'weights={weights!r} is not known: give "last" or "best".')
         if not isinstance(name, str) or not name or Path(name).name != name or name == "..":
             raise InputError(f"name={name!r}: give a plain name, it also names a directory.")
-        if not isinstance(route, bool):
-            raise InputError(f"route={route!r}: give True or False.")
+        for flag, value in (("route", route), ("log_memory_artifact", log_memory_artifact)):
+            if not isinstance(value, bool):
+                raise InputError(f"{flag}={value!r}: give True or False.")
         if dirpath is not None and (not isinstance(dirpath, (str, os.PathLike)) or not os.fspath(dirpath)):
             raise InputError(f"dirpath={dirpath!r} is not a path: give a directory for the memory, or None.")
         self._memory: ResidualMemory = LocalMemory() if memory is None else memory
@@ -102,6 +114,8 @@ class ResMemCallback(Callback):
         self._reader = BatchReader(targets_fn, forward_fn, ids_fn)
         self._memory_dataloader, self._weights, self._dirpath = memory_dataloader, weights, dirpath
         self._name, self._route = name, route
+        self._report = Report(name, log_memory_artifact)
+        self._metrics = None if metrics is None else as_collection(metrics)
         self._base: L.LightningModule | None = None
         self._directory: Path | None = None  # where the memory was saved
         self._memorized = False  # in the current fit
@@ -135,7 +149,9 @@ class ResMemCallback(Callback):
         base = self._found_base()
         if base is None or not len(self._memory):
             raise EmptyMemoryError("Nothing was memorized yet: ResMemCallback.module is there after trainer.fit(...).")
-        return ResMemModule(base, self._memory, targets_fn=self._targets_fn, forward_fn=self._forward_fn)
+        return ResMemModule(
+            base, self._memory, targets_fn=self._targets_fn, forward_fn=self._forward_fn, metrics=self._metrics
+        )
 
     # -- fit: fill the memory
 
@@ -159,7 +175,7 @@ class ResMemCallback(Callback):
         self._memorizer(trainer).rehearse(trainer, pl_module, self._memory_loaders(trainer))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._base = pl_module
+        self._base, started = pl_module, time.monotonic()
         if trainer.val_dataloaders is None and trainer.enable_validation:  # no epoch was validated
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
         own_loader = self._memory_dataloader is not None and not _is_fast_dev_run(trainer)
@@ -172,7 +188,7 @@ class ResMemCallback(Callback):
                 None if own_loader else _limit(trainer.limit_train_batches, [trainer.num_training_batches]),
                 _limit(trainer.limit_val_batches, trainer.num_val_batches),
             )
-        self._memorized = True
+        self._memorized, seconds = True, time.monotonic() - started
         if self.tuning is None and self._memory.tunable:
             params = self._memory.params
             rank_zero_info(
@@ -186,6 +202,7 @@ class ResMemCallback(Callback):
                 if trainer.is_global_zero:
                     self._memory.save(self._directory)
             rank_zero_info(f"ResMem: saved the memory to {self._directory}.")
+        self._report.memorized(trainer, self._memory, self.tuning, seconds, self._directory)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._base = pl_module
@@ -237,23 +254,36 @@ class ResMemCallback(Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._routing is not None:
-            # The same on every rank already; without sync_dist the trainer warns that it might not be.
-            pl_module.log_dict(self._routing.scores(), sync_dist=True, add_dataloader_idx=False)
+            self.evaluations = self._routing.evaluate()
+            for evaluation in self.evaluations:
+                # The same on every rank already; without sync_dist the trainer warns that it might not be.
+                pl_module.log_dict(evaluation.shown_scores(), sync_dist=True, add_dataloader_idx=False)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._routing is not None:
+            self._stop()
+            self._report.evaluated(trainer, self._memory, self.evaluations, self._memory_loaders(trainer))
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stop()
 
     # Once it has started, a run is a run.
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
-    on_test_end = on_predict_end = on_validation_end
+    on_test_end = on_validation_end
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._stop()
+        finish_forked_run(trainer, succeeded=False)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        finish_forked_run(trainer, succeeded=True)
 
     def _start(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str | None) -> None:
         self._stop()  # of a run that was killed between its hooks
+        if stage is not None:
+            self.evaluations = ()
         if isinstance(pl_module, ResMemModule):  # it combines by itself
             return
         self._find_saved(trainer)
@@ -278,7 +308,7 @@ class ResMemCallback(Callback):
         _follow_to_gpu(self._memory, pl_module.device)
         prefix = stage if stage is None or self._name == "resmem" else f"{stage}/{self._name}"
         self._base = pl_module
-        self._routing = Routing(trainer, pl_module, self._memory, self._reader, self._route, prefix)
+        self._routing = Routing(trainer, pl_module, self._memory, self._reader, self._route, prefix, self._metrics)
 
     def _stop(self) -> None:
         if self._routing is not None:

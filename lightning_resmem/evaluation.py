@@ -47,6 +47,7 @@ class Evaluation:
         rows: Rows counted, without padding.
         scores: By short name: `"acc_base"`, `"nll_resmem"`, `"positive_flip_rate"`, ... and those of the user's own
             metrics. `ResMemMetrics` lists them.
+        shown: Short names of the scores that the run logs by itself, to be seen at a glance.
         gain: Mean score of resmem minus that of the base: in accuracy, or in mean squared error (lower is better).
         gain_error: Standard error of the gain, from the differences of the rows.
         flips: Rows that the memory turned right or wrong, by position: at most 100 of either kind. Empty in regression.
@@ -58,6 +59,7 @@ class Evaluation:
     suffix: str
     rows: int
     scores: dict[str, float]
+    shown: tuple[str, ...]
     gain: float
     gain_error: float
     flips: tuple[Flip, ...]
@@ -65,5 +67,9 @@ class Evaluation:
     neighborhoods: Neighborhoods
 
     def named_scores(self) -> dict[str, float]:
-        """All scores under their full names, such as `test/acc_base`, as loggers get them."""
+        """All scores under their full names, such as `test/acc_base`."""
         return {f"{self.prefix}/{name}{self.suffix}": value for name, value in self.scores.items()}
+
+    def shown_scores(self) -> dict[str, float]:
+        """Those that the run logs by itself, under their full names."""
+        return {f"{self.prefix}/{name}{self.suffix}": self.scores[name] for name in self.shown}

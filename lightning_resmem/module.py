@@ -12,21 +12,24 @@ from torch import Tensor
 
 from lightning_resmem.batches import BatchReader, ForwardFn, TargetsFn, borrow_transfer_hooks
 from lightning_resmem.errors import InputError
+from lightning_resmem.evaluation import Evaluation
 from lightning_resmem.explain import Explanation, explain, find_images
 from lightning_resmem.fingerprint import check_fingerprint, fingerprint
 from lightning_resmem.head import Captured, HeadTap
 from lightning_resmem.memory.base import Predictions, ResidualMemory
 from lightning_resmem.memory.local import LocalMemory
-from lightning_resmem.metrics import Scoreboard
+from lightning_resmem.metrics import UserMetrics, as_collection
 from lightning_resmem.modes import evaluation_mode
-from lightning_resmem.samplers import num_unpadded_rows
+from lightning_resmem.ranks import Ranks
+from lightning_resmem.scoreboard import Answer, Scoreboard
 
 
 class ResMemModule(L.LightningModule):
     """A base model and its memory, for inference: `trainer.validate`, `test` and `predict`, saving and serving.
 
     Validation and test log `{stage}/acc_base`, `{stage}/acc_knn` and `{stage}/acc_resmem` (`mse` in regression), with
-    `val` or `test` for the stage; `predict` returns `F(x)`. The base is always run in evaluation mode.
+    `val` or `test` for the stage, and what else `ResMemMetrics` shows at a glance; `predict` returns `F(x)`. The base
+    is always run in evaluation mode.
 
     Args:
         base: The trained model.
@@ -35,6 +38,11 @@ class ResMemModule(L.LightningModule):
         embedding: Name of the module whose output is the key; by default as it was when the memory was filled.
         targets_fn: Returns the targets of a batch; see `BatchReader`.
         forward_fn: Runs the base on a batch; see `BatchReader`.
+        metrics: Your own torchmetrics metrics, reported as `{stage}/{name}_base`, `_knn` and `_resmem`; see
+            `ResMemMetrics`.
+
+    Attributes:
+        evaluations: What the last validate or test run showed, for each of its dataloaders; empty before.
 
     Raises:
         EmptyMemoryError: If the memory has no rows.
@@ -64,6 +72,7 @@ class ResMemModule(L.LightningModule):
         embedding: str | None = None,
         targets_fn: TargetsFn | None = None,
         forward_fn: ForwardFn | None = None,
+        metrics: UserMetrics | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(base, L.LightningModule):
@@ -78,7 +87,9 @@ class ResMemModule(L.LightningModule):
         head = head or memory.provenance.get("head")
         self._embedding = embedding or memory.provenance.get("embedding")
         self._tap = None if head is None else HeadTap(base, head, self._embedding)
-        self._scores: Scoreboard | None = None
+        self._metrics = None if metrics is None else as_collection(metrics)
+        self._board: Scoreboard | None = None
+        self.evaluations: tuple[Evaluation, ...] = ()
         borrow_transfer_hooks(self, [base])
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -199,21 +210,24 @@ class ResMemModule(L.LightningModule):
 
     def _start_scores(self, stage: str) -> None:
         self._check_weights("ResMemModule runs", surely=True)
-        num_dataloaders = len(evaluation_loaders(self.trainer))
-        self._scores = Scoreboard(self.memory.task, stage, num_dataloaders, self.device)
+        self.evaluations = ()
+        self._board = Scoreboard(self.memory, stage, evaluation_loaders(self.trainer), self.device, self._metrics)
 
     def _evaluate(self, batch: Any, dataloader_idx: int) -> Tensor:
-        predictions = self.predictions(batch)
-        if self._scores is not None:  # None where a step is called by hand, outside a trainer
-            num_rows = num_unpadded_rows(evaluation_loaders(self.trainer)[dataloader_idx])
-            self._scores.update(predictions, self._reader.targets(batch), dataloader_idx, num_rows)
-        return predictions.resmem
+        captured = self._captured(batch)
+        answer = Answer(captured.output, *self.memory.predictions_and_neighbors(*captured))
+        if self._board is not None:  # None where a step is called by hand, outside a trainer
+            self._board.update(answer, self._reader.targets(batch), dataloader_idx)
+        return answer.predictions.resmem
 
     def _log_scores(self) -> None:
-        if self._scores is not None:
-            # The same on every rank already; without sync_dist the trainer warns that it might not be.
-            self.log_dict(self._scores.compute(), sync_dist=True, add_dataloader_idx=False)
-            self._scores = None
+        if self._board is not None:
+            self._board.finish()
+            self.evaluations = self._board.evaluate(Ranks(self.trainer))
+            self._board = None
+            for evaluation in self.evaluations:
+                # The same on every rank already; without sync_dist the trainer warns that it might not be.
+                self.log_dict(evaluation.shown_scores(), sync_dist=True, add_dataloader_idx=False)
 
 
 def describe(tap: HeadTap) -> dict[str, str]:

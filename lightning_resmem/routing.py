@@ -4,19 +4,19 @@ from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_resmem.batches import BatchReader
 from lightning_resmem.errors import HeadError, InputError, ResMemWarning
+from lightning_resmem.evaluation import Evaluation
 from lightning_resmem.head import Captured, HeadTap
-from lightning_resmem.memory.base import Predictions, ResidualMemory
-from lightning_resmem.metrics import Scoreboard
+from lightning_resmem.memory.base import ResidualMemory
+from lightning_resmem.metrics import UserMetrics
 from lightning_resmem.modes import eager
 from lightning_resmem.module import evaluation_loaders
 from lightning_resmem.ranks import Ranks
-from lightning_resmem.samplers import num_unpadded_rows
+from lightning_resmem.scoreboard import Answer, Scoreboard
 
 
 class Routing:
@@ -29,6 +29,7 @@ class Routing:
         reader: Reads targets.
         replace: Whether the head's output is replaced, or only looked at.
         prefix: Of the scores' names; None scores nothing.
+        metrics: The user's own metrics.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class Routing:
         reader: BatchReader,
         replace: bool,
         prefix: str | None,
+        metrics: UserMetrics | None = None,
     ) -> None:
         self._memory, self._reader, self._ranks = memory, reader, Ranks(trainer)
         self._why_no_scores: str | None = None
-        self._predictions: list[Predictions] = []
-        self._loaders = [] if prefix is None else evaluation_loaders(trainer)
-        self._scores = None if prefix is None else Scoreboard(memory.task, prefix, len(self._loaders), model.device)
+        self._answers: list[Answer] = []
+        self._board: Scoreboard | None = None
+        if prefix is not None:
+            self._board = Scoreboard(memory, prefix, evaluation_loaders(trainer), model.device, metrics)
         self._tap = HeadTap(model, memory.provenance["head"], memory.provenance.get("embedding"))
         self._stack = ExitStack()
         self._stack.enter_context(eager())
@@ -53,7 +56,7 @@ class Routing:
     def start_batch(self) -> None:
         """Before the model's step."""
         self._tap.clear()
-        self._predictions.clear()
+        self._answers.clear()
 
     def end_batch(self, batch: Any, dataloader_idx: int) -> None:
         """After the model's step: score what the head was asked for.
@@ -61,22 +64,25 @@ class Routing:
         Raises:
             HeadError: If the step did not call the head, so that nothing was combined.
         """
-        if not self._predictions:
+        if not self._answers:
             raise HeadError(self._tap.silent_message())
-        if self._scores is None or self._why_no_scores is not None:
+        if self._board is None or self._why_no_scores is not None:
             return
         try:
             targets = self._reader.targets(batch)
-            num_rows = num_unpadded_rows(self._loaders[dataloader_idx])
-            self._scores.update(self._of_batch(targets), targets, dataloader_idx, num_rows)
+            self._board.update(self._of_batch(targets), targets, dataloader_idx)
         except InputError as error:
             # The model's step has accepted the batch; a test set without labels is no reason to stop the run.
             self._why_no_scores = str(error)
 
-    def scores(self) -> dict[str, float]:
-        """The scores of the run, over all ranks; none, with a warning, if a rank could not score a batch."""
-        if self._scores is None:
-            return {}
+    def evaluate(self) -> tuple[Evaluation, ...]:
+        """What the run showed, over all ranks; nothing, with a warning, if a rank could not score a batch."""
+        if self._board is None:
+            return ()
+        try:
+            self._board.finish()
+        except InputError as error:
+            self._why_no_scores = self._why_no_scores or str(error)
         reasons = [why for why in self._ranks.gather_objects(self._why_no_scores) if why is not None]
         if reasons:
             rank_zero_warn(
@@ -84,31 +90,31 @@ class Routing:
                 f"{reasons[0]}",
                 category=ResMemWarning,
             )
-            return {}
-        return self._scores.compute()
+            return ()
+        return self._board.evaluate(self._ranks)
 
     def close(self) -> None:
         """Take all hooks off the model."""
         self._stack.close()
 
-    def _predicted(self, captured: Captured) -> Predictions:
-        predictions = self._memory.predictions(captured.embedding.float(), captured.output)
-        self._predictions.append(predictions)
-        return predictions
+    def _answer(self, captured: Captured) -> Answer:
+        found = self._memory.predictions_and_neighbors(captured.embedding.float(), captured.output)
+        self._answers.append(Answer(captured.output, *found))
+        return self._answers[-1]
 
     def _combined(self, captured: Captured) -> Tensor:
-        predictions = self._predicted(captured)
+        predictions = self._answer(captured).predictions
         # A copy: the step may change it in place before it is scored.
         return self._memory.task.to_outputs(predictions.resmem, predictions.base).clone()
 
     def _look(self, captured: Captured) -> None:
-        self._predicted(captured)
+        self._answer(captured)
 
-    def _of_batch(self, targets: Tensor) -> Predictions:
-        """One prediction for each target: of the last call of the head, or of several calls on parts of the batch."""
+    def _of_batch(self, targets: Tensor) -> Answer:
+        """One answer for each target: to the last call of the head, or to several calls on parts of the batch."""
         count = len(targets) if targets.ndim else 0
-        if len(self._predictions[-1].base) == count:
-            return self._predictions[-1]
-        if sum(len(predictions.base) for predictions in self._predictions) == count:
-            return Predictions(*(torch.cat(parts) for parts in zip(*self._predictions, strict=True)))
+        if len(self._answers[-1].outputs) == count:
+            return self._answers[-1]
+        if sum(len(answer.outputs) for answer in self._answers) == count:
+            return Answer.cat(self._answers)
         raise InputError(f"The step called the head for other rows than the batch's {count} targets.")

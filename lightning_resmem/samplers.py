@@ -11,6 +11,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     RandomSampler,
     SequentialSampler,
@@ -132,6 +133,23 @@ def num_unpadded_rows(loader: Any) -> int | None:
         return None
     rows = length(sampler.dataset)
     return max(0, -(-(rows - sampler.rank) // sampler.num_replicas))
+
+
+def row_positions(loader: Any) -> range | None:
+    """The dataset positions of this rank's rows in the order an evaluation loader reads them; None if it is not known.
+
+    Example:
+        >>> row_positions(DataLoader(torch.utils.data.TensorDataset(torch.arange(3)), batch_size=2))
+        range(0, 3)
+    """
+    if not isinstance(loader, DataLoader) or not _draws_like(loader.batch_sampler, BatchSampler):
+        return None
+    sampler = _sampler(loader)
+    if _draws_like(sampler, SequentialSampler):
+        return range(length(sampler.data_source))
+    if _draws_like(sampler, DistributedSampler) and not sampler.shuffle:
+        return range(sampler.rank, length(sampler.dataset), sampler.num_replicas)
+    return None
 
 
 def length(dataset: Any) -> int:

@@ -76,6 +76,10 @@ class Task(ABC):
         """What the head has to return so that the user's own loss and metrics see the combined prediction."""
 
     @abstractmethod
+    def probabilities(self, combined: Tensor, base: Tensor) -> Tensor:
+        """What `to_outputs` stands for, as probabilities of a proper distribution (as it is, in regression)."""
+
+    @abstractmethod
     def loss(self, combined: Tensor, base: Tensor, targets: Tensor) -> Tensor:
         """Loss per row, shape `(B,)`: negative log-likelihood in nats, or the squared error."""
 
@@ -142,6 +146,9 @@ class Multiclass(Task):
     def to_outputs(self, combined: Tensor, base: Tensor) -> Tensor:
         return functional.log_predictions(combined, base)
 
+    def probabilities(self, combined: Tensor, base: Tensor) -> Tensor:
+        return self.to_outputs(combined, base).exp()
+
     def loss(self, combined: Tensor, base: Tensor, targets: Tensor) -> Tensor:
         return functional.negative_log_likelihood(combined, base, targets)
 
@@ -183,6 +190,9 @@ class Multilabel(Task):
 
     def to_outputs(self, combined: Tensor, base: Tensor) -> Tensor:
         return torch.logit(combined, eps=self.margin)
+
+    def probabilities(self, combined: Tensor, base: Tensor) -> Tensor:
+        return combined.clamp(self.margin, 1 - self.margin)
 
     def loss(self, combined: Tensor, base: Tensor, targets: Tensor) -> Tensor:
         logits = self.to_outputs(combined, base)
@@ -226,6 +236,9 @@ class Regression(Task):
         return targets - self.predict(outputs)
 
     def to_outputs(self, combined: Tensor, base: Tensor) -> Tensor:
+        return combined
+
+    def probabilities(self, combined: Tensor, base: Tensor) -> Tensor:
         return combined
 
     def loss(self, combined: Tensor, base: Tensor, targets: Tensor) -> Tensor:

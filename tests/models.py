@@ -3,7 +3,8 @@
 All of them are a `body` and a `head`, and log `{stage}_score` (accuracy, or mean squared error) and `{stage}_loss`.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -347,6 +348,12 @@ def score(prediction: Any, targets: Any, task: str) -> float:
     if task == "multilabel":
         return float(((prediction >= 0.5) == (targets >= 0.5)).mean())
     return float(((prediction - targets) ** 2).mean())
+
+
+def side_by_side(logged: Mapping[str, float]) -> dict[str, float]:
+    """The scores of base, knn and resmem among what a run logged."""
+    found = re.compile(r"(\w+/)+(acc|mse)_(base|knn|resmem)(/\w+)?")
+    return {name: value for name, value in logged.items() if found.fullmatch(name)}
 
 
 def hooks_on(model: nn.Module) -> int:

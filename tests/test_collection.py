@@ -15,7 +15,7 @@ from lightning_resmem.batches import BatchReader
 from lightning_resmem.collection import Pass
 from lightning_resmem.loaders import plan
 from tests.memory.test_exchange import Peak
-from tests.models import CallsSelf, Data, NormAndDropout, Trained, hooks_on, make, memory_for, trainer
+from tests.models import CallsSelf, Data, NormAndDropout, Trained, hooks_on, make, memory_for, side_by_side, trainer
 
 
 def nearest() -> LocalMemory:
@@ -131,7 +131,7 @@ def test_outputs_that_the_model_changes_in_place_are_memorized_as_the_head_gave_
     resmem = memorize(trainer(tmp_path), model, data, memory=memory_for(CallsSelf), head="head")
     wanted = Trained(model).scores(data.train, data.test, resmem.memory.params)
     (logged,) = trainer(tmp_path).test(resmem, datamodule=data, verbose=False)
-    assert logged == {f"test/acc_{name}": pytest.approx(value) for name, value in wanted.items()}
+    assert side_by_side(logged) == {f"test/acc_{name}": pytest.approx(value) for name, value in wanted.items()}
     wanted = Trained(model).predict(data.train, data.test[0], resmem.memory.params)
     found = torch.cat(trainer(tmp_path).predict(resmem, datamodule=data)).numpy()
     assert found == pytest.approx(wanted.resmem, abs=1e-5)

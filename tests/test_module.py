@@ -35,6 +35,7 @@ from tests.models import (
     make,
     memory_for,
     same_weights,
+    side_by_side,
     trainer,
     weights_of,
 )
@@ -60,7 +61,7 @@ def test_every_step_gives_the_combined_prediction(kind, tmp_path):
         (logged,) = call(resmem, datamodule=data, verbose=False)
         scores = Trained(resmem.base).scores(data.train, part, resmem.memory.params)
         name = resmem.memory.task.score_name
-        assert logged == {f"{stage}/{name}_{n}": pytest.approx(v, rel=1e-5) for n, v in scores.items()}
+        assert side_by_side(logged) == {f"{stage}/{name}_{n}": pytest.approx(v, rel=1e-5) for n, v in scores.items()}
     batch = next(iter(data.test_dataloader()))
     assert torch.equal(resmem.test_step(batch, 0), found[:16])  # by hand, outside a trainer
     assert torch.equal(resmem.validation_step(batch, 0), found[:16])
@@ -204,7 +205,7 @@ def test_the_bases_transfer_hooks_are_used(tmp_path):
     halved = [(part[0] / 2, part[1]) for part in (data.train, data.test)]
     wanted = Trained(model).scores(*halved, resmem.memory.params)
     (logged,) = trainer(tmp_path).test(resmem, datamodule=data, verbose=False)
-    assert logged == {f"test/acc_{n}": pytest.approx(v) for n, v in wanted.items()}
+    assert side_by_side(logged) == {f"test/acc_{n}": pytest.approx(v) for n, v in wanted.items()}
 
 
 def by_hand(model, inputs, targets):
@@ -282,7 +283,7 @@ def test_beside_the_callback_it_combines_once(tmp_path):
     wanted = Trained(model).scores(data.train, data.test, callback.memory.params)
     assert callback.module.base is model
     (logged,) = run.test(callback.module, datamodule=data, verbose=False)
-    assert logged == {f"test/acc_{n}": pytest.approx(v) for n, v in wanted.items()}
+    assert side_by_side(logged) == {f"test/acc_{n}": pytest.approx(v) for n, v in wanted.items()}
     (logged,) = run.test(model, datamodule=data, verbose=False)
     assert logged["test_score"] == pytest.approx(wanted["resmem"])
 
