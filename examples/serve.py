@@ -1,0 +1,240 @@
+"""A saved ResMemModule behind HTTP, with Ray Serve: micro-batches, checked inputs, health, graceful shutdown.
+
+    python examples/serve.py            # trains on digits if need be, then serves; Ctrl-C or SIGTERM ends it
+    python examples/serve.py --check    # the same, but classifies the test split over HTTP and ends
+
+    curl -X POST localhost:8000/predict -d '{"inputs": [[0.0, 0.3, ... 64 numbers ...], ...]}'
+    curl localhost:8000/health
+
+It joins the Ray cluster that RAY_ADDRESS names, or starts Ray on this machine. Change `load` for a model of your own.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import lightning.pytorch as L
+import numpy as np
+import ray
+import torch
+from digits import MLP, split
+from fastapi import FastAPI, HTTPException, Request
+from ray import serve
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_resmem import InputError, ResMemCallback, ResMemError, ResMemModule
+
+HIDDEN = 16
+MAX_BYTES = 2**20  # of a request's body
+MAX_ROWS = 256  # of a request, and of those that are answered together
+LOGGING = {"log_level": "WARNING"}  # "INFO" for a line a request
+
+api = FastAPI(title="ResMem")
+
+
+# Above the service: Serve copies what its routes refer to when the class is made.
+async def read(request: Request) -> bytes:
+    """The body of a request, no more of it than may be."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BYTES:
+            raise HTTPException(413, f"The body has more than {MAX_BYTES} bytes: send fewer rows at once.")
+    return bytes(body)
+
+
+def parse(body: bytes, width: int) -> Tensor:
+    """The rows of a request, `(n, width)` float32, or an error that says what to send."""
+    wanted = f'{{"inputs": [[...], ...]}} with {width} numbers in each row'
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400, f"The body is not JSON ({error}): send {wanted}.") from error
+    if not isinstance(content, dict) or "inputs" not in content:
+        raise HTTPException(400, f"The body has no inputs: send {wanted}.")
+    try:
+        array = np.asarray(content["inputs"])
+    except ValueError as error:
+        raise HTTPException(422, f"The rows of inputs differ in length: send {wanted}.") from error
+    if not array.size:
+        raise HTTPException(422, f"inputs is empty: send {wanted}.")
+    if array.dtype.kind not in "iuf":
+        raise HTTPException(422, f"inputs holds something other than numbers: send {wanted}.")
+    if array.ndim != 2 or array.shape[1] != width:
+        raise HTTPException(422, f"inputs has shape {array.shape}: send {wanted}.")
+    if len(array) > MAX_ROWS:
+        raise HTTPException(413, f"inputs has {len(array)} rows: send at most {MAX_ROWS} at once.")
+    rows = torch.from_numpy(array).float()
+    bad = (~torch.isfinite(rows)).any(dim=1).nonzero().flatten().tolist()
+    if bad:
+        raise HTTPException(422, f"inputs has NaN or infinite numbers in rows {bad[:5]}.")
+    return rows
+
+
+@serve.deployment(
+    max_ongoing_requests=MAX_ROWS,  # at a replica; the proxy holds back the others,
+    max_queued_requests=1024,  # and answers 503 beyond these
+    health_check_period_s=5,
+    health_check_timeout_s=30,
+    graceful_shutdown_timeout_s=30,  # for requests that are being answered
+)
+@serve.ingress(api)
+class ResMemService:
+    """Answers from base and memory.
+
+    Args:
+        load: Makes the module, in each replica.
+        width: Numbers in a row of inputs.
+        batch_wait_s: How long a request waits for others to be answered with.
+    """
+
+    def __init__(self, load: Callable[[], ResMemModule], width: int, batch_wait_s: float) -> None:
+        self._module, self._width = load(), width
+        self._requests = self._batches = 0
+        self._answer.set_batch_wait_timeout_s(batch_wait_s)
+
+    @api.post("/predict")
+    async def predict(self, request: Request) -> dict[str, Any]:
+        """Labels of base and ResMem, and ResMem's probabilities, for `{"inputs": [[...], ...]}`."""
+        inputs = parse(await read(request), self._width)
+        answer = await self._answer(inputs)
+        if isinstance(answer, InputError):
+            raise HTTPException(422, str(answer))
+        if isinstance(answer, ResMemError):
+            raise HTTPException(503, str(answer), headers={"Retry-After": "5"})
+        return answer
+
+    @api.get("/health")
+    async def health(self) -> dict[str, Any]:
+        """Whether predictions can be made, and how many were."""
+        try:
+            stats = await asyncio.to_thread(self._check)
+        except ResMemError as error:
+            raise HTTPException(503, str(error)) from error
+        served = {"requests": self._requests, "batches": self._batches}
+        return {"status": "ok", **served, **{key: stats[key] for key in ("rows", "shards") if key in stats}}
+
+    async def check_health(self) -> None:
+        """Ray Serve calls this now and then, and replaces a replica in which it raises an error."""
+        await asyncio.to_thread(self._check)
+
+    def _check(self) -> dict[str, Any]:
+        """Search once, which takes all shards; the memory's stats."""
+        memory = self._module.memory
+        memory.search(torch.zeros(1, memory.stats()["width"]), k=1)
+        return memory.stats()
+
+    # One batch at a time, which is the default: a module's hooks belong to one forward.
+    @serve.batch(max_batch_size=MAX_ROWS, batch_size_fn=lambda requests: sum(map(len, requests)))
+    async def _answer(self, requests: list[Tensor]) -> list[dict[str, Any] | ResMemError]:
+        """One answer for each request, from one forward and one search."""
+        self._requests, self._batches = self._requests + len(requests), self._batches + 1
+        return await asyncio.to_thread(self._answers, requests)
+
+    def _answers(self, requests: list[Tensor]) -> list[dict[str, Any] | ResMemError]:
+        try:
+            with torch.inference_mode():
+                found = self._module.predictions((torch.cat(requests),))
+                probabilities = self._module.memory.task.to_outputs(found.resmem, found.base).exp()
+        except InputError as error:
+            # An input that the network makes infinite spoils only the request that it came with.
+            return [error] if len(requests) == 1 else [a for request in requests for a in self._answers([request])]
+        except ResMemError as error:
+            return [error] * len(requests)
+        sizes = [len(request) for request in requests]
+        parts = zip(probabilities.split(sizes), found.base.split(sizes), strict=True)
+        return [
+            {
+                "labels": resmem.argmax(dim=1).tolist(),
+                "base_labels": base.argmax(dim=1).tolist(),
+                "probabilities": resmem.tolist(),
+            }
+            for resmem, base in parts
+        ]
+
+
+def train(directory: Path) -> None:
+    """Train a network on digits; its weights and its memory go to the directory."""
+    L.seed_everything(0, verbose=False)
+    train, val, _ = split(seed=0)
+    resmem = ResMemCallback()
+    trainer = L.Trainer(
+        max_epochs=20,
+        callbacks=[resmem],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(MLP(HIDDEN), DataLoader(train, batch_size=32, shuffle=True), DataLoader(val, batch_size=300))
+    resmem.module.save(directory / "resmem")
+    trainer.save_checkpoint(directory / "base.ckpt")
+
+
+def load(directory: Path) -> ResMemModule:
+    """Base and memory, in each replica: on a cluster, `directory` is one that all nodes see."""
+    torch.set_num_threads(1)  # what a replica has reserved; more replicas use more cores
+    base = MLP.load_from_checkpoint(directory / "base.ckpt", map_location="cpu", hidden=HIDDEN)
+    return ResMemModule.load(directory / "resmem", base=base)
+
+
+def check(url: str) -> None:
+    """Classify the test split over HTTP, seven rows a request and sixteen requests at once."""
+    inputs, targets = split(seed=0)[2].tensors
+    with httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(16) as pool:
+        requests = [{"inputs": rows.tolist()} for rows in inputs.split(7)]
+        answers = [a.raise_for_status().json() for a in pool.map(lambda r: client.post("/predict", json=r), requests)]
+        health = client.get("/health").raise_for_status().json()
+    for name in ("base_labels", "labels"):
+        labels = torch.tensor([label for answer in answers for label in answer[name]])
+        print(f"{name}: accuracy {(labels == targets).float().mean():.4f} on {len(targets)} rows")
+    print(f"{health['requests']} requests were answered in {health['batches']} batches")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, default=Path("outputs/serve"), help="weights and memory")
+    parser.add_argument("--port", type=int, default=8000, help="on this machine only (default: 8000)")
+    parser.add_argument("--replicas", type=int, default=1, help="processes that answer (default: 1)")
+    parser.add_argument("--batch-wait", type=float, default=0.005, help="seconds to wait for others (default: 0.005)")
+    parser.add_argument("--check", action="store_true", help="classify the test split over HTTP, and end")
+    arguments = parser.parse_args()
+    directory, url = arguments.directory.absolute(), f"http://127.0.0.1:{arguments.port}"
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+    ended = threading.Event()
+    if not (directory / "base.ckpt").exists():
+        train(directory)
+    ray.init(logging_level=logging.WARNING)
+    for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which has a handler of its own
+        signal.signal(number, lambda *_: ended.set())
+    try:
+        http = {"host": "127.0.0.1", "port": arguments.port}
+        serve.start(proxy_location="HeadOnly", http_options=http, logging_config=LOGGING)
+        service = ResMemService.options(num_replicas=arguments.replicas, logging_config=LOGGING)
+        serve.run(service.bind(partial(load, directory), 64, arguments.batch_wait), name="resmem")
+        print(f"Serving on {url}", flush=True)
+        if arguments.check:
+            check(url)
+        else:
+            ended.wait()
+            print("Ending: no new requests, those under way are answered", flush=True)
+        serve.delete("resmem")
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""examples/serve.py over HTTP, started as its help says: right answers, clear errors, micro-batches, health, an end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+import torch
+
+from examples.digits import MLP, split
+from lightning_resmem import ResMemModule
+from tests.ddp_processes import ROOT, free_port
+
+pytestmark = pytest.mark.slow
+
+START_SECONDS = 90
+BATCH_WAIT = 0.1  # long, so that requests that come together are surely answered together
+
+
+class Service(NamedTuple):
+    process: subprocess.Popen[str]
+    client: httpx.Client
+    directory: Path
+
+
+@pytest.fixture(scope="module")
+def service(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    directory, port = tmp_path_factory.mktemp("serve"), free_port()
+    options = ["--directory", str(directory), "--port", str(port), "--batch-wait", str(BATCH_WAIT)]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "examples" / "serve.py"), *options],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": ray_address},
+        stdout=(directory / "output").open("w"),
+        stderr=subprocess.STDOUT,
+    )
+    deadline = time.monotonic() + START_SECONDS
+    try:
+        while "Serving on" not in (directory / "output").read_text():
+            assert process.poll() is None, (directory / "output").read_text()
+            assert time.monotonic() < deadline, (directory / "output").read_text()
+            time.sleep(0.1)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            yield Service(process, client, directory)
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=60)
+        finally:
+            process.kill()
+
+
+def rows(count: int) -> torch.Tensor:
+    return split(seed=0)[2].tensors[0][:count]
+
+
+def test_answers_are_the_modules(service: Service) -> None:
+    inputs = rows(20)
+    base = MLP.load_from_checkpoint(service.directory / "base.ckpt", hidden=16)
+    module = ResMemModule.load(service.directory / "resmem", base=base)
+    answer = service.client.post("/predict", json={"inputs": inputs.tolist()})
+    assert answer.status_code == 200
+    expected = module(inputs).exp()
+    torch.testing.assert_close(torch.tensor(answer.json()["probabilities"]), expected, rtol=0, atol=1e-6)
+    assert answer.json()["labels"] == expected.argmax(dim=1).tolist()
+    assert answer.json()["base_labels"] == base(inputs).argmax(dim=1).tolist()
+
+
+GOOD = [0.5] * 64
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"", 400, "not JSON"),
+        (b"inputs", 400, "not JSON"),
+        (b"\xff\xfe", 400, "not JSON"),
+        (b"[" * 100_000, 400, "not JSON"),
+        (b"[1, 2]", 400, "has no inputs"),
+        ({"rows": [GOOD]}, 400, "has no inputs"),
+        ({"inputs": []}, 422, "inputs is empty"),
+        ({"inputs": [[]]}, 422, "inputs is empty"),
+        ({"inputs": GOOD}, 422, r"shape (64,)"),
+        ({"inputs": [GOOD[1:]]}, 422, r"shape (1, 63)"),
+        ({"inputs": [[GOOD]]}, 422, r"shape (1, 1, 64)"),
+        ({"inputs": [GOOD, GOOD[1:]]}, 422, "differ in length"),
+        ({"inputs": None}, 422, "other than numbers"),
+        ({"inputs": [["0.5"] * 64]}, 422, "other than numbers"),
+        ({"inputs": [[True] * 64]}, 422, "other than numbers"),
+        ({"inputs": [[10**400] * 64]}, 422, "other than numbers"),
+        ({"inputs": [GOOD, [float("nan")] * 64]}, 422, "NaN or infinite numbers in rows [1]"),
+        ({"inputs": [[1e300] * 64]}, 422, "NaN or infinite numbers in rows [0]"),
+        ({"inputs": [[1e38] * 64]}, 422, "may overflow"),  # finite, but the network's answer is not
+        ({"inputs": [[1] * 64] * 257}, 413, "257 rows: send at most 256"),
+        (b" " * (2**20 + 1), 413, "more than 1048576 bytes"),
+    ],
+)
+def test_bad_requests(service: Service, body: bytes | dict[str, Any], status: int, message: str) -> None:
+    answer = service.client.post("/predict", content=body if isinstance(body, bytes) else json.dumps(body))
+    assert answer.status_code == status, answer.text
+    assert message in answer.json()["detail"]
+
+
+def test_other_routes_and_methods(service: Service) -> None:
+    assert service.client.get("/predict").status_code == 405
+    assert service.client.get("/nothing").status_code == 404
+
+
+def test_requests_are_answered_together_and_each_with_its_own(service: Service) -> None:
+    inputs = rows(60)
+    before = service.client.get("/health").json()
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(lambda three: post(service, three), inputs.split(3)))
+    after = service.client.get("/health").json()
+    assert after["requests"] - before["requests"] == 20
+    assert after["batches"] - before["batches"] <= 10
+    together = post(service, inputs)
+    assert [label for answer in answers for label in answer["labels"]] == together["labels"]
+
+
+def post(service: Service, inputs: torch.Tensor) -> dict[str, Any]:
+    return service.client.post("/predict", json={"inputs": inputs.tolist()}).raise_for_status().json()
+
+
+def test_an_input_that_overflows_spoils_no_other_request(service: Service) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        bodies = [{"inputs": [[1e38] * 64 if number == 3 else GOOD]} for number in range(8)]
+        answers = list(pool.map(lambda body: service.client.post("/predict", json=body), bodies))
+    assert [answer.status_code for answer in answers] == [422 if number == 3 else 200 for number in range(8)]
+
+
+def test_health(service: Service) -> None:
+    health = service.client.get("/health")
+    assert health.status_code == 200
+    assert health.json()["status"] == "ok"
+    assert health.json()["rows"] == 1000
+
+
+def test_ends_when_told_and_answers_what_is_under_way(service: Service) -> None:
+    """The last test: it ends the service."""
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(post, service, rows(1))
+        time.sleep(BATCH_WAIT / 2)  # it waits for others by now
+        service.process.send_signal(signal.SIGTERM)
+        assert len(answer.result()["labels"]) == 1
+    assert service.process.wait(timeout=60) == 0, (service.directory / "output").read_text()
+    with pytest.raises(httpx.ConnectError):
+        service.client.get("/health")
