@@ -159,13 +159,14 @@ def weighted_labels(positions: Tensor, weights: Tensor, targets: Tensor, num_cla
     return sums.scatter_add_(1, targets[positions.clamp_min(0)], weights)
 
 
-def combine(base: Tensor, residual: Tensor, strength: float = 1.0) -> Tensor:
+def combine(base: Tensor, residual: Tensor, strength: float | Tensor = 1.0) -> Tensor:
     """The ResMem prediction `F(x) = p(x) + strength * residual(x)`.
 
     Args:
         base: Base prediction, shape `(B, C)`.
         residual: Weighted residual, shape `(B, C)`.
-        strength: Factor of the residual; 1 is the paper, 0 the base model.
+        strength: Factor of the residual; 1 is the paper, 0 the base model. One number, or a tensor that broadcasts
+            to `(B, C)`.
 
     Returns:
         Shape `(B, C)`. For probabilities every row sums to 1, but entries may lie below 0 or above 1.
@@ -174,6 +175,8 @@ def combine(base: Tensor, residual: Tensor, strength: float = 1.0) -> Tensor:
         >>> combine(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.2, -0.2]]))
         tensor([[0.7000, 0.3000]])
     """
+    if isinstance(strength, Tensor):
+        return _wide(base) + strength * residual
     return torch.add(_wide(base), residual, alpha=strength)
 
 

@@ -1,10 +1,15 @@
-"""The four numbers of a ResMem prediction."""
+"""The four numbers of a ResMem prediction, and the gate that may scale one of them."""
 
 import math
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from lightning_resmem.errors import InputError
+from lightning_resmem.gate import Gate
+from lightning_resmem.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -20,19 +25,22 @@ class ResMemParams:
             nearest neighbour counts. kNN-LM calls this number "temperature".
         softmax_temperature: What the logits are divided by before the softmax, above 0. Regression ignores it.
         strength: The factor of the weighted residual, at least 0. With 0 the prediction is the base model's.
+        gate: Scales `strength` for each row by the distance of its nearest neighbour and the base's confidence; None,
+            the default, leaves it as it is. `GridTuner(gate=True)` fits one. A mapping, as JSON has it, is made a Gate.
 
     Raises:
         InputError: If a value is out of its range.
 
     Example:
         >>> ResMemParams(k=53, sigma=0.7, softmax_temperature=1.4)
-        ResMemParams(k=53, sigma=0.7, softmax_temperature=1.4, strength=1.0)
+        ResMemParams(k=53, sigma=0.7, softmax_temperature=1.4, strength=1.0, gate=None)
     """
 
     k: int = 50
     sigma: float = 1.0
     softmax_temperature: float = 1.0
     strength: float = 1.0
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
         k = checked_k(self.k)
@@ -57,6 +65,22 @@ class ResMemParams:
             ("strength", strength),
         ):
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "gate", _checked_gate(self.gate))
+
+    def strengths(self, task: Task, base: Tensor, distances: Tensor) -> float | Tensor:
+        """The factor of each row's weighted residual: `strength`, scaled by the gate if there is one.
+
+        Args:
+            task: Of the memory.
+            base: Base predictions, shape `(B, C)`.
+            distances: To the nearest neighbour, shape `(B,)`.
+
+        Returns:
+            `strength` itself, or with a gate a tensor that broadcasts to `(B, C)`.
+        """
+        if self.gate is None:
+            return self.strength
+        return self.strength * self.gate.factors(task, base, distances, self.sigma)
 
     def _number(self, name: str, expected: str) -> float:
         value = getattr(self, name)
@@ -80,6 +104,17 @@ def checked_k(k: object, name: str = "k") -> int:
     if count < 1:
         raise InputError(f"{name}={k!r} is not a number of neighbours: give a whole number of at least 1.")
     return count
+
+
+def _checked_gate(gate: object) -> Gate | None:
+    if isinstance(gate, Mapping):
+        try:
+            return Gate(**gate)
+        except TypeError as error:
+            raise InputError(f"gate={gate!r}: {error}. Give bias, distance and confidence.") from None
+    if gate is not None and not isinstance(gate, Gate):
+        raise InputError(f"gate={gate!r} is not a Gate: give Gate(bias=..., distance=..., confidence=...) or None.")
+    return gate
 
 
 def _is_text_or_bool(value: object) -> bool:

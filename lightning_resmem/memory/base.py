@@ -306,7 +306,8 @@ class ResidualMemory(nn.Module, ABC):
         residual, labels = self.sums(neighbors)
         if base.shape != residual.shape:
             raise InputError(f"outputs has {base.shape[1]} columns, the memory was filled with {residual.shape[1]}.")
-        return Predictions(base, labels, combine(base, residual.to(base.device), params.strength)), neighbors
+        strengths = params.strengths(self.task, base, neighbors.distances[:, 0].to(base.device))
+        return Predictions(base, labels, combine(base, residual.to(base.device), strengths)), neighbors
 
     def influence(self, id: int, queries: Tensor, top: int = 10) -> "Influence":
         """The queries whose predictions one row of the memory changes most.
