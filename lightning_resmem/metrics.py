@@ -398,7 +398,7 @@ class PredictionMetrics(nn.Module):
             self.reliability.update(probabilities, targets)
         if self._users is None:
             return
-        given = _for_users(self._task, probabilities, targets)
+        given = for_users(self._task, probabilities, targets)
         try:
             self._users.update(*given)
         except Exception as error:
@@ -455,7 +455,7 @@ def _own(task: Task, num_outputs: int) -> dict[str, Metric | MetricCollection]:
     return own
 
 
-def _for_users(task: Task, probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def for_users(task: Task, probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Predictions and targets as torchmetrics expects them."""
     if isinstance(task, Multilabel):
         targets = (targets >= 0.5).long()
