@@ -24,7 +24,7 @@ from lightning_resmem import GridTuner, LocalMemory, ResMemWarning, label_errors
 
 RANKINGS = ("harm", "base_loss", "disagreement")
 # Hidden units and epochs.
-NETWORKS = {"stopped early": (16, 20), "interpolating": (256, 100)}
+NETWORKS = {"stopped early": (16, 20), "interpolating": (64, 100)}
 
 
 class Data(NamedTuple):
