@@ -202,7 +202,8 @@ class ResMemCallback(Callback):
                 if trainer.is_global_zero:
                     self._memory.save(self._directory)
             rank_zero_info(f"ResMem: saved the memory to {self._directory}.")
-        self._report.memorized(trainer, self._memory, self.tuning, seconds, self._directory)
+        loaders = None if self._reader.gives_ids else self._memory_loaders(trainer)  # ids are positions in them
+        self._report.memorized(trainer, self._memory, self.tuning, seconds, self._directory, loaders)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._base = pl_module
@@ -262,7 +263,7 @@ class ResMemCallback(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._routing is not None:
             self._stop()
-            self._report.evaluated(trainer, self._memory, self.evaluations, self._memory_loaders(trainer))
+            self._report.evaluated(trainer, self._memory, self.evaluations)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stop()

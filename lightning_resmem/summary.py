@@ -1,0 +1,93 @@
+"""What a memory holds and did, as tables for people."""
+
+from typing import Any
+
+from rich.table import Table
+
+from lightning_resmem.capacity import size
+from lightning_resmem.evaluation import Evaluation
+from lightning_resmem.memory.base import Predictions
+from lightning_resmem.tuning import TuningResult
+
+_NAMES = {
+    "acc": "accuracy",
+    "mse": "mean squared error",
+    "mae": "mean absolute error",
+    "r2": "R²",
+    "f1": "macro F1",
+    "nll": "negative log-likelihood",
+    "brier": "Brier score",
+    "ece": "calibration error",
+}
+
+
+def score_rows(scores: dict[str, float]) -> list[tuple[str, list[float]]]:
+    """Scores side by side: `("acc", [base, knn, resmem])` for each that all three predictions have."""
+    stems = [name.removesuffix("_base") for name in scores if name.endswith("_base")]
+    columns = {stem: [f"{stem}_{name}" for name in Predictions._fields] for stem in stems}
+    return [(stem, [scores[name] for name in names]) for stem, names in columns.items() if set(names) <= set(scores)]
+
+
+def evaluation_summary(evaluation: Evaluation, stats: dict[str, Any]) -> list[Table | str]:
+    """What a validate or test run showed.
+
+    Args:
+        evaluation: Of one dataloader.
+        stats: `memory.stats()`.
+    """
+    table = _table(f"ResMem: {evaluation.prefix}{evaluation.suffix}, {evaluation.rows:,} rows")
+    for index, (stem, (base, knn, resmem)) in enumerate(score_rows(evaluation.scores)):
+        error = f" ± {evaluation.gain_error:.4f}" if index == 0 else ""
+        table.add_row(_long(stem), f"{base:.4f}", f"{knn:.4f}", f"{resmem:.4f}", f"{resmem - base:+.4f}{error}")
+    lines = []
+    if "positive_flip_rate" in evaluation.scores:
+        right, wrong = evaluation.scores["positive_flip_rate"], evaluation.scores["negative_flip_rate"]
+        lines.append(f"turned right {right:.2%}, turned wrong {wrong:.2%}")
+    return [table, *lines, _describe(stats)]
+
+
+def memory_summary(stats: dict[str, Any], seconds: float, tuning: TuningResult | None) -> list[Table | str]:
+    """What was memorized, and what tuning chose.
+
+    Args:
+        stats: `memory.stats()`.
+        seconds: That memorizing took, tuning included.
+        tuning: If there was any.
+    """
+    filled = f"{_describe(stats)}, filled in {seconds:.1f} s"
+    if tuning is None:
+        return [f"ResMem {filled}"]
+    table, params = _table(f"ResMem: tuned on {tuning.rows:,} validation rows"), tuning.params
+    gain = f"{tuning.score - tuning.base_score:+.4f} ± {tuning.gain_error:.4f}"
+    table.add_row(_long(tuning.score_name), f"{tuning.base_score:.4f}", "", f"{tuning.score:.4f}", gain)
+    chosen = (
+        f"k={params.k}, sigma={params.sigma:.4g}, softmax_temperature={params.softmax_temperature:g}, "
+        f"strength={params.strength:g}"
+    )
+    return [table, chosen, filled]
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for name in (*Predictions._fields, "gain"):
+        table.add_column(name, justify="right")
+    return table
+
+
+def _describe(stats: dict[str, Any]) -> str:
+    """The memory in a line."""
+    words = [f"{stats['rows']:,} rows", size(stats["bytes"])]
+    if "index" in stats:
+        words.append(f"index {stats['index']}")
+    if stats.get("recall") is not None:
+        words.append(f"recall {stats['recall']:.3f}")
+    if "shards" in stats:
+        words.append(f"{len(stats['shards'])} shards")
+    return "memory: " + ", ".join(words)
+
+
+def _long(stem: str) -> str:
+    if stem.removeprefix("top").isdecimal():
+        return f"top-{stem.removeprefix('top')} accuracy"
+    return _NAMES.get(stem, stem)
