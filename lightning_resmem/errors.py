@@ -25,6 +25,10 @@ class StorageError(ResMemError, RuntimeError):
     """A saved memory is missing, damaged, or of another format than this version reads."""
 
 
+class ShardUnavailableError(ResMemError, RuntimeError):
+    """A shard of a distributed memory does not answer, or there is no place for it in the cluster."""
+
+
 class MemoryPassError(ResMemError, RuntimeError):
     """The pass over the training set that fills the memory could not be completed."""
 

@@ -60,6 +60,7 @@ class ResidualMemory(nn.Module, ABC):
         provenance: Where the rows come from, plain strings that are saved with the memory: the `fingerprint` of the
             base's weights, and the names of `head` and `embedding`.
         tunable: Whether the params were left to be measured or tuned.
+        show_progress: Whether a long `build` may show a bar.
     """
 
     def __init__(self, task: Task | None = None, params: ResMemParams | None = None) -> None:
@@ -69,6 +70,7 @@ class ResidualMemory(nn.Module, ABC):
         self.task: Task = task or Multiclass()
         self.provenance: dict[str, str] = {}
         self.tunable = params is None
+        self.show_progress = False
         self._params: ResMemParams | None = None
         if params is not None:
             self.params = params
@@ -210,10 +212,26 @@ class ResidualMemory(nn.Module, ABC):
             Bytes by part: `keys`, `values` and `index`.
         """
 
-    def gather(self, group: dist.ProcessGroup) -> None:
-        """Exchange the rows that each rank of `group` added, so that every rank answers from all of them.
+    def metrics(self) -> dict[str, float]:
+        """Numbers to log about the state of the memory, by their names; a memory in this process has none."""
+        return {}
 
-        A memory that the ranks share already has nothing to do.
+    def join(self, group: dist.ProcessGroup) -> None:
+        """Prepare for rows of all ranks of `group`; called on each before it adds any.
+
+        A memory in this process has nothing to do.
+
+        Args:
+            group: A process group on the CPU.
+        """
+
+    def publish(self) -> None:
+        """Tell other processes that share the memory its params and provenance; called when they are final."""
+
+    def gather(self, group: dist.ProcessGroup) -> None:
+        """Have every rank of `group` answer from the rows that all of them added.
+
+        A memory in this process exchanges them; one that the ranks share waits until all have arrived, and builds.
 
         Args:
             group: A process group on the CPU.

@@ -247,9 +247,10 @@ def train(keys: Tensor, config: FaissIndex) -> bytes:
 
 
 def sample_size(width: int, config: FaissIndex) -> int:
-    """How many keys of width `D` an index is trained on."""
+    """How many keys of width `D` an index is trained on, 0 if it needs no training."""
     faiss = _import_faiss(config)
-    return max(_TRAIN_ROWS, _TRAIN_PER_CLUSTER * _lists(faiss, _made(faiss, width, config)))
+    index = _made(faiss, width, config)
+    return 0 if index.is_trained else max(_TRAIN_ROWS, _TRAIN_PER_CLUSTER * _lists(faiss, index))
 
 
 def _trained(faiss: ModuleType, keys: Tensor, config: FaissIndex) -> Any:

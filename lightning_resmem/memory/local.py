@@ -20,7 +20,7 @@ from lightning_resmem.memory.exchange import all_gather_rows
 from lightning_resmem.memory.faiss_index import FaissIndex, FaissSearch
 from lightning_resmem.memory.index import ExactIndex
 from lightning_resmem.memory.rows import GrowingTensor
-from lightning_resmem.memory.saved import read_saved
+from lightning_resmem.memory.saved import manifest, read_saved
 from lightning_resmem.memory.sparse import SparseConfig
 from lightning_resmem.memory.values import DenseConfig, Values
 from lightning_resmem.params import ResMemParams
@@ -339,21 +339,13 @@ class LocalMemory(ResidualMemory):
     def save(self, directory: str | os.PathLike[str]) -> Path:
         storage.as_path(directory)  # refused before the memory is built
         index, values = self._built(), self._built_values()
-        searched = None
+        searched: dict[str, Any] | Literal["exact"] = "exact"
         if isinstance(index, FaissSearch):
             searched = {**dataclasses.asdict(index.config), **index.settings()}
-        manifest = {
-            "task": self.task.name,
-            "params": dataclasses.asdict(self.params),
-            "tunable": self.tunable,
-            "rows": len(self),
-            "index": searched or "exact",
-            "values": values.describe(),
-            "provenance": self.provenance,
-        }
+        described = manifest(self.task, self.params, self.tunable, self.provenance, len(self), searched, values)
         tensors = {"keys": self._keys.finish(), "ids": self._ids.finish(), **values.tensors()}
         extra = {faiss_index.FILE: index.save} if isinstance(index, FaissSearch) else {}
-        return storage.write(directory, manifest, tensors, extra)
+        return storage.write(directory, described, tensors, extra)
 
     @classmethod
     def load(

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -62,7 +62,7 @@ def read_saved(directory: str | os.PathLike[str], mmap: bool = False) -> Saved:
     for key in provenance:
         entry(str, "provenance", key)
     for parameter in dataclasses.fields(ResMemParams):
-        if parameter.name not in entry(dict, "params"):
+        if parameter.name != "gate" and parameter.name not in entry(dict, "params"):  # None, in older memories
             raise storage.damaged(directory, f"params.{parameter.name} is missing")
     if name not in TASKS:
         raise storage.damaged(directory, f"its task is {name!r}, this release knows {', '.join(TASKS)}")
@@ -83,6 +83,27 @@ def read_saved(directory: str | os.PathLike[str], mmap: bool = False) -> Saved:
         if num_outputs <= highest:
             raise storage.damaged(directory, f"values.num_outputs is {num_outputs}, the files hold class {highest}")
     return Saved(manifest, task, params, tunable, provenance, index, config, values, tensors)
+
+
+def manifest(
+    task: Task,
+    params: ResMemParams,
+    tunable: bool,
+    provenance: dict[str, str],
+    rows: int,
+    index: FaissIndex | dict[str, Any] | Literal["exact"],
+    values: Values,
+) -> dict[str, Any]:
+    """What `read_saved` reads, for a memory of so many rows; arguments as the attributes of `Saved`."""
+    return {
+        "task": task.name,
+        "params": dataclasses.asdict(params),
+        "tunable": tunable,
+        "rows": rows,
+        "index": dataclasses.asdict(index) if isinstance(index, FaissIndex) else index,
+        "values": values.describe(),
+        "provenance": provenance,
+    }
 
 
 def _check_tensors(directory: str | os.PathLike[str], rows: int, values: Values, tensors: dict[str, Tensor]) -> None:

@@ -5,7 +5,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,21 @@ _SAFETENSORS_DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
 }
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A tensor that is written to its file part by part, and never held in whole.
+
+    Attributes:
+        shape: Of the whole.
+        dtype: Of the whole.
+        parts: Yields places `(n,)` along the first dimension and the rows `(n, ...)` that belong there.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 
 def as_path(directory: str | os.PathLike[str]) -> Path:
@@ -63,7 +80,7 @@ def check_target(directory: str | os.PathLike[str]) -> Path:
 def write(
     directory: str | os.PathLike[str],
     manifest: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Streamed],
     extra: Mapping[str, Callable[[Path], None]] | None = None,
 ) -> Path:
     """Save atomically: everything is written beside `directory` and renamed into place at the end.
@@ -89,7 +106,10 @@ def write(
         entries = {}
         for name, tensor in tensors.items():
             file = staging / f"{name}.safetensors"
-            safetensors.torch.save_file({name: tensor.detach().cpu().contiguous()}, file)
+            if isinstance(tensor, Tensor):
+                safetensors.torch.save_file({name: tensor.detach().cpu().contiguous()}, file)
+            else:
+                _save_parts(file, name, tensor)
             entries[name] = {
                 "file": file.name,
                 "shape": list(tensor.shape),
@@ -112,6 +132,45 @@ def write(
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
     return target
+
+
+def _save_parts(file: Path, name: str, tensor: Streamed) -> None:
+    """Write a safetensors file (8 bytes of header length, JSON header, data) in place."""
+    size = prod(tensor.shape) * tensor.dtype.itemsize
+    code = next(code for code, dtype in _SAFETENSORS_DTYPES.items() if dtype == tensor.dtype)
+    header = json.dumps({name: {"dtype": code, "shape": [*tensor.shape], "data_offsets": [0, size]}}).encode()
+    header += b" " * (-len(header) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        stream.truncate(8 + len(header) + size)
+    data = np.memmap(file, np.uint8, mode="r+", offset=8 + len(header))
+    rows = torch.from_numpy(data).view(tensor.dtype).view(tensor.shape)
+    for places, part in tensor.parts():
+        rows[places] = part
+    data.flush()
+
+
+def verify(directory: str | os.PathLike[str], manifest: Mapping[str, Any]) -> None:
+    """Check the checksums of all tensors without holding any.
+
+    Raises:
+        StorageError: On the first file that is missing or differs from the manifest.
+    """
+    path = as_path(directory)
+    for entry in _entries(path, manifest).values():
+        _check_sum(path / entry["file"], entry)
+
+
+def _check_sum(file: Path, entry: Mapping[str, Any]) -> None:
+    try:
+        found = sha256(file)
+    except FileNotFoundError:
+        raise StorageError(f"{file} is missing. Restore it from a backup, or memorize again.") from None
+    if found != entry["sha256"]:
+        raise StorageError(
+            f"{file} is damaged: its sha256 is {found}, the manifest says {entry['sha256']}. "
+            "Restore it from a backup, or memorize again."
+        )
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -179,12 +238,8 @@ def read_tensors(
     for name, entry in _entries(path, manifest).items():
         file = path / entry["file"]
         try:
-            found = None if mmap else sha256(file)
-            if not mmap and found != entry["sha256"]:
-                raise StorageError(
-                    f"{file} is damaged: its sha256 is {found}, the manifest says {entry['sha256']}. "
-                    "Restore it from a backup, or memorize again."
-                )
+            if not mmap:
+                _check_sum(file, entry)
             held = _mapped(file) if mmap else safetensors.torch.load_file(file)
             if name not in held:
                 raise StorageError(f"{file} is damaged: it holds {sorted(held)}, the manifest says {name!r}.")

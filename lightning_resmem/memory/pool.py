@@ -1,0 +1,355 @@
+"""The actors of a pool: finding a cluster, placing shards on it, and requests that end, whatever dies."""
+
+import itertools
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple, cast
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from lightning_resmem.errors import InputError, ResMemError, ShardUnavailableError
+from lightning_resmem.memory.pool_config import PoolConfig
+from lightning_resmem.memory.requests import Request, first_line
+from lightning_resmem.memory.shard import RowsLostError, Shard
+from lightning_resmem.memory.sharding import assign
+
+_log = logging.getLogger("lightning_resmem")
+
+# Calls that a shard works on at the same time.
+_CONCURRENCY = 16
+# What a Ray that is started here keeps for objects in flight.
+_OBJECT_STORE_BYTES = 512 * 2**20
+
+
+def reach(address: str | None, hosts: Collection[str] = (), cpus: float = 1, starts: bool = True) -> str:
+    """Connect this process to a cluster, unless it is already: a running one, or one that is started here.
+
+    Args:
+        address: Of a cluster; None looks for a running one.
+        hosts: The machines of this job: on more than one of them nothing is started here.
+        cpus: What shards need; a cluster that is started here has at least so many.
+        starts: Whether one may be started here.
+
+    Returns:
+        The address that others connect to.
+
+    Raises:
+        InputError: If no cluster answers, or there is none.
+    """
+    if not ray.is_initialized():
+        try:
+            ray.init(address=address or "auto", logging_level=logging.WARNING)
+        except ConnectionError as error:
+            if address is not None or not starts:
+                raise InputError(
+                    f"address={address!r}: no Ray cluster can be joined there ({error}). Start one with "
+                    "`ray start --head --port=6379`, and export RAY_AUTH_MODE=token before Python starts if it wants "
+                    "tokens."
+                ) from error
+            if len(set(hosts)) > 1:
+                raise InputError(
+                    f"address=None, but no Ray cluster is running and this job has {len(set(hosts))} machines "
+                    f"({', '.join(sorted(set(hosts)))}). Start one before the job: `ray start --head --port=6379` on "
+                    "the first machine and `ray start --address=FIRST:6379` on the others (under SLURM: `srun ray "
+                    "symmetric-run --address FIRST:6379 -- python script.py`)."
+                ) from error
+            count = max(os.cpu_count() or 1, int(cpus + 0.999))
+            ray.init(
+                address="local",
+                num_cpus=count,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                logging_level=logging.WARNING,
+            )
+            _log.info("No Ray cluster is running: started a local one with %d CPUs.", count)
+    return str(ray.get_runtime_context().gcs_address)
+
+
+class Write(NamedTuple):
+    """A change on its way to one replica."""
+
+    ref: Any
+    shard: int
+    replica: int
+    key: str
+    operation: str
+    data: Any
+    size: int
+
+
+class Pool:
+    """Handles of the actors of all shards, and what is known of them.
+
+    Args:
+        config: What the pool was made with.
+        actors: For each shard its replicas.
+        timeout: How long a request may take, in seconds.
+    """
+
+    def __init__(self, config: PoolConfig, actors: list[list[Any]], timeout: float) -> None:
+        self.config, self.actors, self.timeout = config, actors, timeout
+        # The last change that each replica has acknowledged to this process.
+        self.known = [[0] * config.replicas for _ in actors]
+        self.down: dict[tuple[int, int], Any] = {}  # and a request that will tell when they are back
+        self._nodes = [["unknown"] * config.replicas for _ in actors]
+        self._answered = [time.monotonic()] * len(actors)
+        self._turn = itertools.count()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def create(cls, config: PoolConfig, timeout: float) -> "Pool":
+        """Start the actors.
+
+        Raises:
+            InputError: If there is a pool of that name.
+            ShardUnavailableError: If the cluster has no room for them within the timeout.
+        """
+        assert config.name is not None
+        nodes = _reserve(config, timeout)
+        copies = [itertools.count() for _ in range(config.num_shards)]
+        actors: list[list[Any]] = [[None] * config.replicas for _ in range(config.num_shards)]
+        for node, shard in zip(nodes, assign(nodes, config.num_shards), strict=True):
+            replica = next(copies[shard])
+            try:
+                actors[shard][replica] = (
+                    ray.remote(Shard)
+                    .options(
+                        name=_actor_name(config.name, shard, replica),
+                        namespace=config.namespace,
+                        lifetime="detached" if config.detached else None,
+                        num_cpus=config.cpus_per_shard,
+                        num_gpus=config.gpus_per_shard,
+                        max_restarts=-1,
+                        max_task_retries=-1,
+                        max_concurrency=_CONCURRENCY,
+                        # Soft: when its node is gone, an actor is started again wherever there is room.
+                        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
+                    )
+                    .remote(config, shard, replica)
+                )
+            except ValueError as error:
+                raise InputError(
+                    f"name={config.name!r} is a pool that is there already: RayMemory.connect({config.name!r}) finds "
+                    "it, and its shutdown() ends it. Or choose another name."
+                ) from error
+        pool = cls(config, actors, timeout)
+        pool.ping()
+        return pool
+
+    @classmethod
+    def find(cls, name: str, namespace: str, timeout: float) -> "Pool":
+        """The pool that another process has made.
+
+        Raises:
+            InputError: If there is none of that name.
+        """
+        try:
+            first = ray.get_actor(_actor_name(name, 0, 0), namespace)
+            config = cast(PoolConfig, ray.get(first.config.remote(), timeout=timeout))
+            actors = [
+                [ray.get_actor(_actor_name(name, shard, replica), namespace) for replica in range(config.replicas)]
+                for shard in range(config.num_shards)
+            ]
+        except ValueError as error:
+            raise InputError(
+                f"name={name!r} is no pool in the namespace {namespace!r} of this cluster. A pool without a name ends "
+                "with the process that made it: give RayMemory(name=...) to find it from elsewhere."
+            ) from error
+        pool = cls(config, actors, timeout)
+        pool.ping()
+        return pool
+
+    # -- questions, to one replica of every shard
+
+    def ask(self, method: str, arguments: Callable[[int], Sequence[Any] | None], partial: bool = False) -> Request:
+        """Send a question to every shard.
+
+        Args:
+            method: Of `Shard`.
+            arguments: For each shard; None where it is not asked. The last known change is added.
+            partial: Whether shards that do not answer may be left out.
+        """
+        return Request(self, method, [arguments(shard) for shard in range(self.config.num_shards)], partial)
+
+    def everywhere(self, method: str, *arguments: Any) -> list[list[Any]]:
+        """The answers of all replicas of all shards; those that are lost raise an error."""
+        refs = [[getattr(actor, method).remote(*arguments) for actor in replicas] for replicas in self.actors]
+        deadline = time.monotonic() + self.timeout
+        return [
+            [self.receive(ref, shard, replica, deadline) for replica, ref in enumerate(replicas)]
+            for shard, replicas in enumerate(refs)
+        ]
+
+    def ping(self) -> None:
+        """Wait until all replicas are there, and learn where."""
+        for shard, replicas in enumerate(self.everywhere("ping")):
+            self._nodes[shard] = [node for node, _ in replicas]
+
+    def replicas_in_turn(self, shard: int) -> list[int]:
+        """The replicas of a shard that answer as far as is known, another one first each time."""
+        count, turn = self.config.replicas, next(self._turn)
+        return [r for r in ((turn + i) % count for i in range(count)) if not self.is_down(shard, r)]
+
+    def is_down(self, shard: int, replica: int) -> bool:
+        """Whether a replica has failed and not come back."""
+        probe = self.down.get((shard, replica))
+        if probe is None:
+            return False
+        if not ray.wait([probe], timeout=0)[0]:
+            return True
+        with self._lock:
+            self.down.pop((shard, replica), None)
+        try:
+            self._nodes[shard][replica], _ = ray.get(probe)
+        except RayActorError:
+            return self.mark_down(shard, replica)
+        except RayTaskError as error:
+            return self.mark_down(shard, replica, isinstance(error.cause, RowsLostError))
+        return False
+
+    def mark_down(self, shard: int, replica: int, lost_rows: bool = False) -> bool:
+        """Leave a replica alone until it answers again; without its rows it is told to copy them from another."""
+        with self._lock:
+            if (shard, replica) not in self.down:
+                actor = self.actors[shard][replica]
+                if lost_rows and self.config.replicas > 1:
+                    self._copy(shard, replica)
+                self.down[shard, replica] = actor.ping.remote(self.known[shard][replica])
+        return True
+
+    def answered(self, shard: int) -> None:
+        """Note that a shard has answered."""
+        self._answered[shard] = time.monotonic()
+
+    def alive(self) -> list[bool]:
+        """Whether each shard has a replica that is not down."""
+        return [
+            not all(self.is_down(shard, replica) for replica in range(self.config.replicas))
+            for shard in range(self.config.num_shards)
+        ]
+
+    def unavailable(self, shard: int, reason: str) -> ShardUnavailableError:
+        """The error for a shard that does not answer."""
+        nodes = ", ".join(node[:12] for node in self._nodes[shard])
+        age = time.monotonic() - self._answered[shard]
+        return ShardUnavailableError(
+            f"Shard {shard} of {self.config.num_shards} (pool {self.config.name!r}, last on node {nodes}) is not "
+            f"available: {reason}. Its last answer was {age:.1f} s ago. `ray status` and `ray list nodes` show what is "
+            "left of the cluster; a shard comes back when a node has room for it and can read "
+            f"{self.config.storage_path}. request_timeout_s={self.timeout:g} can be raised, replicas=2 survives the "
+            'loss of a node, and on_shard_loss="partial" answers without it.'
+        )
+
+    def one(self, shard: int, method: str, *arguments: Any) -> Any:
+        """The answer of one shard."""
+        asked = self.ask(method, lambda other: arguments if other == shard else None)
+        return asked.result()[shard]
+
+    # -- changes, to all replicas
+
+    def write(self, shard: int, operation: str, data: bytes) -> list[Write]:
+        """Send a change to all replicas of a shard; `confirm` waits for each."""
+        key = uuid.uuid4().hex
+        held = ray.put(data) if self.config.replicas > 1 else data
+        return [self._send(shard, replica, key, operation, held, len(data)) for replica in range(self.config.replicas)]
+
+    def confirm(self, write: Write) -> None:
+        """Wait until a change is made and kept.
+
+        Raises:
+            InputError: If the shard refuses it.
+            ShardUnavailableError: If it cannot be reached within the timeout, or has lost its rows.
+        """
+        deadline = time.monotonic() + self.timeout
+        while True:
+            try:
+                number = self.receive(write.ref, write.shard, write.replica, deadline)
+            except _LostRowsError as error:
+                if self.config.replicas == 1 or time.monotonic() > deadline:
+                    raise self.unavailable(write.shard, str(error)) from error
+                copied = self._copy(write.shard, write.replica)
+                ray.wait([copied], timeout=max(0.0, deadline - time.monotonic()))
+                write = self._send(*write[1:])
+                continue
+            self.known[write.shard][write.replica] = max(self.known[write.shard][write.replica], number)
+            return
+
+    def _send(self, shard: int, replica: int, key: str, operation: str, data: Any, size: int) -> Write:
+        actor, known = self.actors[shard][replica], self.known[shard][replica]
+        return Write(actor.apply.remote(key, operation, data, known), shard, replica, key, operation, data, size)
+
+    def _copy(self, shard: int, replica: int) -> Any:
+        peer = self.actors[shard][(replica + 1) % self.config.replicas]
+        return self.actors[shard][replica].copy_from.remote(peer, self.known[shard][replica])
+
+    # -- both
+
+    def receive(self, ref: Any, shard: int, replica: int, deadline: float) -> Any:
+        """An answer, or the error that it is."""
+        try:
+            answer = ray.get(ref, timeout=max(0.0, deadline - time.monotonic()))
+        except ray.exceptions.GetTimeoutError:
+            raise self.unavailable(shard, f"it did not answer within {self.timeout:g} s") from None
+        except RayActorError as error:
+            raise self.unavailable(shard, f"its process is gone ({first_line(error)})") from error
+        except RayTaskError as error:
+            if isinstance(error.cause, RowsLostError):
+                raise _LostRowsError(str(error.cause)) from error
+            if isinstance(error.cause, ResMemError):
+                raise error.cause from None
+            raise
+        self.answered(shard)
+        return answer
+
+    def close(self) -> None:
+        """End all actors and delete what they kept."""
+        if not ray.is_initialized():
+            return
+        actors = [actor for replicas in self.actors for actor in replicas]
+        ray.wait([actor.destroy.remote() for actor in actors], num_returns=len(actors), timeout=min(10.0, self.timeout))
+        for actor in actors:
+            ray.kill(actor)
+
+
+class _LostRowsError(ResMemError):
+    """A replica has lost its rows."""
+
+
+def _reserve(config: PoolConfig, timeout: float) -> list[str]:
+    """The node of each place that Ray finds for the shards."""
+    bundle = {"CPU": config.cpus_per_shard, "GPU": config.gpus_per_shard}
+    bundle = {name: amount for name, amount in bundle.items() if amount}
+    count = config.num_shards * config.replicas
+    group = placement_group([bundle] * count, strategy=config.placement)
+    try:
+        if not group.wait(timeout):
+            free = ray.available_resources()
+            existing = "; ".join(
+                f"node {node['NodeID'][:12]} ({node['NodeManagerHostname']}): "
+                + ", ".join(f"{name} {node['Resources'].get(name, 0):g}" for name in ("CPU", "GPU"))
+                for node in ray.nodes()
+                if node["Alive"]
+            )
+            raise ShardUnavailableError(
+                f"There is no room for {config.num_shards} shards x {config.replicas} replicas with placement="
+                f"{config.placement!r} within {timeout:g} s. Asked: {count} x {bundle}"
+                f"{', each on a node of its own' if config.placement == 'STRICT_SPREAD' else ''}. The cluster has: "
+                f"{existing}; free are CPU {free.get('CPU', 0):g}, GPU {free.get('GPU', 0):g}. Use fewer shards, "
+                "less for each (cpus_per_shard, gpus_per_shard), another placement, or add nodes."
+            )
+        nodes = placement_group_table(group)["bundles_to_node_id"]
+        return [nodes[place] for place in range(count)]
+    finally:
+        # Only asked for: actors that live in a group die with it, and cannot move when a node is gone.
+        remove_placement_group(group)
+
+
+def _actor_name(pool: str, shard: int, replica: int) -> str:
+    return f"{pool}/{shard}.{replica}"

@@ -1,0 +1,633 @@
+"""A memory over a cluster: a pool of Ray actors, each with a shard, behind the interface of all memories."""
+
+import atexit
+import json
+import os
+import tempfile
+import uuid
+import weakref
+from collections import deque
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_resmem.errors import EmptyMemoryError, InputError
+from lightning_resmem.functional import neighbor_weights
+from lightning_resmem.memory import storage, together
+from lightning_resmem.memory.base import Neighbors, ResidualMemory
+from lightning_resmem.memory.checks import as_ids, checked_changes, checked_rows, repeated
+from lightning_resmem.memory.faiss_index import FaissIndex
+from lightning_resmem.memory.local import LocalMemory
+from lightning_resmem.memory.pool_config import PoolConfig, absolute, check_address
+from lightning_resmem.memory.saved import manifest, read_saved
+from lightning_resmem.memory.sharding import merge, split
+from lightning_resmem.memory.sparse import SparseConfig
+from lightning_resmem.memory.values import DenseConfig, Values
+from lightning_resmem.params import ResMemParams
+from lightning_resmem.tasks import Task, check_finite
+
+if TYPE_CHECKING:  # Ray takes a second to import: it is imported when a cluster is needed
+    from lightning_resmem.memory.pool import Pool, Write
+    from lightning_resmem.memory.requests import Request
+
+# Bytes of rows on their way to the shards; a rank that adds more waits.
+_BYTES_UNDERWAY = 64 * 2**20
+# Bytes that are read from a shard or a file at once.
+_CHUNK_BYTES = 16 * 2**20
+# Arrays that are larger are put into Ray's object store once, not sent with every request.
+_INLINE_BYTES = 2**16
+
+
+class RayMemory(ResidualMemory):
+    """A memory whose rows are spread over a Ray cluster: for rows that no single machine should hold.
+
+    It answers as a `LocalMemory` with the same rows does. Making one contacts nothing; the cluster is reached when the
+    first rows are added: the one that runs, or, on a single machine without one, one that is started here. Every rank
+    of a job sends its rows straight to the shards, and all ranks ask the same ones.
+
+    Args:
+        num_shards: Over how many actors the rows are spread, by a hash of their ids.
+        task: What a residual is; `Multiclass()` by default.
+        params: How the memory is read; measured at `build` by default.
+        index: As for `LocalMemory`, for each shard. An index that has to be trained is trained once, on a sample of
+            all rows.
+        values: As for `LocalMemory`.
+        key_dtype: As for `LocalMemory`.
+        address: Of the cluster; None finds a running one, or starts one on a single machine.
+        namespace: Ray namespace of the actors.
+        name: Keeps the actors when this process ends, for `RayMemory.connect(name)`, until `shutdown()`. By default
+            they end with the process (rank 0) that made them.
+        cpus_per_shard: CPUs of each actor; its searches use so many threads.
+        gpus_per_shard: GPUs of each actor; its rows are kept there.
+        placement: `"SPREAD"` over nodes as evenly as possible, `"STRICT_SPREAD"` each on its own, or `"PACK"` together.
+        storage_path: Where shards keep their rows, so that they survive the end of a process: a path or a URL that
+            fsspec knows, in which the pool makes a directory of its own and deletes it when it ends. A shard can only
+            move to another node if that node sees the path, too. By default the temporary directory of each node.
+        request_timeout_s: Seconds after which a request, or a place for the shards, is given up.
+        replicas: Copies of each shard, on different nodes if possible. With 2, the death of one is not noticed.
+        on_shard_loss: `"raise"` `ShardUnavailableError`, or answer from the rest with `"partial"`: `metrics()` tells
+            which share of the rows was asked.
+
+    Raises:
+        InputError: If an argument is not one of these.
+
+    Example:
+        >>> memory = RayMemory(num_shards=2, params=ResMemParams(k=50, sigma=0.5), placement="PACK")
+        >>> len(memory)
+        0
+    """
+
+    def __init__(
+        self,
+        num_shards: int = 1,
+        task: Task | None = None,
+        params: ResMemParams | None = None,
+        index: str | FaissIndex = "auto",
+        values: Literal["auto", "dense", "sparse"] | DenseConfig | SparseConfig = "auto",
+        key_dtype: torch.dtype = torch.float32,
+        *,
+        address: str | None = None,
+        namespace: str = "lightning-resmem",
+        name: str | None = None,
+        cpus_per_shard: float = 1,
+        gpus_per_shard: float = 0,
+        placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "SPREAD",
+        storage_path: str | os.PathLike[str] | None = None,
+        request_timeout_s: float = 60.0,
+        replicas: int = 1,
+        on_shard_loss: Literal["raise", "partial"] = "raise",
+    ) -> None:
+        super().__init__(task, params)
+        check_address(address)
+        self._address = address
+        self._config = PoolConfig(
+            num_shards,
+            self.task,
+            index,
+            values,
+            key_dtype,
+            namespace,
+            name,
+            cpus_per_shard,
+            gpus_per_shard,
+            placement,
+            absolute(storage_path),
+            request_timeout_s,
+            replicas,
+            on_shard_loss,
+        )
+        # Checks what a shard is made with, and knows what it will keep.
+        self._template = LocalMemory(self.task, params, index, values, key_dtype)
+        self._pool_name: str | None = None  # of a pool that was made, here or by another process
+        self._pool: Pool | None = None
+        self._underway: deque[Write] = deque()
+        self._shape: tuple[int, int] | None = None
+        self._rows, self._last_id, self._built = 0, -1, False
+        self._reset()
+
+    # -- rows
+
+    def __len__(self) -> int:
+        return self._rows
+
+    @property
+    def ids(self) -> Tensor:
+        self.build()
+        return torch.cat([torch.from_numpy(part.copy()) for part in self._ask("ids")]).sort().values
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU: answers come from there, wherever the shards keep their rows."""
+        return torch.device("cpu")
+
+    def add(self, embeddings: Tensor, outputs: Tensor, targets: Tensor, ids: Tensor | None = None) -> None:
+        embeddings, outputs, targets, ids = checked_rows(
+            self.task, embeddings, outputs, targets, ids, self._shape, self._last_id + 1
+        )
+        if self._config.key_dtype == torch.float16:
+            check_finite("embeddings (as key_dtype=torch.float16; use torch.bfloat16)", embeddings.half(), ids)
+        if self._built and len(ids) and int(ids.min()) <= self._last_id:
+            known = ids[self._has(ids)]
+            if len(known):
+                raise repeated(known)
+        self._shape = (embeddings.shape[1], outputs.shape[1])
+        rows = {"embeddings": embeddings, "outputs": outputs, "targets": targets, "ids": ids}
+        self._send("add", rows)
+        self._rows += len(ids)
+        self._last_id = max(self._last_id, int(ids.max()) if len(ids) else -1)
+
+    def build(self) -> None:
+        if self._built:
+            return
+        self.learn(self.build_shards())
+
+    def remove(self, ids: Tensor) -> None:
+        ids = as_ids(ids).cpu()
+        self._check_known(ids)
+        self._send("remove", {"ids": ids})
+        self._rows -= len(ids.unique())
+
+    def update(
+        self,
+        ids: Tensor,
+        embeddings: Tensor | None = None,
+        outputs: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> None:
+        self._check_known(as_ids(ids).cpu())
+        if self._shape is None:
+            return
+        ids, changes = checked_changes(self.task, ids, embeddings, outputs, targets, self._shape)
+        self._send("update", {"ids": ids, **changes})
+
+    def clear(self) -> None:
+        if self._pool_name is not None:
+            self._underway.clear()
+            for shard in range(self._config.num_shards):
+                self._write(shard, "clear", {})
+            self.flush()
+        self._reset()
+
+    # -- answers
+
+    def search(self, queries: Tensor, k: int) -> Neighbors:
+        return self.search_async(queries, k).result()
+
+    def search_async(self, queries: Tensor, k: int) -> "PendingSearch":
+        """Start a search and return at once: the shards look while this process does something else.
+
+        Args:
+            queries: Shape `(B, D)`, on any device.
+            k: As for `search`.
+
+        Returns:
+            Its `result()` is what `search` returns.
+        """
+        self.build()
+        assert self._shape is not None
+        queries, k = self._checked_search(queries, self._shape[0], k)
+        held = _held(queries.detach().float().cpu().numpy())
+        request = self._reached().ask("search", lambda shard: (held, k), self._is_partial)
+        return PendingSearch(request, len(queries), k, queries.device)
+
+    def sums(self, neighbors: Neighbors) -> tuple[Tensor, Tensor]:
+        self.build()
+        assert self._shape is not None
+        device = neighbors.distances.device
+        with torch.no_grad():
+            weights = neighbor_weights(neighbors.distances, self.params.sigma)
+        held = _held(neighbors.ids.cpu().numpy()), _held(weights.cpu().numpy())
+        temperature = self.params.softmax_temperature
+        answers = [part for part in self._ask("weighted_sums", *held, temperature) if part is not None]
+        if not answers:
+            zeros = torch.zeros(len(weights), self._shape[1], device=device)
+            return zeros, zeros.clone()
+        total = torch.from_numpy(np.sum(answers, axis=0))
+        return total[0].to(device), total[1].to(device)
+
+    def fetch(self, ids: Tensor) -> Values:
+        rows = self._stored(as_ids(ids).cpu())
+        assert self._shape is not None
+        values = self._template.values_config(self._shape[1]).build(self.task, self._shape[1])
+        values.replace(rows)
+        return values
+
+    def stats(self) -> dict[str, Any]:
+        """Rows, key width, outputs, bytes, index, values, key_dtype and device, recall of an approximate index.
+
+        `shards` lists for each replica of each shard its rows, bytes, node, host, pid, restarts and the times of its
+        searches, `search_p50_ms` and `search_p99_ms`.
+        """
+        width, num_outputs = self._shape or (0, 0)
+        stats = self._template.stats() | {"rows": len(self), "width": width, "outputs": num_outputs, "shards": []}
+        if self._pool_name is None:
+            return stats
+        self.flush()
+        answers = self._reached().everywhere("stats")
+        shards = [replicas[0] for replicas in answers]
+        stats["shards"] = [shard for replicas in answers for shard in replicas]
+        filled = [shard for shard in shards if shard["rows"]]
+        stats["bytes"] = sum(shard["bytes"] for shard in shards)
+        if filled:
+            stats |= {name: filled[0][name] for name in ("index", "values", "device")}
+            for name in filled[0].keys() & {"nprobe", "ef_search"}:
+                stats[name] = max(shard[name] for shard in filled)
+            if "recall" in filled[0]:
+                stats["recall"] = sum(shard["recall"] * shard["rows"] for shard in filled) / self._rows
+        return stats
+
+    def metrics(self) -> dict[str, float]:
+        """`resmem/shards_alive`, how many shards answer, and `resmem/coverage`, the share of the rows they hold."""
+        if self._pool is None:
+            return {}
+        alive = self._pool.alive()
+        covered = sum(rows for rows, is_alive in zip(self._shard_rows, alive, strict=True) if is_alive)
+        return {
+            "resmem/shards_alive": float(sum(alive)),
+            "resmem/coverage": covered / max(1, sum(self._shard_rows)),
+        }
+
+    def estimate_bytes(self, rows: int, width: int, num_outputs: int) -> dict[str, int]:
+        # The shards hold the rows: this process only those on their way.
+        return {"underway": min(_BYTES_UNDERWAY, rows * (width + num_outputs + 4) * 4)}
+
+    # -- disk
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Save to one directory, as a `LocalMemory` does: it can be loaded as either, with any number of shards.
+
+        Rows go from the shards to the files part by part; this process holds their ids and a few MiB.
+        """
+        storage.as_path(directory)  # refused before the memory is built
+        self.build()
+        assert self._shape is not None
+        owned = [torch.from_numpy(part.copy()) for part in self._ask("ids")]
+        ids, order = torch.cat(owned).sort()
+        places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).split([len(o) for o in owned])
+        first = next(shard for shard, own in enumerate(owned) if len(own))
+        sample = self._rows_of(first, 0, 1)
+
+        def streamed(name: str) -> storage.Streamed:
+            step = max(1, _CHUNK_BYTES // max(1, sample[name].nbytes))
+
+            def parts() -> Iterator[tuple[Tensor, Tensor]]:
+                for shard, own in enumerate(places):
+                    for start in range(0, len(own), step):
+                        yield own[start : start + step], self._rows_of(shard, start, start + step, name)[name]
+
+            return storage.Streamed((len(ids), *sample[name].shape[1:]), sample[name].dtype, parts)
+
+        values = self._template.values_config(self._shape[1]).build(self.task, self._shape[1])
+        (index, _) = self._reached().one(first, "index")
+        described = manifest(
+            self.task,
+            self.params,
+            self.tunable,
+            self.provenance,
+            len(ids),
+            index if isinstance(index, FaissIndex) else "exact",
+            values,
+        )
+        return storage.write(directory, described, {name: ids if name == "ids" else streamed(name) for name in sample})
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str], num_shards: int = 1, **options: Any) -> "RayMemory":
+        """Spread a saved memory over a cluster; a `LocalMemory` or a `RayMemory` has saved it.
+
+        Args:
+            directory: As given to `save`.
+            num_shards: Any number.
+            **options: The arguments of `RayMemory` from `address` on.
+
+        Raises:
+            StorageError: If the directory is missing, incomplete, damaged or of another format version.
+        """
+        saved = read_saved(directory, mmap=True)
+        storage.verify(directory, saved.manifest)
+        dtype = saved.tensors["keys"].dtype
+        memory = cls(num_shards, saved.task, saved.params, saved.index, saved.config, dtype, **options)
+        memory.provenance, memory.tunable = saved.provenance, saved.tunable
+        num_outputs, ids = saved.values.num_outputs, saved.tensors["ids"]
+        tensors = {name: saved.tensors[name] for name in ("keys", "ids", *saved.values.names)}
+        step = max(1, _CHUNK_BYTES // sum(tensor[:1].nbytes for tensor in tensors.values()))
+        memory._shape = saved.tensors["keys"].shape[1], num_outputs
+        for start in range(0, len(ids), step):
+            rows = {name: tensor[start : start + step] for name, tensor in tensors.items()}
+            memory._send("add_stored", rows, {"num_outputs": torch.tensor(num_outputs)})
+            memory._rows += len(rows["ids"])
+        memory.build()
+        return memory
+
+    # -- the pool
+
+    @classmethod
+    def connect(
+        cls,
+        name: str,
+        address: str | None = None,
+        namespace: str = "lightning-resmem",
+        request_timeout_s: float = 60.0,
+        on_shard_loss: Literal["raise", "partial"] = "raise",
+    ) -> "RayMemory":
+        """The memory that another process made with `RayMemory(name=...)`, with its rows, params and provenance.
+
+        Args:
+            name: As given there.
+            address: Of the cluster; None finds a running one.
+            namespace: As given there.
+            request_timeout_s: As for `RayMemory`.
+            on_shard_loss: As for `RayMemory`.
+
+        Raises:
+            InputError: If there is no such pool.
+        """
+        from lightning_resmem.memory import pool as pools
+
+        pools.reach(address, starts=False)
+        pool = pools.Pool.find(name, namespace, request_timeout_s)
+        config = pool.config
+        memory = cls(
+            config.num_shards,
+            config.task,
+            None,
+            config.index,
+            config.values,
+            config.key_dtype,
+            address=address,
+            namespace=namespace,
+            name=name,
+            cpus_per_shard=config.cpus_per_shard,
+            gpus_per_shard=config.gpus_per_shard,
+            placement=config.placement,
+            storage_path=config.storage_path,
+            request_timeout_s=request_timeout_s,
+            replicas=config.replicas,
+            on_shard_loss=on_shard_loss,
+        )
+        memory._pool, memory._pool_name = pool, name
+        states = pool.everywhere("state")
+        memory.learn(states)
+        memory._built = all(state["built"] for replicas in states for state in replicas if state["rows"])
+        about = json.loads(next((state["about"] for (state, *_) in states if state["about"]), "{}"))
+        if about:
+            memory.tunable, memory.provenance = about["tunable"], about["provenance"]
+            memory._params = None if about["params"] is None else ResMemParams(**about["params"])
+        return memory
+
+    def shutdown(self) -> None:
+        """End the actors and delete what they kept, for all processes that use them. What was saved stays."""
+        if self._pool_name is not None:
+            self._reached().close()
+            self._pool, self._pool_name = None, None
+            self._underway.clear()
+            self._reset()
+
+    def join(self, group: dist.ProcessGroup) -> None:
+        together.join(self, group)
+
+    def gather(self, group: dist.ProcessGroup) -> None:
+        together.gather(self, group)
+
+    def publish(self) -> None:
+        if self._pool_name is not None:
+            self._publish()
+            self.flush()
+
+    # -- for the ranks of a job: see `together.py`
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """`(D, C)`, as far as this process knows."""
+        return self._shape
+
+    def open(self, hosts: Collection[str] = ()) -> tuple[str, str, str]:
+        """Reach the pool, or make it.
+
+        Args:
+            hosts: The machines of the job; this one by default.
+
+        Returns:
+            The address of the cluster, the name of the pool, and Ray's mode of authentication: for `follow`.
+        """
+        from lightning_resmem.memory import pool as pools
+
+        config = self._config
+        places = config.num_shards * config.replicas
+        address = pools.reach(self._address, hosts, cpus=places * config.cpus_per_shard)
+        if self._pool is None and self._pool_name is not None:
+            self._pool = pools.Pool.find(self._pool_name, config.namespace, config.request_timeout_s)
+        elif self._pool is None:
+            token = f"{config.name or 'resmem'}-{uuid.uuid4().hex[:8]}"
+            root = config.storage_path or f"{tempfile.gettempdir()}/lightning_resmem"
+            name = config.name or token
+            made = replace(config, name=name, storage_path=f"{root.rstrip('/')}/{token}", detached=bool(config.name))
+            self._pool, self._pool_name = pools.Pool.create(made, config.request_timeout_s), name
+            if not made.detached:
+                # Actors end with this process in any case; what they keep on disk would stay.
+                close = weakref.finalize(self, pools.Pool.close, self._pool)
+                atexit.register(close)  # before Ray's own, which was registered when it was imported
+        assert self._pool_name is not None
+        return address, self._pool_name, os.environ.get("RAY_AUTH_MODE", "disabled")
+
+    def follow(self, address: str, name: str) -> None:
+        """Use the pool that another process has made."""
+        if (self._pool_name, self._pool is None) != (name, False):
+            self._address, self._pool_name, self._pool = address, name, None
+            self.open()
+
+    def flush(self) -> None:
+        """Wait until all changes that this process made are kept by the shards."""
+        while self._underway:
+            self._reached().confirm(self._underway.popleft())
+
+    def known(self) -> list[list[int]]:
+        """The last change that each replica of each shard has acknowledged."""
+        return self._reached().known
+
+    def agree(self, known: list[list[int]], shape: tuple[int, int] | None) -> None:
+        """Take in what another process knows."""
+        own = self._reached().known
+        for shard, numbers in enumerate(known):
+            own[shard] = [max(pair) for pair in zip(own[shard], numbers, strict=True)]
+        if self._shape is not None and shape is not None and self._shape != shape:
+            raise InputError(f"Ranks hold rows of widths {self._shape} and {shape}: does the model differ by rank?")
+        self._shape = self._shape or shape
+
+    def build_shards(self) -> list[list[dict[str, Any]]]:
+        """Build all shards; what `learn` wants, for each replica of each."""
+        self.flush()
+        if self._shape is None:
+            raise EmptyMemoryError("The memory is empty: add(embeddings, outputs, targets) before it is used.")
+        from lightning_resmem.memory.building import build
+
+        self.publish()
+        states = build(self._reached(), self._config.index, self.show_progress)
+        if not any(state["rows"] for (state, *_) in states):
+            raise EmptyMemoryError("The memory is empty: add(embeddings, outputs, targets) before it is used.")
+        return states
+
+    def learn(self, states: list[list[dict[str, Any]]]) -> None:
+        """Take in what is known of shards that were built."""
+        self.agree([[state["number"] for state in replicas] for replicas in states], None)
+        firsts = [replicas[0] for replicas in states]
+        self._shard_rows = [state["rows"] for state in firsts]
+        self._rows, self._built = sum(self._shard_rows), True
+        self._last_id = max(state["last_id"] for state in firsts)
+        self._shape = next(((s["width"], s["outputs"]) for s in firsts if s["rows"]), self._shape)
+
+    # -- details
+
+    def _reset(self) -> None:
+        self._forget()
+        self._rows, self._last_id, self._built = 0, -1, False
+        self._shape = None
+        self._shard_rows = [0] * self._config.num_shards
+
+    def _reached(self) -> "Pool":
+        if self._pool is None:
+            self.open()
+        assert self._pool is not None
+        return self._pool
+
+    @property
+    def _is_partial(self) -> bool:
+        return self._config.on_shard_loss == "partial"
+
+    def _ask(self, method: str, *arguments: Any) -> list[Any]:
+        """The answers of all shards, None of those that are left out."""
+        self.build()
+        partial = self._is_partial and method == "weighted_sums"
+        return self._reached().ask(method, lambda shard: arguments, partial).result()
+
+    def _ask_owners(self, method: str, ids: Tensor) -> list[tuple[Tensor, Any]]:
+        """Of each shard that owns some of the ids `(n,)`: their positions, and its answer."""
+        self.build()
+        parts = split(ids, self._config.num_shards)
+        wanted = [(ids[part].numpy(),) if len(part) else None for part in parts]
+        answers = self._reached().ask(method, lambda shard: wanted[shard]).result()
+        return [(part, answer) for part, answer in zip(parts, answers, strict=True) if len(part)]
+
+    def _stored(self, ids: Tensor) -> dict[str, Tensor]:
+        """Rows as they are stored, in the order of `ids` `(n,)`."""
+        rows = {name: tensor[:0].new_empty(len(ids), *tensor.shape[1:]) for name, tensor in self._any_row().items()}
+        for positions, data in self._ask_owners("fetch", ids):
+            for name, tensor in safetensors.torch.load(data).items():
+                rows[name][positions] = tensor
+        return rows
+
+    def _any_row(self) -> dict[str, Tensor]:
+        """A row as it is stored: which tensors there are, and of what kind."""
+        self.build()
+        return self._rows_of(next(shard for shard, rows in enumerate(self._shard_rows) if rows), 0, 1)
+
+    def _rows_of(self, shard: int, start: int, stop: int, *names: str) -> dict[str, Tensor]:
+        loaded: dict[str, Tensor] = safetensors.torch.load(self._reached().one(shard, "stored", start, stop, names))
+        return loaded
+
+    def _query_rows(self, ids: Tensor) -> Tensor:
+        return self._stored(as_ids(ids).cpu())["keys"].float()
+
+    def _has(self, ids: Tensor) -> Tensor:
+        found = torch.zeros(len(ids), dtype=torch.bool)
+        for positions, has in self._ask_owners("has", ids):
+            found[positions] = torch.from_numpy(has.copy())
+        return found
+
+    def _check_known(self, ids: Tensor) -> None:
+        if len(ids) and not len(self):
+            raise InputError(f"ids {ids[:5].tolist()} are not in the memory: it is empty.")
+        if len(ids):
+            unknown = ids[~self._has(ids)][:5].tolist()
+            if unknown:
+                raise InputError(f"ids {unknown} are not in the memory. `memory.ids` lists those that are.")
+
+    def _send(self, operation: str, rows: dict[str, Tensor], extra: dict[str, Tensor] | None = None) -> None:
+        """Send each shard what concerns its rows; `flush` waits until they have it."""
+        for shard, part in enumerate(split(rows["ids"], self._config.num_shards)):
+            if len(part):
+                mine = {name: tensor.cpu()[part].contiguous() for name, tensor in rows.items()}
+                self._write(shard, operation, mine | (extra or {}))
+        self._built = False
+
+    def _write(self, shard: int, operation: str, tensors: dict[str, Tensor]) -> None:
+        pool = self._reached()
+        self._underway.extend(pool.write(shard, operation, safetensors.torch.save(tensors)))
+        while sum(write.size for write in self._underway) > _BYTES_UNDERWAY:
+            pool.confirm(self._underway.popleft())
+
+    def _publish(self) -> None:
+        params = None if self._params is None else asdict(self._params)
+        about = json.dumps({"params": params, "tunable": self.tunable, "provenance": self.provenance})
+        data = torch.frombuffer(bytearray(about.encode()), dtype=torch.uint8)
+        for shard in range(self._config.num_shards):
+            self._write(shard, "describe", {"about": data})
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy asks the same shards, which end with the process that made them.
+        self.flush()
+        return {**self.__dict__, "_pool": None}
+
+    def __repr__(self) -> str:
+        rows = "empty" if self._shape is None else f"{len(self)} rows x {self._shape[0]}, {self._shape[1]} outputs"
+        return f"{type(self).__name__}({rows}, num_shards={self._config.num_shards})"
+
+
+class PendingSearch:
+    """A search that the shards are at work on: see `RayMemory.search_async`."""
+
+    def __init__(self, request: "Request", queries: int, k: int, device: torch.device) -> None:
+        self._request, self._queries, self._k, self._device = request, queries, k, device
+
+    def result(self, timeout: float | None = None) -> Neighbors:
+        """The neighbours, when they are found.
+
+        Args:
+            timeout: Seconds from the start of the search; by default the memory's `request_timeout_s`.
+
+        Raises:
+            ShardUnavailableError: If a shard does not answer in time.
+        """
+        answers = [answer for answer in self._request.result(timeout) if answer is not None]
+        parts = [(torch.from_numpy(distances.copy()), torch.from_numpy(ids.copy())) for distances, ids in answers]
+        distances, ids = merge([*parts, (torch.empty(self._queries, 0), torch.empty(self._queries, 0).long())], self._k)
+        missing = self._k - distances.shape[1]
+        if missing > 0:
+            distances = torch.nn.functional.pad(distances, (0, missing), value=torch.inf)
+            ids = torch.nn.functional.pad(ids, (0, missing), value=-1)
+        return Neighbors(distances.to(self._device), ids.to(self._device))
+
+
+def _held(array: np.ndarray[Any, Any]) -> Any:
+    """An array for all shards: in the object store once, if it is large."""
+    if array.nbytes <= _INLINE_BYTES:
+        return array
+    import ray
+
+    return ray.put(array)
