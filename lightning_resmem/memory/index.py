@@ -7,6 +7,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_resmem.memory import rough
+
+# Queries whose candidates are held at once.
+_ROWS = 4096
+# Queries whose candidates are measured at once.
+_MEASURED = 256
 # The smallest score of every group of this many keys decides whether the group is looked at.
 _GROUP = 32
 # Scores computed at once. On a CPU they stay in its cache (16 MiB), which is worth a factor of two; a GPU wants more.
@@ -46,7 +52,8 @@ class ExactIndex:
     at one by one. The `k + 16` best candidates are measured again by direct differences, so that distances have no
     cancellation error. A query whose candidates could have missed a neighbour by rounding (huge norms, tiny distances,
     many equal keys) is searched again over all keys that could matter. Of equally near keys those at the lowest
-    positions are found, so results do not depend on how the work is divided.
+    positions are found, so results do not depend on how the work is divided. CPUs that multiply bfloat16 natively find
+    candidates that way (see `rough`), and leave to float32 the queries for which that does not suffice.
 
     Args:
         keys: Shape `(N, D)`, floating point; half precision is searched in float32, block by block.
@@ -58,6 +65,7 @@ class ExactIndex:
         self.keys = keys
         self._center: Tensor | None = None
         self._squared_norms: Tensor | None = None
+        self._roughly = True  # whether candidates in bfloat16 are worth a try
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         queries = queries.float()
@@ -66,9 +74,34 @@ class ExactIndex:
             return empty, empty.long()
         with _full_precision(queries.device):
             self._prepare()
-            wanted = min(k + _SPARE, len(self.keys))
-            query_block, key_block = _blocks(queries.device, wanted)
-            found = [self._search_block(block, k, wanted, key_block) for block in queries.split(query_block)]
+            found = [self._search_rows(rows, k) for rows in queries.split(_ROWS)]
+        return torch.cat([distances for distances, _ in found]), torch.cat([positions for _, positions in found])
+
+    def _search_rows(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Candidates from products in bfloat16, where that is faster; in float32 what they leave unsure."""
+        wanted = k + k // 2 + 24  # more than enough for nearly all queries
+        if not self._roughly or not rough.is_worthwhile(queries, self.keys, wanted):
+            return self._search_precisely(queries, k)
+        assert self._squared_norms is not None
+        found = rough.candidates(self.keys, self._center, self._squared_norms, self._shifted(queries), wanted)
+        if found is None:
+            self._roughly = False
+            return self._search_precisely(queries, k)
+        candidates, limits = found
+        blocks = zip(queries.split(_MEASURED), candidates.split(_MEASURED), strict=True)
+        measured = [_measure_ascending(self.keys, *block) for block in blocks]
+        distances = torch.cat([distances[:, :k] for distances, _ in measured])
+        positions = torch.cat([positions[:, :k] for _, positions in measured])
+        unsure = (~(distances[:, -1].square() * (1 + 1e-6) < limits)).nonzero()[:, 0]
+        if len(unsure):
+            self._roughly = len(unsure) < len(queries) / 2
+            distances[unsure], positions[unsure] = self._search_precisely(queries[unsure], k)
+        return distances, positions
+
+    def _search_precisely(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        wanted = min(k + _SPARE, len(self.keys))
+        query_block, key_block = _blocks(queries.device, wanted)
+        found = [self._search_block(block, k, wanted, key_block) for block in queries.split(query_block)]
         return torch.cat([distances for distances, _ in found]), torch.cat([positions for _, positions in found])
 
     def _prepare(self) -> None:
@@ -173,8 +206,14 @@ def measure(keys: Tensor, queries: Tensor, positions: Tensor) -> tuple[Tensor, T
     Returns:
         Distances and positions, both `(b, n)`, sorted by distance and then by position, missing ones last.
     """
-    positions = positions.sort(dim=1).values
-    differences = keys[positions.clamp_min(0)].float() - queries[:, None]  # (b, n, D)
+    return _measure_ascending(keys, queries, positions.sort(dim=1).values)
+
+
+def _measure_ascending(keys: Tensor, queries: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """`measure` of positions that are ascending already."""
+    # Ten times faster than keys[positions].
+    candidates = keys.index_select(0, positions.clamp_min(0).flatten()).float()
+    differences = candidates.view(*positions.shape, -1).sub_(queries[:, None])  # (b, n, D)
     distances = torch.linalg.vector_norm(differences, dim=2).masked_fill_(positions < 0, torch.inf)
     distances, order = distances.sort(dim=1, stable=True)
     return distances, positions.gather(1, order)

@@ -1,0 +1,176 @@
+"""Candidates of an exact search from products in bfloat16, on CPUs that multiply it natively."""
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Keys of one matrix product and queries compared with them: their scores stay in a core's cache.
+_PIECE = 4096
+_QUERIES = 256
+# Pieces whose scores are held at once (16 MiB).
+_PIECES = 8
+# The smallest score of every group of this many keys decides whether the group is looked at.
+_GROUP = 64
+# Queries below which converting the keys costs more than the faster product gains.
+_MIN_QUERIES = 128
+# A number rounded to bfloat16 is off by at most this part of itself.
+_ROUNDING = 2.0**-8
+# Times `wanted`: candidates of a query, or groups to look at, beyond which this way is not worth it.
+_TOO_MANY = 8
+# A query and a position share an int64.
+_POSITION_BITS = 40
+# Times this, a bound is still one after it and what it is multiplied with were rounded.
+_UP = 1 + 2 * _ROUNDING
+# Squared norms within which neither scores nor their bounds overflow, or vanish.
+_SQUARES = (1e-24, 1e30)
+
+
+def is_worthwhile(queries: Tensor, keys: Tensor, wanted: int) -> bool:
+    """Whether `candidates` is faster than products in float32."""
+    return (
+        keys.device.type == "cpu"
+        and len(queries) >= _MIN_QUERIES
+        and len(keys) >= max(2 * _PIECE, 2 * _GROUP * wanted)
+        and 4 * wanted <= 3 * _PIECES * _PIECE // _GROUP
+        and _multiplies_bfloat16()
+    )
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    # torch < 2.13 cannot tell, and elsewhere a product in bfloat16 is emulated, slower than one in float32.
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def candidates(
+    keys: Tensor, center: Tensor | None, squared_norms: Tensor, queries: Tensor, wanted: int
+) -> tuple[Tensor, Tensor] | None:
+    """The keys that may be among the nearest, and how near any other key can be at most.
+
+    One matrix product of widened rows gives, for query x and key z,
+
+        s = raised - 2 x.z + |z|^2 - error
+
+    where `error` bounds what rounding x to x' and z to z' changes: 2 |x| |z - z'| + 2 |x - x'| |z'|, by the
+    Cauchy-Schwarz inequality. So `s + |x|^2 - raised` never exceeds the squared distance, and as rounding the result is
+    monotone, a key whose rounded s lies above a bfloat16 limit is farther than `limit + |x|^2 - raised`. `raised` is
+    so much above |x|^2 that every s is positive: then the bits of bfloat16, read as int16, have the order of the
+    numbers, and comparing them is fast.
+
+    Args:
+        keys: Shape `(N, D)`, on the CPU.
+        center: What is subtracted from keys, shape `(D,)`.
+        squared_norms: Of the keys less `center`, shape `(N,)`, float32.
+        queries: Less `center`, shape `(B, D)`, float32.
+        wanted: How many candidates a query has at least.
+
+    Returns:
+        Positions, ascending, shape `(B, n)`, padded with -1, and squared distances `(B,)`: a key that is no candidate
+        is farther; -inf for a query with too many candidates, of which none is returned. None where squares could
+        overflow, or too many keys are equally near to tell them apart.
+    """
+    squared = queries.square().sum(dim=1)
+    largest = squared_norms.max()
+    if not bool(torch.maximum(largest, squared.max()) < _SQUARES[1]) or not bool(largest > _SQUARES[0]):
+        return None
+    width = queries.shape[1] + 5
+    # Rounding while the product adds up, in float32.
+    slack = 8 * torch.finfo(torch.float32).eps * width**0.5 * (squared.sqrt() + largest.sqrt()).square()
+    # Over all |z|, 2 error - (|x| - |z|)^2 is at most about 8u |x|^2, u being the rounding.
+    raised = ((squared * (1 + 12 * _ROUNDING) + slack) * (1 + 2 * _ROUNDING)).bfloat16()
+    rows = queries.new_empty(len(queries), width, dtype=torch.bfloat16)
+    rows[:, :-5] = queries * -2
+    rows[:, -5:-3], rows[:, -3] = 1, raised
+    rows[:, -2] = squared.sqrt() * -_UP
+    rows[:, -1] = torch.linalg.vector_norm(rows[:, :-5].float() / 2 + queries, dim=1) * -_UP
+
+    blocks = [_Block(block, wanted) for block in rows.split(_QUERIES)]
+    chunk = torch.empty(_PIECES, _PIECE, width, dtype=torch.bfloat16)
+    scores = torch.empty(_PIECES * _QUERIES * _PIECE, dtype=torch.bfloat16)
+    for start in range(0, len(keys), _PIECES * _PIECE):
+        part, norms = keys[start : start + _PIECES * _PIECE], squared_norms[start : start + _PIECES * _PIECE]
+        pieces = -(-len(part) // _PIECE)
+        wide = chunk.view(-1, width)[: pieces * _PIECE]
+        wide[: len(part), :-5] = part = part.float() if center is None else part.float() - center
+        wide[: len(part), -5:-3], wide[: len(part), -3] = _split(norms), 1
+        wide[: len(part), -2] = torch.linalg.vector_norm(part - wide[: len(part), :-5], dim=1) * (2 * _UP)
+        wide[: len(part), -1] = norms.sqrt() * (2 * _UP)
+        wide[len(part) :] = 0
+        wide[len(part) :, -5] = 1e38  # no key, and so never near
+        for block in blocks:
+            if not block.compare(chunk[:pieces], scores, start):
+                return None
+    found, counts = zip(*(block.found() for block in blocks), strict=True)
+    limits = torch.cat([block.limit for block in blocks])[:, 0].view(torch.bfloat16).float()
+    limits -= raised.float() - squared + slack
+    count = torch.cat(counts)
+    return _padded(torch.cat(found), count), limits.masked_fill(count == 0, -torch.inf)
+
+
+class _Block:
+    """A few queries, and the keys that are near them so far."""
+
+    def __init__(self, rows: Tensor, wanted: int) -> None:
+        self._rows, self._wanted = rows, wanted
+        self._best = torch.empty(len(rows), 0, dtype=torch.int16)  # minima of groups, of different keys therefore
+        self._pairs: list[Tensor] = []  # query << _POSITION_BITS | position
+        self._scores: list[Tensor] = []
+        self.limit = self._best  # (b, 1): at least `wanted` keys have scores up to it
+
+    def compare(self, chunk: Tensor, buffer: Tensor, start: int) -> bool:
+        """Look at keys `(pieces, 4096, width)`, the first at position `start`; false if too many of them are near."""
+        pieces, count, groups = len(chunk), len(self._rows), _PIECE // _GROUP
+        scores = buffer[: pieces * count * _PIECE].view(pieces, count, _PIECE)
+        for keys, out in zip(chunk, scores, strict=True):
+            torch.mm(self._rows, keys.T, out=out)
+        bits = scores.view(torch.int16).view(-1, _GROUP)
+        # (b, groups of all pieces): what is found is then ascending by query and position
+        minima = bits.amin(dim=1).view(pieces, count, groups).transpose(0, 1).reshape(count, -1)
+        seen = torch.cat([self._best, minima], dim=1)
+        self._best = torch.from_numpy(np.partition(seen.numpy(), self._wanted - 1, axis=1)[:, : self._wanted].copy())
+        self.limit = self._best[:, -1:]
+        hit = _up_to(minima, self.limit)
+        if len(hit) > _TOO_MANY * self._wanted * count:
+            return False
+        query, group = hit // (pieces * groups), hit % (pieces * groups)
+        member = bits.index_select(0, (group // groups * count + query) * groups + group % groups)
+        near = _up_to(member, self.limit.index_select(0, query))
+        self._scores.append(member.view(-1).index_select(0, near))
+        first = (query << _POSITION_BITS) + (start + group * _GROUP)
+        self._pairs.append(first.index_select(0, near // _GROUP) + near % _GROUP)
+        return True
+
+    def found(self) -> tuple[Tensor, Tensor]:
+        """Positions of the candidates of one query after the other, ascending, and how many each query has."""
+        pairs, scores = torch.cat(self._pairs), torch.cat(self._scores)
+        pairs = pairs.index_select(0, _up_to(scores, self.limit[:, 0].index_select(0, pairs >> _POSITION_BITS)))
+        counts = (pairs >> _POSITION_BITS).bincount(minlength=len(self._rows))
+        if int(counts.max()) > _TOO_MANY * self._wanted:
+            counts = counts.masked_fill(counts > _TOO_MANY * self._wanted, 0)
+            pairs = pairs[counts.index_select(0, pairs >> _POSITION_BITS) > 0]
+        # Sorted runs, one of each chunk: a stable sort merges them.
+        return torch.from_numpy(np.sort(pairs.numpy(), kind="stable")) & (1 << _POSITION_BITS) - 1, counts
+
+
+def _padded(positions: Tensor, counts: Tensor) -> Tensor:
+    """Rows of `counts` `(B,)` positions each, all filled up to the length of the longest."""
+    width = int(counts.max())
+    places = torch.arange(len(positions)) + (
+        torch.arange(len(counts)) * width - counts.cumsum(0) + counts
+    ).repeat_interleave(counts)
+    return torch.full((len(counts) * width,), -1).index_copy_(0, places, positions).view(len(counts), width)
+
+
+def _split(numbers: Tensor) -> Tensor:
+    """Float32 `(n,)` as the sum of two bfloat16, shape `(n, 2)`, never above it and less than 2^-14 of it below."""
+    high = numbers.bfloat16()
+    rest = numbers - high
+    return torch.stack([high, (rest - 2 * _ROUNDING * rest.abs()).bfloat16()], dim=1)
+
+
+def _up_to(values: Tensor, limits: Tensor) -> Tensor:
+    """Where values are at most their limits, as flat positions; NumPy is several times faster at it than torch."""
+    return torch.from_numpy(np.flatnonzero(values.numpy() <= limits.numpy()))

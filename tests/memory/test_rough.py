@@ -1,0 +1,136 @@
+"""Candidates in bfloat16: none that matters is missing, whatever the keys; and the exact search that uses them."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_resmem.memory import rough
+from lightning_resmem.memory.index import ExactIndex
+from tests import oracle
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def outlier(keys: Tensor) -> Tensor:
+    keys[7] *= 1000
+    return keys
+
+
+DATA = {
+    "normal": lambda n, d: randn(n, d),
+    "features after a ReLU": lambda n, d: randn(n, d).relu() * 3,
+    "far from zero": lambda n, d: randn(n, d) + 100,
+    "tiny": lambda n, d: randn(n, d) * 1e-9,
+    "large": lambda n, d: randn(n, d) * 1e12,
+    "one outlier": lambda n, d: outlier(randn(n, d)),
+    "very different norms": lambda n, d: randn(n, d) * randn(n, 1, seed=3).exp().square(),
+    "clusters": lambda n, d: randn(8, d, seed=4)[torch.arange(n) % 8] + 0.01 * randn(n, d),
+    "one direction": lambda n, d: randn(n, 1) * torch.ones(d),
+}
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize(("rows", "width", "wanted"), [(9000, 16, 40), (33000, 3, 100), (8192, 200, 25)])
+def test_a_key_that_is_no_candidate_is_farther_than_the_limit(data: str, rows: int, width: int, wanted: int) -> None:
+    keys = DATA[data](rows, width)
+    queries = torch.cat([keys[:20], DATA[data](20, width) * 1.1, torch.zeros(1, width)])
+    center = keys.mean(dim=0)
+    found = rough.candidates(keys, center, (keys - center).square().sum(dim=1), queries - center, wanted)
+    assert found is not None
+    positions, limits = found
+    assert (positions.diff(dim=1)[positions[:, 1:] >= 0] > 0).all()
+    for row, candidates in enumerate(positions):
+        away = (keys.double() - queries[row].double()).square().sum(dim=1)
+        others = torch.ones(rows, dtype=torch.bool)
+        others[candidates[candidates >= 0]] = False
+        assert int(others.sum()) <= rows - wanted or limits[row] == -torch.inf
+        assert bool((away[others] > limits[row]).all())
+
+
+@pytest.mark.parametrize("data", ["normal", "features after a ReLU"])
+def test_the_limit_is_beyond_the_neighbours_of_nearly_all_queries(data: str) -> None:
+    keys, k = DATA[data](20_000, 64), 53
+    queries = DATA[data](20_300, 64)[20_000:]
+    found = rough.candidates(keys, None, keys.square().sum(dim=1), queries, wanted=103)
+    assert found is not None
+    farthest = torch.cdist(queries, keys).kthvalue(k, dim=1).values
+    assert ((farthest.square() < found[1]).float().mean()) > 0.95
+    assert found[0].shape[1] < 206
+
+
+def test_none_where_squares_overflow_or_vanish_or_nothing_can_be_told_apart() -> None:
+    keys = randn(9000, 4)
+    for scale in (1e16, 1e-14, 0.0):
+        scaled = keys * scale
+        assert rough.candidates(scaled, None, scaled.square().sum(dim=1), scaled[:10], 20) is None
+    equal = torch.ones(33_000, 4)
+    assert rough.candidates(equal, None, equal.square().sum(dim=1), equal[:10], 20) is None
+
+
+def test_a_query_among_too_many_equal_keys_is_left_to_float32() -> None:
+    keys = randn(33_000, 8)
+    keys[1000:3000] = keys[1000]
+    found = rough.candidates(keys, None, keys.square().sum(dim=1), keys[900:1300], 20)
+    assert found is not None
+    positions, limits = found
+    crowded = limits == -torch.inf
+    assert crowded[100:].all()
+    assert not crowded[:100].any()
+    assert (positions[crowded] == -1).all()
+    assert positions.shape[1] <= 160
+
+
+@pytest.fixture
+def bfloat16_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many queries were searched in bfloat16, on any machine."""
+    counts: list[int] = []
+    real = rough.candidates
+
+    def counted(*args: Tensor) -> tuple[Tensor, Tensor] | None:
+        counts.append(len(args[3]))
+        return real(*args)
+
+    monkeypatch.setattr(rough, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(rough, "candidates", counted)
+    return counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("data", ["normal", "far from zero", "clusters", "very different norms", "one direction"])
+def test_the_index_finds_the_nearest_either_way(data: str, dtype: torch.dtype, bfloat16_counts: list[int]) -> None:
+    keys = DATA[data](16_500, 12).to(dtype)
+    keys[3000:3020] = keys[5]
+    queries = torch.cat([keys[:20].float(), DATA[data](150, 12) * 1.01])
+    index = ExactIndex(keys)
+    distances, positions = index.search(queries, 10)
+    assert bfloat16_counts == [170]
+    expected, _ = oracle.neighbors(keys.double().numpy(), None, queries.double().numpy(), 10)
+    np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-5)
+    away = np.linalg.norm(keys.double().numpy()[positions.numpy()] - queries.double().numpy()[:, None], axis=2)
+    np.testing.assert_allclose(away, expected, rtol=1e-5)
+
+
+def test_the_index_finds_the_same_as_without(bfloat16_counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, queries = randn(40_001, 32).relu(), randn(4500, 32, seed=1).relu()
+    keys[100:140] = keys[3]
+    queries[:5] = keys[3]
+    with_it = ExactIndex(keys).search(queries, 20)
+    assert bfloat16_counts == [4096, 404]
+    monkeypatch.setattr(rough, "_multiplies_bfloat16", lambda: False)
+    without = ExactIndex(keys).search(queries, 20)
+    assert len(bfloat16_counts) == 2
+    assert torch.equal(with_it[1], without[1])
+    assert torch.equal(with_it[0], without[0])
+
+
+def test_the_index_gives_up_bfloat16_where_it_does_not_suffice(bfloat16_counts: list[int]) -> None:
+    keys = torch.ones(20_000, 4)
+    index = ExactIndex(keys)
+    for _ in range(2):
+        distances, positions = index.search(torch.ones(200, 4), 5)
+        assert torch.equal(positions, torch.arange(5).expand(200, 5))
+        assert not distances.any()
+    assert bfloat16_counts == [200]
