@@ -8,6 +8,7 @@ from lightning_resmem.errors import (
     MemoryPassError,
     ResMemError,
     ResMemWarning,
+    ShardUnavailableError,
     StaleMemoryError,
     StorageError,
 )
@@ -19,6 +20,7 @@ from lightning_resmem.memorize import memorize
 from lightning_resmem.memory.base import Neighbors, Predictions, ResidualMemory
 from lightning_resmem.memory.faiss_index import FaissIndex
 from lightning_resmem.memory.local import LocalMemory
+from lightning_resmem.memory.ray import RayMemory
 from lightning_resmem.memory.sparse import SparseConfig, SparseValues
 from lightning_resmem.memory.values import DenseConfig, DenseValues, Values
 from lightning_resmem.metrics import NegativeFlipRate, NeighborhoodAccuracy, PositiveFlipRate, ResMemMetrics
@@ -53,6 +55,7 @@ __all__ = [
     "PositiveFlipRate",
     "Predictions",
     "Ranking",
+    "RayMemory",
     "Regression",
     "ResMemCallback",
     "ResMemError",
@@ -62,6 +65,7 @@ __all__ = [
     "ResMemPredictor",
     "ResMemWarning",
     "ResidualMemory",
+    "ShardUnavailableError",
     "SparseConfig",
     "SparseValues",
     "StaleMemoryError",
