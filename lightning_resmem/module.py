@@ -22,6 +22,7 @@ from lightning_resmem.metrics import UserMetrics, as_collection
 from lightning_resmem.modes import evaluation_mode
 from lightning_resmem.ranks import Ranks
 from lightning_resmem.scoreboard import Answer, Scoreboard
+from lightning_resmem.wandb_report import download_memory
 
 
 class ResMemModule(L.LightningModule):
@@ -182,6 +183,25 @@ class ResMemModule(L.LightningModule):
             StaleMemoryError: If the base has other weights.
         """
         return cls(base, LocalMemory.load(directory), **options)
+
+    @classmethod
+    def from_wandb(cls, name: str, base: L.LightningModule, root: str | None = None, **options: Any) -> "ResMemModule":
+        """Load a memory that `ResMemCallback(log_memory_artifact=True)` has logged to Weights & Biases.
+
+        An active run notes that it used the artifact.
+
+        Args:
+            name: `"entity/project/memory:v3"`, or a directory that the artifact was downloaded to.
+            base: The model with the weights that the memory was filled with.
+            root: Where the artifact is downloaded to; by default as wandb has it.
+            **options: As for `ResMemModule`.
+
+        Raises:
+            InputError: If wandb is not installed.
+            StorageError: If the artifact cannot be downloaded, e.g. offline, or is damaged.
+            StaleMemoryError: If the base has other weights.
+        """
+        return cls.load(download_memory(name, root), base, **options)
 
     def _check_weights(self, doing: str, surely: bool = False) -> None:
         """Raise `StaleMemoryError` if the base was trained further, by the counters that torch keeps of changes.

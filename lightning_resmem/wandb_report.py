@@ -148,15 +148,15 @@ def download_memory(name: str, root: str | os.PathLike[str] | None = None) -> Pa
         f"On a machine with access, `wandb artifact get {name} --root DIR` fetches it; then "
         "ResMemModule.load(DIR, base=...) needs no network."
     )
-    run = wandb.run
-    if run.offline if run is not None else os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
+    run = None if wandb.run is None or wandb.run.disabled else wandb.run
+    if run.offline if run is not None else os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
         raise StorageError(f"The artifact {name} cannot be downloaded, because wandb is offline. {way_out}")
     try:
         # An active run notes what it has used.
         artifact = wandb.Api().artifact(name, ARTIFACT_TYPE) if run is None else run.use_artifact(name, ARTIFACT_TYPE)
         return Path(artifact.download(None if root is None else os.fspath(root)))
     except (wandb.Error, OSError, ValueError, TypeError) as error:
-        raise StorageError(f"The artifact {name} cannot be downloaded: {error} {way_out}") from error
+        raise StorageError(f"The artifact {name} cannot be downloaded: {error}. {way_out}") from error
 
 
 def finish_forked_run(trainer: L.Trainer, succeeded: bool) -> None:
