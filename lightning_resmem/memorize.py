@@ -153,9 +153,11 @@ class Memorizer:
                 f"ResMem: memorized {len(memory)} training rows ({size(memory.stats()['bytes'])}, head "
                 f"{memory.provenance['head']!r}) in {time.monotonic() - started:.1f} s."
             )
-            if self.tuner is None or val_loaders is None or val_loaders == []:  # both mean none to Lightning
-                return None
-            return self._tune(reading, self.tuner, self._plan(reading, val_loaders, limit_val_batches))
+            result = None
+            if self.tuner is not None and val_loaders is not None and val_loaders != []:  # both mean none to Lightning
+                result = self._tune(reading, self.tuner, self._plan(reading, val_loaders, limit_val_batches))
+            memory.publish()
+            return result
         except BaseException as error:
             memory.clear()  # half a memory would answer, wrongly
             error.add_note(
@@ -176,6 +178,9 @@ class Memorizer:
                 words = check_capacity(needed, available_bytes(), copies=reading.num_local_processes)
                 rank_zero_info(f"ResMem: memorizing {all_rows} training rows takes about {words}.")
             memory.reserve(rows)
+        if reading.ranks.group is not None:
+            with reading.ranks.together("reaching the memory"):
+                memory.join(reading.ranks.group)
         reading.run(parts, lambda chunk: memory.add(*chunk), "collecting training rows")
         with reading.ranks.together("building the memory"), working(reading.show_progress, "building the memory"):
             if reading.ranks.group is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lightning_resmem.memory import faiss_index
@@ -44,7 +45,8 @@ def build(pool: Pool, index: str | FaissIndex, show_progress: bool) -> list[list
         for replica, actor in enumerate(replicas)
     }
     columns = TextColumn("[progress.description]{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeElapsedColumn(), disable=not show_progress) as progress:
+    console = Console(stderr=True)  # of its own: a trainer's bar may hold the live display of the shared one
+    with Progress(*columns, TimeElapsedColumn(), console=console, disable=not show_progress) as progress:
         bar = progress.add_task("Building shards", total=sum(s["rows"] for s in states) * pool.config.replicas)
         while waiting:
             ready, _ = ray.wait([*waiting], timeout=_LOOK_SECONDS)

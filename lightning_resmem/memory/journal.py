@@ -3,7 +3,7 @@
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,10 +105,12 @@ class Journal:
             self._drop(lambda other, is_base: other < number or (other == number and not is_base))
 
     def remove(self) -> None:
-        """Delete everything."""
+        """Delete everything, and the directory around it if nothing else is left in there."""
         with self._failing("removed"):
             if self._fs.exists(self._root):
                 self._fs.rm(self._root, recursive=True)
+        with suppress(OSError, NotImplementedError):
+            self._fs.rmdir(self._root.rpartition("/")[0])
 
     def _check_there(self) -> None:
         if not self._fs.exists(self._root):  # some file systems would make it again, without what was in it

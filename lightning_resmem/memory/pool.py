@@ -24,6 +24,8 @@ _log = logging.getLogger("lightning_resmem")
 
 # Calls that a shard works on at the same time.
 _CONCURRENCY = 16
+# How long shards may take to delete what they kept when they are ended.
+_CLOSE_SECONDS = 10.0
 # What a Ray that is started here keeps for objects in flight.
 _OBJECT_STORE_BYTES = 512 * 2**20
 
@@ -309,11 +311,13 @@ class Pool:
         return answer
 
     def close(self) -> None:
-        """End all actors and delete what they kept."""
-        if not ray.is_initialized():
-            return
+        """End all actors and delete what they kept; calling it again does nothing."""
         actors = [actor for replicas in self.actors for actor in replicas]
-        ray.wait([actor.destroy.remote() for actor in actors], num_returns=len(actors), timeout=min(10.0, self.timeout))
+        self.actors = []
+        if not ray.is_initialized() or not actors:
+            return
+        destroyed = [actor.destroy.options(max_task_retries=0).remote() for actor in actors]
+        ray.wait(destroyed, num_returns=len(actors), timeout=min(_CLOSE_SECONDS, self.timeout))
         for actor in actors:
             ray.kill(actor)
 

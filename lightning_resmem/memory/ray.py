@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import logging
 import os
 import tempfile
 import uuid
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_resmem.errors import EmptyMemoryError, InputError
+from lightning_resmem.errors import EmptyMemoryError, InputError, ShardUnavailableError, StorageError
 from lightning_resmem.functional import neighbor_weights
 from lightning_resmem.memory import storage, together
 from lightning_resmem.memory.base import Neighbors, ResidualMemory
@@ -36,6 +37,8 @@ from lightning_resmem.tasks import Task, check_finite
 if TYPE_CHECKING:  # Ray takes a second to import: it is imported when a cluster is needed
     from lightning_resmem.memory.pool import Pool, Write
     from lightning_resmem.memory.requests import Request
+
+_log = logging.getLogger("lightning_resmem")
 
 # Bytes of rows on their way to the shards; a rank that adds more waits.
 _BYTES_UNDERWAY = 64 * 2**20
@@ -190,9 +193,13 @@ class RayMemory(ResidualMemory):
     def clear(self) -> None:
         if self._pool_name is not None:
             self._underway.clear()
-            for shard in range(self._config.num_shards):
-                self._write(shard, "clear", {})
-            self.flush()
+            try:
+                for shard in range(self._config.num_shards):
+                    self._write(shard, "clear", {})
+                self.flush()
+            except (ShardUnavailableError, StorageError) as error:
+                _log.warning("The shards cannot be cleared, so they are ended; others will be started. %s", error)
+                self.shutdown()
         self._reset()
 
     # -- answers
@@ -404,9 +411,9 @@ class RayMemory(ResidualMemory):
     def shutdown(self) -> None:
         """End the actors and delete what they kept, for all processes that use them. What was saved stays."""
         if self._pool_name is not None:
+            self._underway.clear()
             self._reached().close()
             self._pool, self._pool_name = None, None
-            self._underway.clear()
             self._reset()
 
     def join(self, group: dist.ProcessGroup) -> None:
