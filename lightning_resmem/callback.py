@@ -47,8 +47,8 @@ class ResMemCallback(Callback):
 
     Args:
         memory: Where the rows go; `LocalMemory()` by default. It may already be filled, for use without `fit`.
-        tuner: Chooses the memory's params on the validation set. `"auto"` is `GridTuner()`, unless the memory was given
-            params; None keeps them.
+        tuner: Chooses the memory's params on the validation set, or without one on 5,000 rows of the memory, each left
+            out of it in turn. `"auto"` is `GridTuner()`, unless the memory was given params; None keeps them.
         head: Name of the module whose input is the embedding and whose output is the logits, e.g. `"net.fc"`; by
             default the last `nn.Linear` that a forward executes.
         embedding: Name of the module whose output is the key, e.g. `"net.layer4"`; by default the head's input.
@@ -192,8 +192,8 @@ class ResMemCallback(Callback):
         if self.tuning is None and self._memory.tunable:
             params = self._memory.params
             rank_zero_info(
-                f"ResMem: no validation set to tune on, so params are measured, not tuned: k={params.k}, "
-                f"sigma={params.sigma:.4g}."
+                f"ResMem: no tuner, or no validation set and too few rows to leave some out, so params are measured, not "
+                f"tuned: k={params.k}, sigma={params.sigma:.4g}."
             )
         self._directory = trainer.strategy.broadcast(self._free_directory(trainer))
         if self._directory is not None:

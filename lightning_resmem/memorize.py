@@ -28,6 +28,9 @@ from lightning_resmem.ranks import Ranks, check_strategy
 from lightning_resmem.tasks import check_finite
 from lightning_resmem.tuning import GridTuner, Tuner, TuningResult
 
+# Rows below which a memory without validation rows is not tuned on its own.
+_LEAST_ROWS = 50
+
 
 def memorize(
     trainer: L.Trainer,
@@ -50,8 +53,8 @@ def memorize(
         model: The trained model.
         dataloader: The training rows, a DataLoader (its shuffling, sampling and `drop_last` do not matter), or the
             LightningDataModule that the model was trained with.
-        val_dataloader: Validation rows to tune on; by default those of the datamodule. Without them the params are
-            measured, not tuned.
+        val_dataloader: Validation rows to tune on; by default those of the datamodule. Without them the memory is tuned
+            on 5,000 of its own rows, each left out of it in turn.
         memory: Where the rows go; `LocalMemory()` by default. Rows that it holds are forgotten.
         tuner: Chooses the params on `val_dataloader`. `"auto"` is `GridTuner()` unless the memory was given params.
         head: As for `ResMemCallback`.
@@ -133,7 +136,7 @@ class Memorizer:
         limit_batches: int | None = None,
         limit_val_batches: int | None = None,
     ) -> TuningResult | None:
-        """Fill the memory with all rows, and tune it if there are validation rows and a tuner.
+        """Fill the memory with all rows and tune it, if there is a tuner: without validation rows on its own.
 
         Args:
             trainer: With its strategy set up.
@@ -156,6 +159,8 @@ class Memorizer:
             result = None
             if self.tuner is not None and val_loaders is not None and val_loaders != []:  # both mean none to Lightning
                 result = self._tune(reading, self.tuner, self._plan(reading, val_loaders, limit_val_batches))
+            if self.tuner is not None and result is None and len(memory) >= _LEAST_ROWS:
+                result = self._tune_leave_one_out(reading.ranks, self.tuner, reading.show_progress)
             memory.publish()
             return result
         except BaseException as error:
@@ -206,6 +211,14 @@ class Memorizer:
         with reading.ranks.together("tuning"), working(reading.show_progress, "tuning"):
             embeddings, outputs, targets, _ = (torch.cat(column) for column in zip(*chunks, strict=True))
             result = tuner.tune(self.memory, embeddings, outputs, targets, gather=reading.ranks.gather)
+        return self._tuned(result)
+
+    def _tune_leave_one_out(self, ranks: Ranks, tuner: Tuner, show_progress: bool) -> TuningResult:
+        with ranks.together("tuning"), working(show_progress, "tuning"):
+            result = tuner.tune_leave_one_out(self.memory, gather=ranks.gather, rank=ranks.rank, num_ranks=ranks.size)
+        return self._tuned(result)
+
+    def _tuned(self, result: TuningResult) -> TuningResult:
         self.memory.params = result.params
         rank_zero_info(f"ResMem: {result.summary()}.")
         return result
@@ -233,6 +246,8 @@ def choose_tuner(tuner: Tuner | Literal["auto"] | None, memory: ResidualMemory) 
         return GridTuner() if memory.tunable else None
     if tuner is not None and not isinstance(tuner, Tuner):
         raise InputError(f'tuner={tuner!r} is not a Tuner: give GridTuner(), "auto", or None to keep the params.')
+    if tuner is not None:
+        tuner.check(memory.task)
     return tuner
 
 

@@ -1,26 +1,31 @@
 """Choose k, sigma, softmax_temperature and strength on validation rows: one search, then arithmetic."""
 
-import itertools
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from lightning_resmem.errors import InputError, ResMemWarning
-from lightning_resmem.functional import combine, neighbor_weights
+from lightning_resmem.functional import combine
+from lightning_resmem.gate import Gate, fit_gate
+from lightning_resmem.grid import Axes, GridSearch
+from lightning_resmem.interpolation import Residuals, measure_residuals
 from lightning_resmem.memory.base import ResidualMemory
-from lightning_resmem.memory.checks import as_tensor, check_shapes
+from lightning_resmem.memory.checks import as_ids, as_tensor, check_shapes
+from lightning_resmem.metrics_functional import negative_flip_rate
+from lightning_resmem.objectives import check_objective, check_task, make_objective
 from lightning_resmem.params import ResMemParams
-from lightning_resmem.tasks import Task, check_finite
+from lightning_resmem.selection import standard_error
+from lightning_resmem.sweep import Gather, Rows, Sweep
+from lightning_resmem.tasks import Regression, Task, check_finite
 
-Gather = Callable[[Tensor], Tensor]
-
-# Validation rows below which a choice says little.
+# Tuning rows below which a choice says little.
 _FEW_ROWS = 50
 
 
@@ -30,14 +35,22 @@ class TuningResult:
 
     Attributes:
         params: The choice; `strength` 0 if the memory did not help.
-        table: One row per setting: `k`, `sigma`, `softmax_temperature`, `strength`, the mean `score` (accuracy, or mean
-            squared error in regression) and the mean `loss`.
+        table: One row per setting, the base first: `k`, `sigma`, `softmax_temperature`, `strength`, the mean `score`
+            (accuracy, or mean squared error in regression), the mean `loss`, the `negative_flip_rate` (the share of
+            answers that the base had right and the setting has wrong; NaN in regression) and, if the objective is
+            another metric, its value as `objective`.
         base_score: Score of the base model alone.
         score: Score of the choice.
         score_name: `"acc"` or `"mse"`.
-        rows: Number of validation rows, over all ranks.
+        rows: Number of tuning rows, over all ranks.
         gain_error: Standard error of `score - base_score`, from the differences of the rows; 0 if the choice is the
             base alone, inf for a single row. It leaves out that the best of many settings looks better than it is.
+        objective: What was optimised: `"accuracy"`, `"nll"`, ... or the name of the metric.
+        base_objective: Its value for the base alone.
+        best_objective: Its value for the choice.
+        refined: How many of the settings lie between those of the grid, around its best one.
+        leave_one_out: Whether the rows were those of the memory itself.
+        notes: What else there is to say, as sentences without a full stop.
     """
 
     params: ResMemParams
@@ -47,19 +60,34 @@ class TuningResult:
     score_name: str
     rows: int
     gain_error: float
+    objective: str = "accuracy"
+    base_objective: float = math.nan
+    best_objective: float = math.nan
+    refined: int = 0
+    leave_one_out: bool = False
+    notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
-        """The choice and the gain, as one sentence."""
+        """The choice and the gain, as one line."""
         compared = f"{self.score_name} {self.base_score:.4f} -> {self.score:.4f}"
-        where = f"on {self.rows} validation row{'' if self.rows == 1 else 's'}"
+        kind = "row of the memory, left out of it" if self.leave_one_out else "validation row"
+        if self.rows != 1:
+            kind = "rows of the memory, each left out of it" if self.leave_one_out else "validation rows"
+        where = f"on {self.rows} {kind}"
+        notes = "".join(f"; {note}" for note in self.notes)
         if self.params.strength == 0:
             compared = f"{compared} {where}"
-            return f"the memory does not help ({len(self.table)} settings, {compared}): strength 0, the base alone"
+            return (
+                f"the memory does not help ({len(self.table)} settings, {compared}): strength 0, the base alone{notes}"
+            )
         params = self.params
+        refined = f", {self.refined} of them around the best of the grid" if self.refined else ""
+        other = f", {self.objective} {self.base_objective:.4f} -> {self.best_objective:.4f}"
         return (
-            f"chose k={params.k}, sigma={params.sigma:.4g}, softmax_temperature={params.softmax_temperature:g}, "
-            f"strength={params.strength:g} of {len(self.table)} settings: {compared} "
-            f"({self.score - self.base_score:+.4f} ± {self.gain_error:.4f}) {where}"
+            f"chose k={params.k}, sigma={params.sigma:.4g}, softmax_temperature={params.softmax_temperature:.4g}, "
+            f"strength={params.strength:.4g} of {len(self.table)} settings{refined}: {compared} "
+            f"({self.score - self.base_score:+.4f} ± {self.gain_error:.4f})"
+            f"{other if self.objective not in ('accuracy', 'mse') else ''} {where}{notes}"
         )
 
 
@@ -74,6 +102,7 @@ class Tuner(ABC):
         outputs: Tensor,
         targets: Tensor,
         gather: Gather = lambda rows: rows,
+        ids: Tensor | None = None,
     ) -> TuningResult:
         """Choose params on validation rows; the memory is not changed.
 
@@ -85,11 +114,54 @@ class Tuner(ABC):
             outputs: What the head returned for them, shape `(V, C)`.
             targets: Their targets, as the memory's task wants them.
             gather: Concatenates a tensor `(n, ...)` over all ranks, so that every rank makes the same choice.
+            ids: Shape `(V,)`, if the rows are rows of the memory: then no row is its own neighbour.
         """
+
+    def tune_leave_one_out(
+        self,
+        memory: ResidualMemory,
+        rows: int = 5000,
+        seed: int = 0,
+        gather: Gather = lambda rows: rows,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> TuningResult:
+        """Choose params without validation rows: on rows of the memory, none of which is its own neighbour.
+
+        The base was trained on these rows, so it looks better on them than it is, and the memory less useful. A base
+        that fits them perfectly leaves nothing to choose by.
+
+        Args:
+            memory: Filled with at least two training rows, the same on all ranks.
+            rows: How many are drawn; all, if there are not more.
+            seed: Of the draw.
+            gather: As for `tune`.
+            rank: Which part of the rows is this rank's.
+            num_ranks: How many parts there are.
+
+        Raises:
+            InputError: If the memory has fewer than two rows.
+        """
+        if len(memory) < 2:
+            raise InputError(f"The memory has {len(memory)} rows: leaving one out takes at least two.")
+        if rows < 1:
+            raise InputError(f"rows={rows!r}: give a number of rows of at least 1.")
+        drawn = torch.randperm(len(memory), generator=torch.Generator().manual_seed(seed))[:rows].sort().values
+        ids = memory.ids.cpu()[drawn[rank::num_ranks]]
+        values = memory.fetch(ids)
+        return self.tune(memory, memory._query_rows(ids), values.outputs, values.targets, gather, ids)
+
+    def check(self, task: Task) -> None:  # noqa: B027 -- for those that cannot tune every task
+        """Raise an error, before any training, if this tuner cannot tune the memory of a task."""
 
 
 class GridTuner(Tuner):
-    """Tries every combination; ties in accuracy are broken by the loss. `strength` 0 is always a candidate.
+    """Tries every combination, and more of them around the best one, on one search; `strength` 0 is always a candidate.
+
+    The highest score of a thousand settings is luck in part. So of all settings whose score is within one standard
+    error of the best one's the loss decides, and the memory is kept only if it helps by more than noise: by two
+    standard errors of the score, or by one of the loss (with the base at the same `softmax_temperature`) while the
+    score is no worse than the base's.
 
     Args:
         k: Numbers of neighbours; those beyond the memory's rows are cut to them.
@@ -97,10 +169,17 @@ class GridTuner(Tuner):
             training rows.
         softmax_temperature: Divisors of the logits (without effect, and not tried, in regression).
         strength: Factors of the weighted residual.
-        objective: `"accuracy"` (the mean squared error in regression), or `"nll"`, the negative log-likelihood.
+        objective: `"accuracy"` (the mean squared error in regression, also called `"mse"`), `"nll"`, the negative
+            log-likelihood (the squared error in regression), `"f1"`, its mean over classes, or any torchmetrics
+            `Metric` of probabilities and targets.
+        max_negative_flip_rate: Largest share of the rows (in multilabel tasks: of labels) that the base has right and
+            the combined prediction may have wrong. None for no bound.
+        refinements: How often the grid is refined around its best setting. A list with one candidate is left alone.
+        noise: How many standard errors count as noise. 0 takes the best score as it is.
+        gate: Whether to fit a `Gate`, and to keep it if it lowers the loss of rows that it was not fitted on.
 
     Raises:
-        InputError: If a candidate is out of range or there is none.
+        InputError: If an argument is out of range.
 
     Example:
         >>> from lightning_resmem import LocalMemory
@@ -113,24 +192,47 @@ class GridTuner(Tuner):
 
     def __init__(
         self,
-        k: Sequence[int] = (5, 10, 20, 50, 100, 200),
+        k: Sequence[int] = (3, 5, 10, 20, 50, 100, 200),
         sigma: Sequence[float] = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6),
-        softmax_temperature: Sequence[float] = (0.7, 1.0, 1.4, 2.0),
-        strength: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
-        objective: Literal["accuracy", "nll"] = "accuracy",
+        softmax_temperature: Sequence[float] = (0.7, 1.0, 1.4, 2.0, 2.8),
+        strength: Sequence[float] = (0.25, 0.5, 0.75, 1.0, 1.5),
+        objective: str | Metric = "accuracy",
+        max_negative_flip_rate: float | None = None,
+        refinements: int = 1,
+        noise: float = 1.0,
+        gate: bool = False,
     ) -> None:
-        if objective not in ("accuracy", "nll"):
-            raise InputError(f'objective={objective!r} is not known: give "accuracy" or "nll".')
         grid = {"k": k, "sigma": sigma, "softmax_temperature": softmax_temperature, "strength": strength}
         for name, candidates in grid.items():
             if isinstance(candidates, str) or not isinstance(candidates, Sequence) or not candidates:
                 raise InputError(f"{name}={candidates!r}: give a list of candidates, at least one.")
             for candidate in candidates:
                 replace(ResMemParams(), **{name: candidate})  # type: ignore[arg-type]
+        check_objective(objective)
+        if max_negative_flip_rate is not None and not _is_number(max_negative_flip_rate, 0, 1):
+            raise InputError(
+                f"max_negative_flip_rate={max_negative_flip_rate!r}: give a share between 0 and 1, or None."
+            )
+        if isinstance(refinements, bool) or not isinstance(refinements, int) or refinements < 0:
+            raise InputError(f"refinements={refinements!r}: give a whole number of at least 0.")
+        if not _is_number(noise, 0, math.inf):
+            raise InputError(f"noise={noise!r}: give a number of standard errors of at least 0.")
+        if not isinstance(gate, bool):
+            raise InputError(f"gate={gate!r}: give True or False.")
         self.k, self.sigma = tuple(k), tuple(sigma)
         self.softmax_temperature, self.strength = tuple(softmax_temperature), tuple(strength)
-        self.objective = objective
+        self.objective, self.max_negative_flip_rate = objective, max_negative_flip_rate
+        self.refinements, self.noise, self.gate = refinements, noise, gate
 
+    def check(self, task: Task) -> None:
+        check_task(self.objective, task)
+        if self.max_negative_flip_rate is not None and isinstance(task, Regression):
+            raise InputError(
+                f"max_negative_flip_rate={self.max_negative_flip_rate} is not for task=Regression(), where no answer "
+                "is simply right: leave it out."
+            )
+
+    @torch.no_grad()
     def tune(
         self,
         memory: ResidualMemory,
@@ -138,131 +240,113 @@ class GridTuner(Tuner):
         outputs: Tensor,
         targets: Tensor,
         gather: Gather = lambda rows: rows,
+        ids: Tensor | None = None,
     ) -> TuningResult:
-        embeddings, outputs = as_tensor("embeddings", embeddings), as_tensor("outputs", outputs)
-        targets = as_tensor("targets", targets)
-        check_shapes(embeddings, outputs, targets, None)
-        check_finite("outputs", outputs)
-        targets = memory.task.check_targets(targets, outputs.shape[1])
-        rows = int(gather(torch.tensor([len(targets)])).sum())
-        if not rows:
+        self.check(memory.task)
+        rows = _checked_rows(memory, embeddings, outputs, targets, ids)
+        if not int(gather(torch.tensor([len(rows.targets)])).sum()):
             raise InputError("embeddings has no rows: tuning needs at least one validation row.")
-        grid = _Evaluation(memory, embeddings, outputs, targets, self.k, gather)
-        base = ResMemParams(k=grid.ks[-1], sigma=grid.scale, strength=0.0)
-        settings = [base, *self._settings(memory.task, grid)]
-        means = gather(grid.sums(settings)[None]).sum(dim=0) / rows  # (settings, 2)
-        best = self._best(means, memory.task.higher_is_better)
-        table: list[dict[str, Any]] = [
-            {
-                "k": setting.k,
-                "sigma": setting.sigma,
-                "softmax_temperature": setting.softmax_temperature,
-                "strength": setting.strength,
-                "score": score,
-                "loss": loss,
-            }
-            for setting, (score, loss) in zip(settings, means.tolist(), strict=True)
-        ]
-        gain = table[best]["score"] - table[0]["score"]
-        squares = float(gather(grid.squared_deviations(base, settings[best], gain)).sum())
+        sweep = Sweep(memory, rows, self.k, gather)
+        temperatures = self.softmax_temperature if memory.task.uses_softmax_temperature else (1.0,)
+        sigmas, strengths = tuple(sigma * sweep.scale for sigma in self.sigma), tuple(s for s in self.strength if s)
+        axes = Axes(tuple(sweep.ks), sigmas, temperatures, strengths)
+        metric = make_objective(self.objective, memory.task, rows.outputs.shape[1])
+        grid = GridSearch(sweep, metric, self.objective == "nll", self.noise, self.max_negative_flip_rate)
+        grid.add(axes.settings())
+        refined = -len(grid.settings)
+        for _ in range(self.refinements):
+            favourite = grid.favourite()
+            if favourite:
+                axes = axes.around(grid.settings[favourite], sweep.ks[-1])
+                grid.add(axes.settings())
+        refined += len(grid.settings)
+        choice = grid.choice()
+        objective, score = grid.objective.tolist(), grid.measured.score.tolist()
         result = TuningResult(
-            params=settings[best],
-            table=table,
-            base_score=table[0]["score"],
-            score=table[best]["score"],
+            params=grid.settings[choice.place],
+            table=grid.table(),
+            base_score=score[0],
+            score=score[choice.place],
             score_name=memory.task.score_name,
-            rows=rows,
-            gain_error=0.0 if best == 0 else math.sqrt(squares / (rows - 1) / rows) if rows > 1 else math.inf,
+            rows=sweep.num_rows,
+            gain_error=grid.gain_error(choice.place),
+            objective=self.objective if isinstance(self.objective, str) else type(self.objective).__name__,
+            base_objective=objective[0],
+            best_objective=objective[choice.place],
+            refined=refined,
+            leave_one_out=ids is not None,
+            notes=() if choice.note is None else (choice.note,),
         )
-        few = (
-            f" A choice on fewer than {_FEW_ROWS} rows is mostly chance: give more validation rows, or set the params "
-            "yourself."
-        )
-        if best == 0 or rows < _FEW_ROWS:
-            warning = f"ResMem tuning: {result.summary()}.{few if rows < _FEW_ROWS else ''}"
-            warnings.warn(warning, ResMemWarning, stacklevel=2)
+        if self.gate and choice.place:
+            result = _gated(result, sweep, self.max_negative_flip_rate)
+        _warn(result, measure_residuals(memory, rows, gather))
         return result
 
-    def _settings(self, task: Task, grid: "_Evaluation") -> list[ResMemParams]:
-        temperatures = self.softmax_temperature if task.uses_softmax_temperature else (1.0,)
-        return [
-            ResMemParams(k, sigma * grid.scale, temperature, strength)
-            for temperature, k, sigma, strength in itertools.product(temperatures, grid.ks, self.sigma, self.strength)
-            if strength
-        ]
 
-    def _best(self, means: Tensor, higher_is_better: bool) -> int:
-        """The first of the best settings; means that differ by rounding are equal, on any number of ranks."""
-        scores, losses = means[:, 0].tolist(), means[:, 1].tolist()
-        sign = -1.0 if higher_is_better else 1.0
-        keys = [(round(sign * score, 9), round(loss, 9)) for score, loss in zip(scores, losses, strict=True)]
-        if self.objective == "nll":
-            keys = [(loss, score) for score, loss in keys]
-        return min(range(len(keys)), key=keys.__getitem__)
+def _checked_rows(memory: ResidualMemory, embeddings: Tensor, outputs: Tensor, targets: Tensor, ids: Any) -> Rows:
+    embeddings, outputs = as_tensor("embeddings", embeddings), as_tensor("outputs", outputs)
+    targets = as_tensor("targets", targets)
+    check_shapes(embeddings, outputs, targets, None)
+    check_finite("embeddings", embeddings)
+    check_finite("outputs", outputs)
+    targets = memory.task.check_targets(targets, outputs.shape[1])
+    if ids is not None:
+        ids = as_ids(ids)
+        if len(ids) != len(targets):
+            raise InputError(f"ids has shape {tuple(ids.shape)}, expected ({len(targets)},): one for every row.")
+    return Rows(embeddings, outputs, targets, ids)
 
 
-class _Evaluation:
-    """One search with the largest k; then any setting is arithmetic on what it found."""
+def _gated(result: TuningResult, sweep: Sweep, most_lost: float | None) -> TuningResult:
+    """The result with a gate, if that helps for rows that it was not fitted on."""
+    task, params, rows = sweep.task, result.params, sweep.pooled(result.params)
+    fit = fit_gate(task, *rows, sigma=params.sigma, strength=params.strength)
+    numbers = [*astuple(fit.gate), fit.loss, fit.constant_loss, fit.error, fit.helps]
+    *coefficients, loss, constant_loss, error, helps = sweep.agreed(numbers)
+    gate = Gate(*coefficients)
+    combined = combine(
+        rows.base, rows.residual, params.strength * gate.factors(task, rows.base, rows.distances, params.sigma)
+    )
+    scores, before = task.score(combined, rows.targets).double(), task.score(rows.base, rows.targets).double()
+    gains = scores - before
+    lost = 0.0
+    if sweep.counts_flips:
+        lost = float(negative_flip_rate(rows.base, combined, rows.targets))
+    score, squares, lost = sweep.agreed([float(scores.mean()), float(gains.square().mean()), lost])
+    compared = f"loss {constant_loss:.4f} -> {loss:.4f} (± {error:.4f}) on rows that it was not fitted on"
+    if not helps:
+        return replace(result, notes=(*result.notes, f"the gate does not help ({compared}): none is used"))
+    if most_lost is not None and lost > most_lost:
+        note = f"the gate loses {lost:.4f} of the answers, more than max_negative_flip_rate={most_lost:g}: none is used"
+        return replace(result, notes=(*result.notes, note))
+    gain = torch.tensor(score - result.base_score)
+    return replace(
+        result,
+        params=replace(params, gate=gate),
+        score=score,
+        gain_error=float(standard_error(torch.tensor(squares), gain, result.rows)),
+        notes=(*result.notes, f"with a gate, {compared}"),
+    )
 
-    def __init__(
-        self,
-        memory: ResidualMemory,
-        embeddings: Tensor,
-        outputs: Tensor,
-        targets: Tensor,
-        ks: Sequence[int],
-        gather: Gather,
-    ) -> None:
-        self.ks = sorted({min(k, len(memory)) for k in ks})
-        self._task, self._outputs, self._targets = memory.task, outputs, targets
-        neighbors = memory.search(embeddings, self.ks[-1])
-        self._distances = neighbors.distances
-        ids, positions = neighbors.ids.unique(return_inverse=True)
-        known = ids[ids >= 0]  # an approximate index may leave places empty
-        positions = positions.reshape(neighbors.ids.shape) - (len(ids) - len(known))
-        self._positions = positions.to(memory.device)
-        self._values = memory.fetch(known)
-        if outputs.shape[1] != self._values.num_outputs:
-            raise InputError(
-                f"outputs has {outputs.shape[1]} columns, the memory was filled with {self._values.num_outputs}."
-            )
-        near = neighbors.distances[:, :10]
-        near = near.where(near.isfinite(), torch.nan).nanmean(dim=1)
-        self.scale = float(gather(near).nanmedian()) or 1.0
 
-    def sums(self, settings: Sequence[ResMemParams]) -> Tensor:
-        """Sums of score and loss over the rows for each setting, shape `(len(settings), 2)`, float64."""
-        sums = torch.zeros(len(settings), 2, dtype=torch.float64)
-        if not len(self._targets):
-            return sums
-        for index, (combined, base) in enumerate(self._predictions(settings)):
-            sums[index, 0] = self._task.score(combined, self._targets).sum(dtype=torch.float64)
-            sums[index, 1] = self._task.loss(combined, base, self._targets).sum(dtype=torch.float64)
-        return sums
-
-    def squared_deviations(self, base: ResMemParams, choice: ResMemParams, gain: float) -> Tensor:
-        """Sum over the rows of `(score of the choice - score of the base - gain) ** 2`, shape `(1,)`, float64."""
-        if not len(self._targets):
-            return torch.zeros(1, dtype=torch.float64)
-        before, after = (
-            self._task.score(combined, self._targets).double() for combined, _ in self._predictions([base, choice])
+def _warn(result: TuningResult, residuals: Residuals) -> None:
+    advice = []
+    if residuals.vanish:
+        unseen = "" if residuals.unseen is None else f", {residuals.unseen:.1%} on rows that it has not seen"
+        advice.append(
+            f"The base fits the rows of its memory almost perfectly (residuals of {residuals.stored:.1%}{unseen}, 100% "
+            "being those of the labels' average), so there is little left to memorize"
+            + (", and these rows say nothing about the memory's use for new ones" if result.leave_one_out else "")
+            + ". Memorize rows that the base was not trained on instead: give them as memory_dataloader."
         )
-        return (after - before - gain).square().sum()[None].cpu()
+    if result.rows < _FEW_ROWS:
+        advice.append(
+            f"A choice on fewer than {_FEW_ROWS} rows is mostly chance: give more validation rows, or set the params "
+            "yourself."
+        )
+    if result.params.strength == 0 or advice:
+        warnings.warn(" ".join([f"ResMem tuning: {result.summary()}.", *advice]), ResMemWarning, stacklevel=4)
 
-    def _predictions(self, settings: Sequence[ResMemParams]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The combined and the base prediction, both `(V, C)`, of each setting."""
-        base = residual = None
-        previous: ResMemParams | None = None
-        for setting in settings:
-            # Settings come ordered, so what they share with the one before is not computed again.
-            if previous is None or setting.softmax_temperature != previous.softmax_temperature:
-                base, previous = self._task.predict(self._outputs, setting.softmax_temperature), None
-            if previous is None or (setting.k, setting.sigma) != (previous.k, previous.sigma):
-                weights = neighbor_weights(self._distances[:, : setting.k], setting.sigma)
-                residual = self._values.residual_sum(
-                    self._positions[:, : setting.k], weights.to(self._positions.device), setting.softmax_temperature
-                )
-            assert base is not None
-            assert residual is not None
-            yield combine(base, residual.to(base.device), setting.strength), base
-            previous = setting
+
+def _is_number(value: object, least: float, most: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
