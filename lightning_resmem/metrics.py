@@ -461,4 +461,4 @@ def for_users(task: Task, probabilities: Tensor, targets: Tensor) -> tuple[Tenso
         targets = (targets >= 0.5).long()
     if probabilities.shape[1] == 1:
         return probabilities[:, 0], targets.reshape(-1)
-    return probabilities, targets
+    return probabilities.contiguous(), targets.contiguous()  # some of them view both as one row

@@ -281,6 +281,7 @@ def everything(rank: int, directory: Path) -> dict[str, Any]:
     for size in (TEST, 1, 2, 8, 12):
         loader = DataLoader(data(size, 2), batch_size=4)
         found[f"test {size}"] = trainer.test(model, loader, verbose=False)[0]
+        found[f"evaluation {size}"] = callback.evaluation
         found[f"module test {size}"] = trainer_of(directory).test(combined, loader, verbose=False)[0]
     batched = DataLoader(data(TEST, 2), batch_sampler=OwnBatches(range(TEST), 4, drop_last=False))
     found[f"batched test {TEST}"] = trainer.test(model, batched, verbose=False)[0]
