@@ -1,4 +1,4 @@
-"""Find mislabelled training rows of scikit-learn's digits: three rankings, over several seeds.
+"""Find mislabelled training rows of scikit-learn's digits: four rankings, over several seeds.
 
     python examples/label_errors.py                # half a minute; no download
     python examples/label_errors.py --seeds 20 --flipped 0.1
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lightning_resmem import GridTuner, LocalMemory, ResMemWarning, label_errors
 
-RANKINGS = ("harm", "base_loss", "disagreement")
+RANKINGS = ("harm", "base_loss", "disagreement", "self_confidence")
 # Hidden units and epochs.
 NETWORKS = {"stopped early": (16, 20), "interpolating": (64, 100)}
 

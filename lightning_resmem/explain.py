@@ -215,7 +215,8 @@ def explain(
     neighbors = Neighbors(neighbors.distances[:, :top].cpu(), neighbors.ids[:, :top].cpu())
     values, positions = fetch_neighbors(memory, neighbors.ids)
     residuals = row_residuals(values, positions, params.softmax_temperature).cpu()
-    contributions = params.strength * weights[..., None] * residuals
+    strength = params.strengths(memory.task, predictions.base, neighbors.distances[:, 0])
+    contributions = per_neighbor(strength) * weights[..., None] * residuals
     labels = values.targets.cpu()[positions.clamp_min(0).cpu()]
     labels[neighbors.ids < 0] = -1 if labels.ndim == 2 else torch.nan
     change = predictions.resmem - predictions.base
@@ -236,6 +237,11 @@ def row_residuals(values: Values, positions: Tensor, softmax_temperature: float)
     single = positions.reshape(-1, 1)
     residuals = values.residual_sum(single, torch.ones_like(single, dtype=torch.float32), softmax_temperature)
     return residuals.reshape(*positions.shape, -1)
+
+
+def per_neighbor(strength: float | Tensor) -> float | Tensor:
+    """Strengths, which may differ by query and output `(B, C)`, for contributions `(B, n, C)`."""
+    return strength[:, None] if isinstance(strength, Tensor) else strength
 
 
 def find_images(batch: Any) -> Tensor | None:

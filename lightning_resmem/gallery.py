@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_resmem.errors import InputError
-from lightning_resmem.explain import Explanation, entries
+from lightning_resmem.explain import Explanation
+from lightning_resmem.pictures import Picture, find_picture
 
 # Distinguishable without colour vision (Okabe and Ito).
 _TOWARDS, _AWAY = "#009e73", "#d55e00"
@@ -40,43 +40,34 @@ def gallery(
             shown[row["query"]].append(row)
     for query, rows in shown.items():
         title = explanation.title(query, class_names).partition(": ")[2]
-        _picture(grid[query, 0], images[query], title.replace(" → ", "\n→ ").replace(", target", "\ntarget"))
+        image = _image_of(images[query], f"images[{query}]")
+        _picture(grid[query, 0], image, title.replace(" → ", "\n→ ").replace(", target", "\ntarget"))
         for axes, row in zip(grid[query, 1:], rows, strict=False):
             label = row["label"]
             name = class_names[label] if class_names is not None and isinstance(label, int) else f"{label:.4g}"
             change = row["change_resmem" if "change_resmem" in row else "change"]
             title = f"#{row['id']}: {name}\nd={row['distance']:.3g}, w={row['weight']:.2f}\n{change:+.3f}"
-            image = None if dataset is None else _image_of(dataset[row["id"]], row["id"])
-            _picture(axes, image, title, _TOWARDS if change >= 0 else _AWAY)
+            picture = None if dataset is None else _image_of(dataset[row["id"]], f"dataset[{row['id']}]")
+            _picture(axes, picture, title, _TOWARDS if change >= 0 else _AWAY)
         for axes in grid[query, 1 + len(rows) :]:
             axes.set_axis_off()
     return figure
 
 
-def _image_of(item: Any, id: int) -> Tensor:
-    """The image of a dataset's row: its first entry with two or three dimensions, a tensor, array or PIL image."""
-    for entry in entries(item):
-        if not isinstance(entry, str | bytes | int | float | None):
-            image = torch.as_tensor(np.asarray(entry))
-            if image.ndim == 3 and image.shape[0] not in (1, 3, 4):  # height, width, channels
-                image = image.movedim(2, 0)
-            if image.ndim in (2, 3):
-                return image
-    raise InputError(f"dataset[{id}] is a {type(item).__name__} without an image (H, W) or (channels, H, W) in it.")
+def _image_of(row: Any, name: str) -> Picture:
+    picture = find_picture(row)
+    if picture is None:
+        raise InputError(f"{name} is a {type(row).__name__} without an image (H, W) or (channels, H, W) in it.")
+    return picture
 
 
-def _picture(axes: Axes, image: Tensor | None, title: str, color: str | None = None) -> None:
+def _picture(axes: Axes, picture: Picture | None, title: str, color: str | None = None) -> None:
     axes.set_title(title, fontsize=8)
     axes.set_xticks([])
     axes.set_yticks([])
-    if image is None:
+    if picture is None:
         axes.text(0.5, 0.5, "no dataset given", ha="center", va="center", fontsize=7, transform=axes.transAxes)
     else:
-        pixels = image.detach().cpu().float().numpy()
-        if pixels.ndim == 3:
-            pixels = pixels[0] if pixels.shape[0] == 1 else np.moveaxis(pixels, 0, 2)
-        low, high = pixels.min(), pixels.max()
-        # Inputs are often normalised; pictures are shown from their darkest to their brightest value.
-        axes.imshow((pixels - low) / ((high - low) or 1), cmap="gray", interpolation="nearest")
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     for spine in axes.spines.values():
         spine.set(visible=color is not None, color=color, linewidth=2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.errors import InputError
-from lightning_resmem.explain import fetch_neighbors, row_residuals
+from lightning_resmem.explain import fetch_neighbors, per_neighbor, row_residuals
 from lightning_resmem.functional import combine, neighbor_weights
 from lightning_resmem.memory.base import Neighbors, ResidualMemory
 from lightning_resmem.memory.checks import as_ids, as_tensor, check_shapes
@@ -57,23 +57,25 @@ class Ranking(NamedTuple):
     scores: Tensor
 
 
-def influence(memory: ResidualMemory, id: int, queries: Tensor, top: int = 10) -> Influence:
+def influence(
+    memory: ResidualMemory, id: int, queries: Tensor, outputs: Tensor | None = None, top: int = 10
+) -> Influence:
     """The queries whose predictions one row of the memory changes most.
 
-    What a row adds to a prediction is its residual times its weight, so these are the queries that give it most weight.
     `explain` shows the other side: all rows behind the prediction for a query.
 
     Args:
         memory: Filled.
         id: Of the row.
         queries: Embeddings, shape `(B, D)`.
+        outputs: What the head returned for them, shape `(B, C)`; only needed where the params have a gate.
         top: How many queries at most.
 
     Returns:
         Those of the queries that have the row among their `k` neighbours; perhaps none.
 
     Raises:
-        InputError: If the memory has no such row, or shapes do not fit.
+        InputError: If the memory has no such row, shapes do not fit, or a gate needs outputs.
 
     Example:
         >>> from lightning_resmem import LocalMemory
@@ -85,19 +87,25 @@ def influence(memory: ResidualMemory, id: int, queries: Tensor, top: int = 10) -
     """
     top, params = checked_k(top, "top"), memory.params
     row = memory.fetch(as_ids([id]))
-    neighbors = _nearest(memory, as_tensor("queries", queries), params.k)
-    weights = neighbor_weights(neighbors.distances, params.sigma)
+    neighbors = Neighbors(*(part.cpu() for part in _nearest(memory, as_tensor("queries", queries), params.k)))
     found, places = (neighbors.ids == id).nonzero(as_tuple=True)
-    shares, order = weights[found, places].sort(descending=True, stable=True)
-    shares, order = shares[:top].cpu(), order[:top]
-    residual = row_residuals(row, torch.zeros(1, dtype=torch.int64, device=memory.device), params.softmax_temperature)
+    weights = neighbor_weights(neighbors.distances, params.sigma)[found, places]
+    strength: float | Tensor = params.strength
+    if params.gate is not None:
+        if outputs is None:
+            raise InputError("The memory's params have a gate, which depends on the base: give influence(outputs=...).")
+        base = memory.task.predict(as_tensor("outputs", outputs).cpu()[found], params.softmax_temperature)
+        strength = params.strengths(memory.task, base, neighbors.distances[found, 0])
+    only = torch.zeros(1, dtype=torch.int64, device=memory.device)
+    contributions = strength * weights[:, None] * row_residuals(row, only, params.softmax_temperature).cpu()
+    order = contributions.abs().amax(dim=1).argsort(descending=True, stable=True)[:top]
     return Influence(
         id=int(id),
         label=row.targets[0].cpu(),
-        queries=found[order].cpu(),
-        distances=neighbors.distances[found, places][order].cpu(),
-        weights=shares,
-        contributions=params.strength * shares[:, None] * residual.cpu(),
+        queries=found[order],
+        distances=neighbors.distances[found, places][order],
+        weights=weights[order],
+        contributions=contributions[order],
     )
 
 
@@ -142,10 +150,11 @@ def usefulness(
         weights = neighbor_weights(neighbors.distances, params.sigma).cpu()
         values, positions = fetch_neighbors(memory, neighbors.ids)
         residuals = row_residuals(values, positions, params.softmax_temperature).cpu()  # (b, k, C)
-        added = params.strength * weights[..., None] * residuals
         base = task.predict(outputs[rows].cpu(), params.softmax_temperature)
-        if base.shape[1] != added.shape[2]:
-            raise InputError(f"outputs has {base.shape[1]} columns, the memory was filled with {added.shape[2]}.")
+        if base.shape[1] != residuals.shape[2]:
+            raise InputError(f"outputs has {base.shape[1]} columns, the memory was filled with {residuals.shape[2]}.")
+        strength = params.strengths(task, base, neighbors.distances[:, 0].cpu())
+        added = per_neighbor(strength) * weights[..., None] * residuals
         combined = combine(base, added.sum(dim=1))[:, None]
         wanted = targets[rows].cpu()[:, None]
         gains = _error(task, combined - added, wanted) - _error(task, combined, wanted)  # (b, k)
@@ -157,18 +166,19 @@ def usefulness(
 
 def label_errors(
     memory: ResidualMemory,
-    by: Literal["disagreement", "base_loss", "harm"] = "disagreement",
+    by: Literal["self_confidence", "disagreement", "base_loss", "harm"] = "self_confidence",
     ids: Tensor | None = None,
     embeddings: Tensor | None = None,
     outputs: Tensor | None = None,
     targets: Tensor | None = None,
-    k: int = 10,
+    k: int = 20,
 ) -> Ranking:
     """Rank rows of the memory by how likely their label is wrong, the most suspicious first.
 
-    - `"disagreement"`: how far the label is from the labels of the `k` nearest other rows (one minus their weighted
-      share that agrees). It found the most flipped labels of the three, and the only one that does not depend on
-      whether the base has learnt the wrong labels by heart.
+    - `"self_confidence"`: how little the base and the `k` nearest other rows believe in the label: one minus the mean
+      of the label's probability by the base and its weighted share among the neighbours. Of the four it found wrong
+      labels most reliably, whether or not the base had learnt them by heart.
+    - `"disagreement"`: the neighbours' half of it alone.
     - `"base_loss"`: the base model's loss on the row.
     - `"harm"`: how much the row harms the predictions for validation rows (see `usefulness`), with at least 50
       neighbours and full strength.
@@ -180,7 +190,7 @@ def label_errors(
         embeddings: Of the validation rows, for `"harm"`.
         outputs: Of the validation rows, for `"harm"`.
         targets: Of the validation rows, for `"harm"`.
-        k: How many neighbours `"disagreement"` asks.
+        k: How many neighbours are asked, by the first two.
 
     Raises:
         InputError: If `by` is not known, an id is not in the memory, or validation rows are missing or not needed.
@@ -192,14 +202,15 @@ def label_errors(
         >>> label_errors(memory).ids
         tensor([1, 0, 2])
     """
-    if by not in ("disagreement", "base_loss", "harm"):
-        raise InputError(f'by={by!r}: give "disagreement", "base_loss" or "harm".')
+    if by not in ("self_confidence", "disagreement", "base_loss", "harm"):
+        raise InputError(f'by={by!r}: give "self_confidence", "disagreement", "base_loss" or "harm".')
     ids = memory.ids.cpu() if ids is None else as_ids(ids).cpu().unique()
     if by != "harm":
         if not (embeddings is None and outputs is None and targets is None):
             raise InputError(f'by="{by}" reads no validation rows: leave out embeddings, outputs and targets.')
-        score = _base_loss(memory, ids) if by == "base_loss" else _disagreement(memory, ids, checked_k(k))
-        return _ranked(ids, score)
+        if by == "base_loss":
+            return _ranked(ids, _base_loss(memory, ids))
+        return _ranked(ids, _disagreement(memory, ids, checked_k(k), with_base=by == "self_confidence"))
     if embeddings is None or outputs is None or targets is None:
         raise InputError('by="harm" needs validation rows: give embeddings, outputs and targets.')
     params = dataclasses.replace(memory.params, k=max(_HARM_K, memory.params.k), strength=1.0)
@@ -249,13 +260,16 @@ def _base_loss(memory: ResidualMemory, ids: Tensor) -> Tensor:
     return torch.cat(losses)
 
 
-def _disagreement(memory: ResidualMemory, ids: Tensor, k: int) -> Tensor:
+def _disagreement(memory: ResidualMemory, ids: Tensor, k: int, with_base: bool) -> Tensor:
     if len(memory) < 2:
         raise InputError("The memory has one row: its label can be compared with no other.")
     scale, errors = memory.distance_scale(), []
     for block, neighbors in other_neighbors(memory, ids, k):
-        average = label_averages(memory, neighbors, scale)
-        errors.append(_error(memory.task, average, memory.fetch(block).targets.cpu()))
+        values = memory.fetch(block)
+        error = _error(memory.task, label_averages(memory, neighbors, scale), values.targets.cpu())
+        if with_base:
+            error = (error + _error(memory.task, memory.task.predict(values.outputs), values.targets).cpu()) / 2
+        errors.append(error)
     return torch.cat(errors)
 
 

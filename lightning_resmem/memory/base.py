@@ -327,20 +327,21 @@ class ResidualMemory(nn.Module, ABC):
         strengths = params.strengths(self.task, base, neighbors.distances[:, 0].to(base.device))
         return Predictions(base, labels, combine(base, residual.to(base.device), strengths)), neighbors
 
-    def influence(self, id: int, queries: Tensor, top: int = 10) -> "Influence":
+    def influence(self, id: int, queries: Tensor, outputs: Tensor | None = None, top: int = 10) -> "Influence":
         """The queries whose predictions one row of the memory changes most.
 
         Args:
             id: Of the row.
             queries: Embeddings, shape `(B, D)`.
+            outputs: What the head returned for them, shape `(B, C)`; only needed where the params have a gate.
             top: How many queries at most.
 
         Raises:
-            InputError: If the memory has no such row, or shapes do not fit.
+            InputError: If the memory has no such row, shapes do not fit, or a gate needs outputs.
         """
         from lightning_resmem.influence import influence  # what reads memories comes after them
 
-        return influence(self, id, queries, top)
+        return influence(self, id, queries, outputs, top)
 
     def _nearest(self, queries: Tensor) -> Neighbors:
         """The neighbours that a prediction reads: no places for more of them than there are rows."""
