@@ -192,7 +192,7 @@ class ResMemCallback(Callback):
         if self.tuning is None and self._memory.tunable:
             params = self._memory.params
             rank_zero_info(
-                f"ResMem: no tuner, or no validation set and too few rows to leave some out, so params are measured, not "
+                f"ResMem: without a tuner, or without validation rows and with few others, params are measured, not "
                 f"tuned: k={params.k}, sigma={params.sigma:.4g}."
             )
         self._directory = trainer.strategy.broadcast(self._free_directory(trainer))

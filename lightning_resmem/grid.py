@@ -124,8 +124,9 @@ class GridSearch:
 
     def table(self) -> list[dict[str, float]]:
         """A row per setting."""
-        measured, objective = self.measured, self.objective.tolist()
-        rows = zip(self.settings, measured.score.tolist(), measured.loss.tolist(), measured.lost.tolist(), strict=True)
+        measured = self.measured
+        columns = (measured.score, measured.loss, measured.lost, self.objective)
+        rows = zip(self.settings, *(column.tolist() for column in columns), strict=True)
         table: list[dict[str, float]] = [
             {
                 "k": setting.k,
@@ -134,13 +135,14 @@ class GridSearch:
                 "strength": setting.strength,
                 "score": score,
                 "loss": loss,
-                "negative_flip_rate": lost if self._sweep.counts_flips else math.nan,
+                "negative_flip_rate": lost,
+                "objective": value,
             }
-            for setting, score, loss, lost in rows
+            for setting, score, loss, lost, value in rows
         ]
-        if self._metric is not None:
-            for row, value in zip(table, objective, strict=True):
-                row["objective"] = value
+        if not self._sweep.counts_flips:
+            for row in table:
+                del row["negative_flip_rate"]
         return table
 
     def _gain(self) -> Tensor:

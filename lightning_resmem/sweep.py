@@ -214,7 +214,7 @@ class Sweep:
 
     def _residuals(self, softmax_temperature: float, sigma: float, ks: Sequence[int]) -> Iterator[Tensor]:
         """The weighted residual sums `(V, C)` for ascending k, each from the one before and the neighbours between."""
-        nearest = self.distances[:, :1]
+        nearest = self.distances.amin(dim=1, keepdim=True)  # places in between may be empty
         width = max(sigma, torch.finfo(self.distances.dtype).tiny)
         weights = torch.exp((nearest - self.distances[:, : ks[-1]]) / width)
         weights = weights.where(self.distances[:, : ks[-1]].isfinite(), 0).to(self._positions.device)

@@ -37,8 +37,8 @@ class TuningResult:
         params: The choice; `strength` 0 if the memory did not help.
         table: One row per setting, the base first: `k`, `sigma`, `softmax_temperature`, `strength`, the mean `score`
             (accuracy, or mean squared error in regression), the mean `loss`, the `negative_flip_rate` (the share of
-            answers that the base had right and the setting has wrong; NaN in regression) and, if the objective is
-            another metric, its value as `objective`.
+            answers that the base had right and the setting has wrong; not in regression) and the value of what was
+            optimised as `objective`.
         base_score: Score of the base model alone.
         score: Score of the choice.
         score_name: `"acc"` or `"mse"`.
@@ -287,6 +287,12 @@ def _checked_rows(memory: ResidualMemory, embeddings: Tensor, outputs: Tensor, t
     embeddings, outputs = as_tensor("embeddings", embeddings), as_tensor("outputs", outputs)
     targets = as_tensor("targets", targets)
     check_shapes(embeddings, outputs, targets, None)
+    width = memory.stats()["width"]
+    if len(memory) and embeddings.shape[1] != width:
+        raise InputError(
+            f"embeddings has shape {tuple(embeddings.shape)}, the memory's keys have width {width}: tune on the same "
+            "embedding that filled the memory."
+        )
     check_finite("embeddings", embeddings)
     check_finite("outputs", outputs)
     targets = memory.task.check_targets(targets, outputs.shape[1])

@@ -19,7 +19,15 @@ from tests import oracle
 pytestmark = pytest.mark.filterwarnings("ignore:.*mostly chance")
 
 TASK_NAMES = tuple(TASKS)
-GRID = {"k": [3, 12], "sigma": [0.2, 1.0], "softmax_temperature": [0.8, 2.0], "strength": [0.5, 1.0]}
+GRID = {
+    "k": [3, 12],
+    "sigma": [0.2, 1.0],
+    "softmax_temperature": [0.8, 2.0],
+    "strength": [0.5, 1.0],
+    "refinements": 0,
+    "noise": 0,
+}
+AXES = ("k", "sigma", "softmax_temperature", "strength")
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +80,7 @@ def test_the_table_is_what_brute_force_finds(task):
     num_temperatures = 1 if task == "regression" else 2
     assert len(result.table) == 1 + num_temperatures * 2 * 2 * 2
     assert len({tuple(setting.values())[:4] for setting in result.table}) == len(result.table)
+    assert result.refined == 0
 
     keys, key_outputs, key_targets = rows(40, task, seed=1)
     near = np.sort(oracle.neighbors(keys, None, embeddings, 10)[0].mean(axis=1))
@@ -79,15 +88,28 @@ def test_the_table_is_what_brute_force_finds(task):
     assert sorted({setting["sigma"] for setting in result.table[1:]}) == pytest.approx([0.2 * scale, scale], rel=1e-5)
 
     for setting in result.table:
-        params = {name: setting[name] for name in ("k", "sigma", "softmax_temperature", "strength")}
+        params = {name: setting[name] for name in AXES}
         found = oracle.predict(keys, key_outputs, key_targets, embeddings, outputs, task=task, **params)
         score, loss = scores(found.resmem, found.base, targets, task)
         assert setting["score"] == pytest.approx(score.mean(), abs=1e-5)
         assert setting["loss"] == pytest.approx(loss.mean(), abs=1e-4)
+        assert setting["objective"] == setting["score"]
+        if task == "regression":
+            assert "negative_flip_rate" not in setting
+        else:
+            before, after = (right(found_, targets, task) for found_ in (found.base, found.resmem))
+            assert setting["negative_flip_rate"] == pytest.approx((before & ~after).mean())
     assert result.table[0]["strength"] == 0
     assert result.table[0]["softmax_temperature"] == 1
     assert result.base_score == result.table[0]["score"]
     assert result.rows == 25
+
+
+def right(prediction, targets, task):
+    targets = np.asarray(targets)
+    if task == "multilabel":
+        return (prediction >= 0.5) == (targets >= 0.5)
+    return prediction.argmax(axis=1) == targets
 
 
 def best_of(table, task, objective):
@@ -105,21 +127,18 @@ def test_the_choice_is_the_best_of_the_table(task, objective):
     result = GridTuner(**GRID, objective=objective).tune(memory, *rows(25, task, seed=2))
     best = best_of(result.table, task, objective)
     params = result.params
-    assert best == {
-        "k": params.k,
-        "sigma": params.sigma,
-        "softmax_temperature": params.softmax_temperature,
-        "strength": params.strength,
-        "score": result.score,
-        "loss": best["loss"],
-    }
+    assert {name: best[name] for name in AXES} == {name: getattr(params, name) for name in AXES}
+    assert best["score"] == result.score
+    assert result.objective == objective
+    assert result.best_objective == best["loss" if objective == "nll" else "score"]
     assert params.strength > 0  # the outputs are bad enough for the memory to help
     assert (result.score < result.base_score) if task == "regression" else (result.score > result.base_score)
     assert result.score_name == ("mse" if task == "regression" else "acc")
     assert memory.params == before
     assert f"k={params.k}" in result.summary()
     gain = f"({result.score - result.base_score:+.4f} ± {result.gain_error:.4f})"
-    assert f"{result.base_score:.4f} -> {result.score:.4f} {gain} on 25 validation rows" in result.summary()
+    assert f"{result.base_score:.4f} -> {result.score:.4f} {gain}" in result.summary()
+    assert result.summary().endswith("on 25 validation rows")
 
 
 def test_what_was_tuned_is_what_the_memory_then_predicts():
@@ -133,14 +152,14 @@ def test_what_was_tuned_is_what_the_memory_then_predicts():
 def test_nll_and_accuracy_choose_differently():
     memory = filled(count=60)
     validation = rows(40, "multiclass", seed=5)
-    by_accuracy = GridTuner(objective="accuracy").tune(memory, *validation)
-    by_nll = GridTuner(objective="nll").tune(memory, *validation)
+    by_accuracy = GridTuner(objective="accuracy", refinements=0, noise=0).tune(memory, *validation)
+    by_nll = GridTuner(objective="nll", refinements=0, noise=0).tune(memory, *validation)
     loss = {
         objective: best_of(result.table, "multiclass", objective)["loss"]
         for objective, result in (("accuracy", by_accuracy), ("nll", by_nll))
     }
     assert by_nll.params != by_accuracy.params
-    assert by_nll.table == by_accuracy.table
+    assert [row["loss"] for row in by_nll.table] == [row["loss"] for row in by_accuracy.table]
     assert loss["nll"] < loss["accuracy"]
     assert by_nll.score < by_accuracy.score
 
@@ -199,7 +218,7 @@ def test_the_error_of_no_gain_is_0_and_of_a_single_row_unknown():
     memory = LocalMemory()
     memory.add(torch.ones(1, 2), torch.zeros(1, 2), torch.tensor([1]))
     with pytest.warns(ResMemWarning):
-        result = GridTuner(k=[1]).tune(memory, np.zeros((1, 2)), [[0.0, 0.0]], [1])
+        result = GridTuner(k=[1], noise=0).tune(memory, np.zeros((1, 2)), [[0.0, 0.0]], [1])
     assert result.gain_error == float("inf")
     assert "(+1.0000 ± inf) on 1 validation row" in result.summary()
 
@@ -225,7 +244,7 @@ def test_the_base_wins_a_tie():
 def test_ties_in_accuracy_are_broken_by_the_loss():
     memory = LocalMemory()
     memory.add(torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]))
-    result = GridTuner(k=[1], sigma=[1.0], softmax_temperature=[1.0], strength=[0.25, 1.0, 0.5]).tune(
+    result = GridTuner(k=[1], sigma=[1.0], softmax_temperature=[1.0], strength=[0.25, 1.0, 0.5], refinements=0).tune(
         memory, torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1])
     )
     assert {setting["score"] for setting in result.table} == {1.0}
@@ -236,16 +255,17 @@ def test_of_equal_settings_the_first_is_chosen():
     """With one row in the memory all sigmas and all k are the same."""
     memory = LocalMemory()
     memory.add(torch.ones(1, 2), torch.zeros(1, 2), torch.tensor([1]))
-    result = GridTuner(k=[7, 2], sigma=[0.4, 0.1], softmax_temperature=[1.0], strength=[1.0]).tune(
-        memory, torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([1])
-    )
+    result = GridTuner(
+        k=[7, 2], sigma=[0.4, 0.1], softmax_temperature=[1.0], strength=[1.0], refinements=0, noise=0
+    ).tune(memory, torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([1]))
     assert result.params.k == 1  # as many as there are
     assert result.params.sigma == pytest.approx(0.4 * 2**0.5)
     assert [setting["k"] for setting in result.table] == [1, 1, 1]
+    assert len({setting["loss"] for setting in result.table}) == 2
 
 
 def test_k_beyond_the_memory_is_cut():
-    result = GridTuner(k=[2, 50, 100], sigma=[1.0]).tune(filled(count=6), *rows(5, "multiclass", seed=2))
+    result = GridTuner(k=[2, 50, 100], sigma=[1.0], refinements=0).tune(filled(count=6), *rows(5, "multiclass", seed=2))
     assert sorted({setting["k"] for setting in result.table}) == [2, 6]
 
 
@@ -264,7 +284,7 @@ def test_validation_rows_that_are_all_in_the_memory():
     """All nearest distances are 0: sigma falls back to plain numbers."""
     memory = LocalMemory()
     memory.add(torch.zeros(4, 2), torch.zeros(4, 2), torch.tensor([0, 1, 1, 1]))
-    result = GridTuner(k=[4], sigma=[0.3], softmax_temperature=[1.0], strength=[1.0]).tune(
+    result = GridTuner(noise=0, k=[4], sigma=[0.3], softmax_temperature=[1.0], strength=[1.0]).tune(
         memory, torch.zeros(2, 2), torch.zeros(2, 2), torch.tensor([1, 1])
     )
     assert result.params.sigma == pytest.approx(0.3)
@@ -321,7 +341,7 @@ def test_missing_neighbours_count_nothing():
 # -- bad input
 
 
-@pytest.mark.parametrize("name", list(GRID))
+@pytest.mark.parametrize("name", AXES)
 @pytest.mark.parametrize("value", [[], (), 3, "1", None, np.array([1.0]), {1: 1}])
 def test_candidates_have_to_be_a_list(name, value):
     with pytest.raises(InputError, match=f"{name}=.*give a list of candidates, at least one"):
@@ -350,7 +370,7 @@ def test_candidates_have_to_be_in_range(name, value):
 
 @pytest.mark.parametrize("objective", ["acc", "loss", None, 1])
 def test_objective_has_to_be_known(objective):
-    with pytest.raises(InputError, match=f'objective={objective!r} is not known: give "accuracy" or "nll"'):
+    with pytest.raises(InputError, match=f"objective={objective!r}.*give .*torchmetrics Metric"):
         GridTuner(objective=objective)
 
 
@@ -381,6 +401,8 @@ def test_numbers_that_are_not_finite(which):
         ({"targets": None}, "targets of type NoneType"),
         ({"outputs": torch.zeros(3)}, "outputs has shape"),
         ({"targets": torch.zeros(2).long()}, "embeddings, outputs and targets have shapes.*must be the same"),
+        ({"embeddings": torch.zeros(5, 3)}, r"embeddings has shape \(5, 3\), the memory's keys have width 4"),
+        ({"ids": torch.arange(4)}, r"ids has shape \(4,\), expected \(5,\)"),
         ({"outputs": torch.zeros(5, 4)}, "outputs has 4 columns, the memory was filled with 3"),
     ],
 )
