@@ -80,8 +80,16 @@ def histogram(title: str, values: NDArray[np.float64], x_label: str, y_label: st
         summary = f"Median {median:.3g}, middle half {quarter:.3g} to {three:.3g}, range {low:.3g} to {high:.3g}."
     counts, edges = np.histogram(values, _BINS, (low, high))
     names = [f"{left:.4g} to {right:.4g}" for left, right in pairwise(edges.tolist())]
-    ticks = [(i * WIDTH / (_TICKS - 1), f"{low + i * (high - low) / (_TICKS - 1):.3g}") for i in range(_TICKS)]
+    ticks = [((value - low) / (high - low) * WIDTH, f"{value:.6g}") for value in _round_values(low, high)]
     return Chart(title, summary, x_label, y_label, _bars(counts.tolist(), names, gap=0.05), ticks, int(counts.max()))
+
+
+def _round_values(low: float, high: float) -> list[float]:
+    """A few round numbers from `low` to `high`: multiples of 1, 2 or 5 times a power of 10."""
+    rough = (high - low) / _TICKS
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _bars(counts: Sequence[int], names: Sequence[str], gap: float) -> list[Bar]:

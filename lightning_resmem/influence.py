@@ -241,10 +241,28 @@ def other_neighbors(memory: ResidualMemory, ids: Tensor, k: int) -> Iterator[tup
         yield block.cpu(), Neighbors(found.distances.gather(1, order), found.ids.gather(1, order))
 
 
-def label_averages(memory: ResidualMemory, neighbors: Neighbors, scale: float) -> Tensor:
-    """The weighted label average `(B, C)` over neighbours, with the kernel width `scale` whatever the params are."""
+def judge(
+    memory: ResidualMemory, ids: Tensor, neighbors: Neighbors, scale: float, with_base: bool = True
+) -> tuple[Tensor, Tensor]:
+    """What the neighbours of rows of the memory say about their labels.
+
+    Args:
+        memory: Filled.
+        ids: Of the rows, shape `(n,)`.
+        neighbors: From `other_neighbors`.
+        scale: Width of the kernel that weighs them, a distance; the params do not matter.
+        with_base: Whether the base has a say in the score.
+
+    Returns:
+        The neighbours' label average `(n, C)`, and how far it (and the base) is from the labels, shape `(n,)`.
+    """
     distances = neighbors.distances * (memory.params.sigma / scale)  # `sums` divides by sigma
-    return memory.sums(Neighbors(distances, neighbors.ids))[1].cpu()
+    average = memory.sums(Neighbors(distances, neighbors.ids))[1].cpu()
+    values = memory.fetch(ids)
+    score = _error(memory.task, average, values.targets.cpu())
+    if with_base:
+        score = (score + _error(memory.task, memory.task.predict(values.outputs), values.targets).cpu()) / 2
+    return average, score
 
 
 def _nearest(memory: ResidualMemory, queries: Tensor, k: int) -> Neighbors:
@@ -263,14 +281,8 @@ def _base_loss(memory: ResidualMemory, ids: Tensor) -> Tensor:
 def _disagreement(memory: ResidualMemory, ids: Tensor, k: int, with_base: bool) -> Tensor:
     if len(memory) < 2:
         raise InputError("The memory has one row: its label can be compared with no other.")
-    scale, errors = memory.distance_scale(), []
-    for block, neighbors in other_neighbors(memory, ids, k):
-        values = memory.fetch(block)
-        error = _error(memory.task, label_averages(memory, neighbors, scale), values.targets.cpu())
-        if with_base:
-            error = (error + _error(memory.task, memory.task.predict(values.outputs), values.targets).cpu()) / 2
-        errors.append(error)
-    return torch.cat(errors)
+    scale = memory.distance_scale()
+    return torch.cat([judge(memory, *found, scale, with_base)[1] for found in other_neighbors(memory, ids, k)])
 
 
 def _error(task: Task, prediction: Tensor, targets: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_resmem.capacity import size
 from lightning_resmem.charts import Chart, bar_chart, histogram
 from lightning_resmem.errors import StorageError
-from lightning_resmem.influence import label_averages, label_errors, other_neighbors
+from lightning_resmem.influence import judge, other_neighbors
 from lightning_resmem.memory import storage
 from lightning_resmem.memory.base import Neighbors
 from lightning_resmem.memory.local import LocalMemory
@@ -25,6 +25,8 @@ from lightning_resmem.tasks import Multiclass, Multilabel
 # Rows whose labels, outputs and keys are read; those whose neighbours are searched are fewer.
 _READ_ROWS = 100_000
 _BLOCK = 4096
+# Neighbours that judge a label, as `label_errors` has it.
+_JUDGES = 20
 # Lines of the tables.
 _SAMPLES, _SUSPECTS = 10, 20
 # Classes that get a bar each.
@@ -49,6 +51,7 @@ class _Searched:
     ids: Tensor  # (n,)
     neighbors: Neighbors  # (n, k)
     averages: Tensor  # (n, C) label average of the neighbours
+    scores: Tensor  # (n,) how likely the label is wrong
 
 
 def write_report(
@@ -87,7 +90,7 @@ def write_report(
 def render(memory: LocalMemory, path: Path, rows: int, k: int, verified: bool) -> str:
     """The HTML page about a memory that was loaded from `path`; see `write_report`."""
     read = _read(memory, _drawn(memory.ids, _READ_ROWS))
-    searched = _search(memory, _drawn(memory.ids, rows), max(k, 10)) if len(memory) > 1 else None
+    searched = _search(memory, _drawn(memory.ids, rows), k) if len(memory) > 1 else None
     environment = Environment(
         loader=PackageLoader("lightning_resmem", "."),
         autoescape=True,
@@ -132,10 +135,11 @@ def _read(memory: LocalMemory, ids: Tensor) -> _Read:
 
 def _search(memory: LocalMemory, ids: Tensor, k: int) -> _Searched:
     scale, parts = memory.distance_scale(), []
-    for block, neighbors in other_neighbors(memory, ids, k):
-        parts.append((block, *neighbors, label_averages(memory, neighbors, scale)))
-    block, distances, found, averages = (torch.cat(column) for column in zip(*parts, strict=True))
-    return _Searched(block, Neighbors(distances, found), averages)
+    for block, found in other_neighbors(memory, ids, max(k, _JUDGES)):
+        judges = Neighbors(*(column[:, :_JUDGES] for column in found))
+        parts.append((block, *(column[:, :k] for column in found), *judge(memory, block, judges, scale)))
+    block, distances, neighbors, averages, scores = (torch.cat(column) for column in zip(*parts, strict=True))
+    return _Searched(block, Neighbors(distances, neighbors), averages, scores)
 
 
 def _summary(memory: LocalMemory, path: Path, verified: bool) -> dict[str, dict[str, str]]:
@@ -150,7 +154,7 @@ def _summary(memory: LocalMemory, path: Path, verified: bool) -> dict[str, dict[
             "Outputs": f"{stats['outputs']:,}",
             "Task": memory.task.name,
             "Size on disk": size(on_disk),
-            "Files": "checksums match the manifest" if verified else "checksums not compared",
+            "Files": "checksums match" if verified else "not checked",
         },
         "Read with": {
             **{name: _param(value) for name, value in asdict(memory.params).items()},
@@ -158,14 +162,14 @@ def _summary(memory: LocalMemory, path: Path, verified: bool) -> dict[str, dict[
         },
         "Kept as": {
             "Index": str(stats["index"]),
-            "Recall of the index": "exact" if recall is None else f"{recall:.3f}",
+            "Recall": "exact" if recall is None else f"{recall:.3f}",
             "Values": str(stats["values"]),
             "Keys": str(stats["key_dtype"]),
         },
         "Comes from": {
             "Head": provenance.get("head", "not known"),
             "Embedding": provenance.get("embedding", "the head's input"),
-            "Fingerprint of the weights": provenance.get("fingerprint", "not known"),
+            "Weights": provenance.get("fingerprint", "not known")[:16],
         },
     }
 
@@ -239,20 +243,19 @@ def _samples(memory: LocalMemory, searched: _Searched, k: int) -> list[dict[str,
 
 def _suspects(memory: LocalMemory, searched: _Searched) -> list[dict[str, Any]]:
     """The rows whose labels disagree most with those of their neighbours."""
-    ranked = label_errors(memory, ids=searched.ids)
-    places = torch.searchsorted(searched.ids, ranked.ids[:_SUSPECTS])
-    values = memory.fetch(ranked.ids[:_SUSPECTS])
-    base = memory.task.predict(values.outputs.float(), memory.params.softmax_temperature)
+    worst = searched.scores.argsort(descending=True, stable=True)[:_SUSPECTS]
+    worst = worst[searched.scores[worst] > 0]
+    values = memory.fetch(searched.ids[worst])
+    base = memory.task.predict(values.outputs.float())
     return [
         {
-            "id": int(ranked.ids[row]),
-            "label": _words(memory, values.targets[row]),
-            "neighbors": _prediction(memory, searched.averages[place]),
-            "base": _prediction(memory, base[row]),
-            "score": f"{float(ranked.scores[row]):.3f}",
+            "id": int(searched.ids[row]),
+            "label": _words(memory, values.targets[place]),
+            "neighbors": _prediction(memory, searched.averages[row]),
+            "base": _prediction(memory, base[place]),
+            "score": f"{float(searched.scores[row]):.3f}",
         }
-        for row, place in enumerate(places.tolist())
-        if ranked.scores[row] > 0
+        for place, row in enumerate(worst.tolist())
     ]
 
 
