@@ -14,6 +14,7 @@ from lightning_resmem.errors import (
 )
 from lightning_resmem.evaluation import Evaluation, Flip
 from lightning_resmem.explain import Explanation, explain
+from lightning_resmem.gate import Gate
 from lightning_resmem.head import HeadTap
 from lightning_resmem.influence import Influence, Ranking, label_errors, usefulness
 from lightning_resmem.memorize import memorize
@@ -40,6 +41,7 @@ __all__ = [
     "Explanation",
     "FaissIndex",
     "Flip",
+    "Gate",
     "GridTuner",
     "HeadError",
     "HeadTap",

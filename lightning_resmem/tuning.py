@@ -251,7 +251,8 @@ class GridTuner(Tuner):
         sigmas, strengths = tuple(sigma * sweep.scale for sigma in self.sigma), tuple(s for s in self.strength if s)
         axes = Axes(tuple(sweep.ks), sigmas, temperatures, strengths)
         metric = make_objective(self.objective, memory.task, rows.outputs.shape[1])
-        grid = GridSearch(sweep, metric, self.objective == "nll", self.noise, self.max_negative_flip_rate)
+        by_loss = isinstance(self.objective, str) and self.objective == "nll"  # metrics overload ==
+        grid = GridSearch(sweep, metric, by_loss, self.noise, self.max_negative_flip_rate)
         grid.add(axes.settings())
         refined = -len(grid.settings)
         for _ in range(self.refinements):
