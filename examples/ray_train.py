@@ -77,7 +77,7 @@ def main() -> None:
         work,
         train_loop_config={"epochs": arguments.epochs, "gpus": arguments.gpus},
         scaling_config=ScalingConfig(num_workers=arguments.workers, use_gpu=arguments.gpus),
-        run_config=RunConfig(name="resmem", storage_path=str(arguments.directory.absolute())),
+        run_config=RunConfig(storage_path=str(arguments.directory.absolute())),
     ).fit()
     scores = result.metrics
     print(

@@ -169,7 +169,7 @@ def train(directory: Path) -> None:
     train, val, _ = split(seed=0)
     resmem = ResMemCallback()
     trainer = L.Trainer(
-        max_epochs=20,
+        max_epochs=10,
         callbacks=[resmem],
         accelerator="cpu",
         logger=False,

@@ -37,7 +37,7 @@ def service(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
     options = ["--directory", str(directory), "--port", str(port), "--batch-wait", str(BATCH_WAIT)]
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "examples" / "serve.py"), *options],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": ray_address},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": ray_address, "OMP_NUM_THREADS": "1"},
         stdout=(directory / "output").open("w"),
         stderr=subprocess.STDOUT,
     )
