@@ -6,6 +6,7 @@ import os
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -14,7 +15,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lightning_resmem.errors import InputError, ResMemError, ShardUnavailableError
+from lightning_resmem.errors import InputError, ResMemError, ResMemWarning, ShardUnavailableError
 from lightning_resmem.memory.pool_config import PoolConfig
 from lightning_resmem.memory.requests import Request, first_line
 from lightning_resmem.memory.shard import RowsLostError, Shard
@@ -102,6 +103,7 @@ class Pool:
         self.down: dict[tuple[int, int], Any] = {}  # and a request that will tell when they are back
         self._nodes = [["unknown"] * config.replicas for _ in actors]
         self._answered = [time.monotonic()] * len(actors)
+        self._left_out: set[int] = set()
         self._turn = itertools.count()
         self._lock = threading.Lock()
 
@@ -229,6 +231,18 @@ class Pool:
     def answered(self, shard: int) -> None:
         """Note that a shard has answered."""
         self._answered[shard] = time.monotonic()
+        self._left_out.discard(shard)
+
+    def left_out(self, shard: int) -> None:
+        """Note that an answer has nothing of a shard; warns when that begins."""
+        if shard not in self._left_out:
+            self._left_out.add(shard)
+            warnings.warn(
+                f"on_shard_loss='partial': answers have nothing from shard {shard} of {self.config.num_shards} until "
+                "it is back. `memory.metrics()` tells what share of the rows is asked.",
+                ResMemWarning,
+                stacklevel=2,
+            )
 
     def alive(self) -> list[bool]:
         """Whether each shard has a replica that is not down."""

@@ -71,6 +71,7 @@ class Request:
             if not self._partial:
                 reason = self._reasons.get(shard, f"it did not answer within {timeout:g} s")
                 raise self._pool.unavailable(shard, reason)
+            self._pool.left_out(shard)
         return [self._answers.get(shard) for shard in range(len(self._arguments))]
 
     def _take(self, ref: Any) -> None:

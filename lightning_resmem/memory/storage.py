@@ -138,7 +138,8 @@ def _save_parts(file: Path, name: str, tensor: Streamed) -> None:
     """Write a safetensors file (8 bytes of header length, JSON header, data) in place."""
     size = prod(tensor.shape) * tensor.dtype.itemsize
     code = next(code for code, dtype in _SAFETENSORS_DTYPES.items() if dtype == tensor.dtype)
-    header = json.dumps({name: {"dtype": code, "shape": [*tensor.shape], "data_offsets": [0, size]}}).encode()
+    entry = {"dtype": code, "shape": [*tensor.shape], "data_offsets": [0, size]}
+    header = json.dumps({name: entry}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     with file.open("wb") as stream:
         stream.write(len(header).to_bytes(8, "little") + header)
