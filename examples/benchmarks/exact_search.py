@@ -40,8 +40,11 @@ def main() -> None:
             "cdist + topk": lambda: cdist_topk(keys, queries),
         }
         if len(keys) < 100_000:
-            brute = NearestNeighbors(algorithm="brute").fit(keys.numpy())
-            contestants["scikit-learn brute"] = lambda: brute.kneighbors(queries.numpy(), K)
+            for algorithm in ("brute", "kd_tree"):
+                learner = NearestNeighbors(algorithm=algorithm).fit(keys.numpy())
+                contestants[f"scikit-learn {algorithm}"] = lambda learner=learner: learner.kneighbors(
+                    queries.numpy(), K
+                )
         for threads in thread_counts():
             use_threads(threads)
             times = seconds(contestants, rounds=3 if len(keys) < 100_000 else 2)
