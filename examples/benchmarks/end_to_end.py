@@ -11,7 +11,7 @@ CLASSES, K, SIGMA = 100, 53, 0.7
 
 
 def knn_predict(queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The weighted vote of self-supervised learning's evaluations, written as lightly does: cosine, and labels alone."""
+    """The weighted vote that evaluates self-supervised learning, as lightly writes it: cosine, labels alone."""
     similarities, nearest = torch.mm(queries, bank).topk(K, dim=1)
     votes = torch.zeros(len(queries) * K, CLASSES)
     votes.scatter_(1, labels[nearest].view(-1, 1), 1.0)

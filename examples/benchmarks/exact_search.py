@@ -41,7 +41,7 @@ def main() -> None:
         }
         if len(keys) < 100_000:
             for algorithm in ("brute", "kd_tree"):
-                learner = NearestNeighbors(algorithm=algorithm).fit(keys.numpy())
+                finder = NearestNeighbors(algorithm=algorithm).fit(keys.numpy())
                 contestants[f"scikit-learn {algorithm}"] = lambda learner=learner: learner.kneighbors(
                     queries.numpy(), K
                 )
