@@ -42,9 +42,7 @@ def main() -> None:
         if len(keys) < 100_000:
             for algorithm in ("brute", "kd_tree"):
                 finder = NearestNeighbors(algorithm=algorithm).fit(keys.numpy())
-                contestants[f"scikit-learn {algorithm}"] = lambda learner=learner: learner.kneighbors(
-                    queries.numpy(), K
-                )
+                contestants[f"scikit-learn {algorithm}"] = lambda finder=finder: finder.kneighbors(queries.numpy(), K)
         for threads in thread_counts():
             use_threads(threads)
             times = seconds(contestants, rounds=3 if len(keys) < 100_000 else 2)
