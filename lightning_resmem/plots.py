@@ -50,7 +50,8 @@ def tuning_map(tuning: TuningResult) -> Figure | None:
         "cmap": "RdBu" if _is_gain(tuning, 1.0) else "RdBu_r",
     }
     name = _SCORES.get(tuning.score_name, tuning.score_name)
-    figure, axes = _figure(f"Tuning on {tuning.rows:,} validation rows", size=(6.6, 4.2))
+    kind = "memorized" if tuning.leave_one_out else "validation"
+    figure, axes = _figure(f"Tuning on {tuning.rows:,} {kind} rows", size=(6.6, 4.2))
     axes.set(xscale="log", yscale="log", xlabel="sigma (distance)", ylabel="k (neighbours)")
     cells = axes.pcolormesh(_edges(sigmas), _edges(ks), scores, edgecolors="white", linewidth=1, **style)
     chosen = tuning.params if tuning.params.strength else None

@@ -17,7 +17,7 @@ from lightning_resmem.memory.base import ResidualMemory
 from lightning_resmem.module import evaluation_loaders
 from lightning_resmem.pictures import picture_lookup
 from lightning_resmem.progress import shows_progress
-from lightning_resmem.summary import evaluation_summary, memory_summary
+from lightning_resmem.summary import chosen_flip_rate, evaluation_summary, memory_summary
 from lightning_resmem.tuning import TuningResult
 
 
@@ -154,6 +154,9 @@ def memory_numbers(
                 "tuning_rows": tuning.rows,
             }
         )
+        lost = chosen_flip_rate(tuning)
+        if lost is not None:
+            numbers["tuning_negative_flip_rate"] = lost
     return {name: float(value) for name, value in numbers.items()}
 
 

@@ -42,7 +42,7 @@ def evaluation_summary(evaluation: Evaluation, stats: dict[str, Any]) -> list[Ta
     lines = []
     if "positive_flip_rate" in evaluation.scores:
         right, wrong = evaluation.scores["positive_flip_rate"], evaluation.scores["negative_flip_rate"]
-        lines.append(f"turned right {right:.2%}, turned wrong {wrong:.2%}")
+        lines.append(_flips(right, wrong))
     return [table, *lines, _describe(stats)]
 
 
@@ -57,14 +57,25 @@ def memory_summary(stats: dict[str, Any], seconds: float, tuning: TuningResult |
     filled = f"{_describe(stats)}, filled in {seconds:.1f} s"
     if tuning is None:
         return [f"ResMem {filled}"]
-    table, params = _table(f"ResMem: tuned on {tuning.rows:,} validation rows"), tuning.params
+    params = tuning.params
+    table = _table(f"ResMem: tuned on {tuning.rows:,} {'memorized' if tuning.leave_one_out else 'validation'} rows")
     gain = f"{tuning.score - tuning.base_score:+.4f} ± {tuning.gain_error:.4f}"
     table.add_row(_long(tuning.score_name), f"{tuning.base_score:.4f}", "", f"{tuning.score:.4f}", gain)
     chosen = (
         f"k={params.k}, sigma={params.sigma:.4g}, softmax_temperature={params.softmax_temperature:g}, "
         f"strength={params.strength:g}"
     )
-    return [table, chosen, filled]
+    lost = chosen_flip_rate(tuning)
+    flips = [] if lost is None else [_flips(tuning.score - tuning.base_score + lost, lost)]
+    return [table, *flips, chosen, filled]
+
+
+def chosen_flip_rate(tuning: TuningResult) -> float | None:
+    """The share of right answers that the choice turned wrong on the tuning rows; None where it is not known."""
+    params = tuning.params
+    choice = {name: getattr(params, name) for name in ("k", "sigma", "softmax_temperature", "strength")}
+    rows = (row for row in tuning.table if choice.items() <= row.items())
+    return next((row["negative_flip_rate"] for row in rows if "negative_flip_rate" in row), None)
 
 
 def _table(title: str) -> Table:
@@ -73,6 +84,10 @@ def _table(title: str) -> Table:
     for name in (*Predictions._fields, "gain"):
         table.add_column(name, justify="right")
     return table
+
+
+def _flips(right: float, wrong: float) -> str:
+    return f"turned right {right:.2%}, turned wrong {wrong:.2%}"
 
 
 def _describe(stats: dict[str, Any]) -> str:

@@ -89,6 +89,11 @@ def test_many_cells_have_no_numbers():
     assert words(plots.tuning_map(tuning(many)).axes[0]) == []
 
 
+def bins(probabilities, targets):
+    confidences, labels = probabilities.max(dim=1)
+    return functional.ReliabilityBins.from_sums(functional.reliability(confidences, (labels == targets).float(), 15))
+
+
 def evaluation(**changed):
     generator = torch.Generator().manual_seed(0)
     targets = torch.randint(4, (200,), generator=generator)
@@ -106,9 +111,7 @@ def evaluation(**changed):
         gain=scores["acc_resmem"] - scores["acc_base"],
         gain_error=0.01,
         flips=(),
-        reliability={
-            name: functional.reliability(part, targets) for name, part in (("base", base), ("resmem", resmem))
-        },
+        reliability={name: bins(part, targets) for name, part in (("base", base), ("resmem", resmem))},
         neighborhoods=functional.neighborhoods(torch.rand(200, generator=generator), right),
     )
     return dataclasses.replace(found, **changed)
@@ -135,11 +138,11 @@ def test_reliability_shows_both_and_their_error():
     found = evaluation()
     top, bottom = plots.reliability(found).axes
     for line, name in zip(top.lines[1:], ("base", "resmem"), strict=True):
-        bins = found.reliability[name]
-        filled = bins.counts > 0
-        np.testing.assert_allclose(line.get_ydata(), bins.accuracies[filled])
-        np.testing.assert_allclose(line.get_xdata(), bins.confidences[filled])
-        assert f"{name} (calibration error {bins.calibration_error.item():.3f})" == line.get_label()
+        wanted = found.reliability[name]
+        filled = wanted.counts > 0
+        np.testing.assert_allclose(line.get_ydata(), wanted.accuracies[filled])
+        np.testing.assert_allclose(line.get_xdata(), wanted.confidences[filled])
+        assert f"{name} (calibration error {wanted.calibration_error.item():.3f})" == line.get_label()
     heights = [bar.get_height() for bar in bottom.patches]
     assert sum(heights) == pytest.approx(2.0), "the shares of the rows, for both"
 

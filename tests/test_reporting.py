@@ -26,6 +26,7 @@ from lightning_resmem import (
     ResMemWarning,
 )
 from lightning_resmem.reporting import Report
+from lightning_resmem.summary import chosen_flip_rate
 from tests.models import CallsSelf, Data, Numbers, Spy, data_for, make, memory_for, trainer
 
 QUICK = GridTuner(k=[3, 5], sigma=[0.1, 0.3], softmax_temperature=[1.0], strength=[1.0])
@@ -93,6 +94,7 @@ def test_the_memorys_numbers_are_metrics(done):
             "resmem/tuning_gain": tuning.score - tuning.base_score,
             "resmem/tuning_gain_error": tuning.gain_error,
             "resmem/tuning_rows": 40,
+            "resmem/tuning_negative_flip_rate": chosen_flip_rate(tuning),
         }
     )
 
