@@ -4,6 +4,7 @@ import os
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -131,12 +132,36 @@ def _children() -> list[psutil.Process]:
     return running
 
 
+def _actor(process: psutil.Process) -> str:
+    """The class of the Ray actor that a process is, or nothing."""
+    try:
+        title = process.cmdline()[0]
+    except (psutil.Error, IndexError):
+        return ""
+    return title.strip().partition(".")[0] if title.startswith("ray::") else ""
+
+
 @pytest.fixture(autouse=True)
 def _no_processes_left() -> Iterator[None]:
-    # Those that a fixture of wider scope started (a cluster, say) are there already, and stay.
-    before = set(_children())
+    # Those that a fixture of wider scope started (a cluster, say) are there already, and stay; an actor of theirs that the
+    # test kills is started again.
+    before = {child: _actor(child) for child in _children()}
     yield
-    left = _until_gone(lambda: [child for child in _children() if child not in before])
+
+    def new() -> list[psutil.Process]:
+        running, left = _children(), []
+        ended = Counter(actor for child, actor in before.items() if actor and child not in running)
+        for child in running:
+            if child in before:
+                continue
+            actor = _actor(child)
+            if ended[actor]:
+                ended[actor] -= 1
+            else:
+                left.append(child)
+        return left
+
+    left = _until_gone(new)
     for child in left:
         child.kill()
     assert not left, f"the test left processes: {left}"
