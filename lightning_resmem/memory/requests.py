@@ -91,7 +91,9 @@ class Request:
                 raise
         else:
             self._pool.answered(shard)
-            self._pending = {r: where for r, where in self._pending.items() if where[0] != shard}
+            for late in [ref for ref, where in self._pending.items() if where[0] == shard]:
+                del self._pending[late]
+                late.future()  # whatever it is, Ray must not report it as an error that nobody looked at
 
     def _failed(self, shard: int, replica: int, reason: str, lost_rows: bool = False) -> None:
         self._reasons[shard] = reason
