@@ -1,0 +1,8 @@
+"""`python -m lightning_resmem` is the `resmem` command."""
+
+import sys
+
+from lightning_resmem.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

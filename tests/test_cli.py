@@ -1,0 +1,182 @@
+"""The `resmem` command, in this process where that is possible: building Lightning's parsers takes seconds."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.digits_module import Classifier, Digits
+from lightning_resmem import InputError, LocalMemory, ResMemModule, ResMemParams, StaleMemoryError, StorageError
+from lightning_resmem.cli import ResMemTrainer, main
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = str(ROOT / "configs" / "digits.yaml")
+
+
+@pytest.fixture
+def resmem(tmp_path, monkeypatch, capsys):
+    """Run a command in an empty directory: its exit status, and what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["resmem", *map(str, arguments)])
+        try:
+            status = main()
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def saved(tmp_path):
+    memory = LocalMemory(params=ResMemParams(k=2))
+    memory.add(torch.rand(20, 3), torch.zeros(20, 2), torch.arange(20) % 2)
+    return memory.save(tmp_path / "some memory")
+
+
+# -- inspect
+
+
+def test_inspect_writes_a_page_into_the_current_directory(resmem, saved, tmp_path):
+    status, out, err = resmem("inspect", saved)
+    page = tmp_path / "some memory-report.html"
+    assert (status, out, err) == (0, f"Wrote {page}\n", "")
+    assert "<h1>some memory</h1>" in page.read_text()
+
+
+def test_inspect_options(resmem, saved, tmp_path):
+    shutil.copytree(saved, damaged := tmp_path / "damaged")
+    with (damaged / "keys.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    status, out, _ = resmem("inspect", damaged, "--output", "a/b.html", "--rows", 7, "--k", 1, "--no-verify")
+    assert (status, out) == (0, f"Wrote {tmp_path / 'a' / 'b.html'}\n")
+    page = (tmp_path / "a" / "b.html").read_text()
+    assert "7 random rows" in page
+    assert "1 nearest other rows" in page
+    status, out, err = resmem("inspect", damaged)
+    assert (status, out) == (1, "")
+    assert re.fullmatch(r"resmem: .*keys.safetensors is damaged: its sha256 is .*\n", err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing"], "There is no saved memory at .*missing: no such directory"),
+        (["."], "is not a saved memory: it has no manifest.json"),
+        (["some memory", "--rows", "0"], "rows=0"),
+        (["some memory", "--output", "some memory"], "cannot be written"),
+    ],
+)
+def test_inspect_tells_errors_in_one_line(resmem, saved, arguments, message):
+    status, out, err = resmem("inspect", *arguments)
+    assert (status, out) == (1, "")
+    assert err.count("\n") == 1
+    assert re.match(f"resmem: .*{message}", err)
+
+
+@pytest.mark.parametrize("arguments", [[], ["a", "b"], ["a", "--rows", "many"]])
+def test_inspect_usage(resmem, arguments):
+    status, _, err = resmem("inspect", *arguments)
+    assert status == 2
+    assert "usage: resmem inspect" in err
+
+
+def test_inspect_does_without_jsonargparse_and_the_rest_names_the_extra(resmem, saved, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    assert resmem("inspect", saved)[0] == 0
+    status, _, err = resmem("fit", "--config", CONFIG)
+    assert status == 1
+    assert 'pip install "lightning-resmem[cli]"' in err
+
+
+@pytest.mark.slow
+def test_python_m(saved, tmp_path):
+    command = [sys.executable, "-m", "lightning_resmem", "inspect", saved.name]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "some memory-report.html").is_file()
+
+
+def test_the_command_is_installed():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"resmem": f"{main.__module__}:{main.__name__}"}
+
+
+# -- the subcommands of LightningCLI, with the config that ships
+
+
+def number(printed, name):
+    """The value that the trainer's table shows for a metric."""
+    (found,) = re.findall(rf"{re.escape(name)}\W+([\d.]+)", printed)
+    return float(found)
+
+
+@pytest.mark.slow
+def test_fit_then_test_then_memorize_then_tune(resmem, tmp_path):
+    """One config for all commands, each as a user would start it: nothing is shared but the files."""
+    config = ("--config", CONFIG)
+    assert resmem("fit", *config, "--trainer.max_epochs=1")[0] == 0
+    checkpoint = Path("outputs/digits/checkpoints/last.ckpt")
+    first = LocalMemory.load("outputs/digits/resmem")
+    assert len(first) == 1000
+
+    data, base = Digits(), Classifier()
+    data.setup("test")
+    base.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
+    inputs, targets = data.test.tensors
+
+    def scores(memory):
+        predictions = ResMemModule(base, memory).predictions((inputs, targets))
+        return {name: float((part.argmax(1) == targets).float().mean()) for name, part in predictions._asdict().items()}
+
+    status, out, _ = resmem("test", *config, "--ckpt_path", checkpoint)
+    assert status == 0
+    for name, value in scores(first).items():
+        assert number(out, f"test/acc_{name}") == pytest.approx(value, abs=1e-6)
+    assert scores(first)["resmem"] > scores(first)["base"]
+
+    shutil.rmtree("outputs/digits/resmem")
+    status, out, _ = resmem("memorize", *config, "--ckpt_path", checkpoint)
+    assert status == 0
+    assert f"1000 rows to {tmp_path / 'outputs' / 'digits' / 'resmem'}" in out
+    again = LocalMemory.load("outputs/digits/resmem")
+    assert again.params == first.params
+    assert again.provenance == first.provenance
+    assert torch.equal(again.fetch(again.ids).targets, first.fetch(first.ids).targets)
+
+    tuner = ("--tuner=lightning_resmem.GridTuner", "--tuner.k=[3]")
+    status, out, _ = resmem("tune", *config, "--ckpt_path", checkpoint, *tuner)
+    assert status == 0
+    assert LocalMemory.load("outputs/digits/resmem").params.k == 3
+    assert "on 300 validation rows" in out
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    return ResMemTrainer(default_root_dir=tmp_path, logger=False, accelerator="cpu", enable_progress_bar=False)
+
+
+def test_missing_files_are_named(trainer, tmp_path):
+    with pytest.raises(InputError, match=r"ckpt_path='gone\.ckpt'"):
+        trainer.memorize(Classifier(), Digits(), ckpt_path="gone.ckpt")
+    with pytest.raises(StorageError, match="no such directory"):
+        trainer.tune(Classifier(), Digits(), directory=str(tmp_path / "elsewhere"))
+
+
+def test_tune_refuses_other_weights(trainer, tmp_path):
+    directory = str(tmp_path / "memory")
+    trainer.memorize(Classifier(), Digits(), directory)
+    params = LocalMemory.load(directory).params
+    with pytest.raises(StaleMemoryError):
+        trainer.tune(Classifier(), Digits(), directory)
+    assert LocalMemory.load(directory).params == params
