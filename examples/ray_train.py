@@ -1,10 +1,10 @@
 """ResMem under Ray Train: Lightning ranks that Ray starts, on one machine or on a cluster.
 
-    python examples/ray_train.py                 # two workers on CPUs, about half a minute
-    python examples/ray_train.py --workers 4 --gpus
+    python examples/ray_train.py                             # two workers on CPUs, under a minute
+    python examples/ray_train.py --workers 4 --gpus --shards 4
 
-Ray Train starts the ranks and restarts them if one dies; `RayDDPStrategy` is Lightning's DDP among them. For ResMem
-nothing changes: the callback memorizes after `fit`, with every training row on exactly one rank.
+Ray Train starts the ranks; `RayDDPStrategy` is Lightning's DDP among them. For ResMem nothing changes: the callback
+memorizes after `fit`, every training row once, into shards that Ray runs beside the workers.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment, prepare
 from ray.train.torch import TorchTrainer
 from torch.utils.data import DataLoader
 
-from lightning_resmem import ResMemCallback
+from lightning_resmem import RayMemory, ResMemCallback
 
 
 def make_trainer(resmem: ResMemCallback, epochs: int, gpus: bool, **options: Any) -> L.Trainer:
@@ -51,7 +51,7 @@ def fit(trainer: L.Trainer) -> dict[str, float]:
 
 def work(config: dict[str, Any]) -> None:
     """What each worker runs: the same with Ray's strategy, and the results handed to Ray Train."""
-    resmem = ResMemCallback()
+    resmem = ResMemCallback(memory=RayMemory(num_shards=config.pop("shards")))
     strategy, environment = RayDDPStrategy(), RayLightningEnvironment()
     trainer = make_trainer(resmem, **config, devices="auto", strategy=strategy, plugins=[environment])
     scores = fit(prepare_trainer(trainer))
@@ -67,6 +67,7 @@ def work(config: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2, help="ranks (default: 2)")
+    parser.add_argument("--shards", type=int, default=2, help="actors with the memory (default: 2)")
     parser.add_argument("--gpus", action="store_true", help="a GPU for each rank")
     parser.add_argument("--epochs", type=int, default=10, help="training epochs (default: 10)")
     parser.add_argument("--directory", type=Path, default=Path("outputs/ray_train"), help="seen by all nodes")
@@ -75,7 +76,7 @@ def main() -> None:
     ray.init(logging_level=logging.WARNING, log_to_driver=False)
     result = TorchTrainer(
         work,
-        train_loop_config={"epochs": arguments.epochs, "gpus": arguments.gpus},
+        train_loop_config={"epochs": arguments.epochs, "gpus": arguments.gpus, "shards": arguments.shards},
         scaling_config=ScalingConfig(num_workers=arguments.workers, use_gpu=arguments.gpus),
         run_config=RunConfig(storage_path=str(arguments.directory.absolute())),
     ).fit()

@@ -1,7 +1,8 @@
 """A saved ResMemModule behind HTTP, with Ray Serve: micro-batches, checked inputs, health, graceful shutdown.
 
-    python examples/serve.py            # trains on digits if need be, then serves; Ctrl-C or SIGTERM ends it
-    python examples/serve.py --check    # the same, but classifies the test split over HTTP and ends
+    python examples/serve.py               # trains on digits if need be, then serves; Ctrl-C or SIGTERM ends it
+    python examples/serve.py --check       # the same, but classifies the test split over HTTP and ends
+    python examples/serve.py --shards 2    # the memory is spread over two Ray actors, which all replicas ask
 
     curl -X POST localhost:8000/predict -d '{"inputs": [[0.0, 0.3, ... 64 numbers ...], ...]}'
     curl localhost:8000/health
@@ -15,6 +16,7 @@ import json
 import logging
 import signal
 import threading
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -32,11 +34,12 @@ from ray import serve
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_resmem import InputError, ResMemCallback, ResMemError, ResMemModule
+from lightning_resmem import InputError, RayMemory, ResMemCallback, ResMemError, ResMemModule
 
 HIDDEN = 16
 MAX_BYTES = 2**20  # of a request's body
 MAX_ROWS = 256  # of a request, and of those that are answered together
+SHARD_SECONDS = 20  # after which a shard counts as lost; a health check may take longer
 LOGGING = {"log_level": "WARNING"}  # "INFO" for a line a request
 
 api = FastAPI(title="ResMem")
@@ -182,11 +185,13 @@ def train(directory: Path) -> None:
     trainer.save_checkpoint(directory / "base.ckpt")
 
 
-def load(directory: Path) -> ResMemModule:
+def load(directory: Path, pool: str | None) -> ResMemModule:
     """Base and memory, in each replica: on a cluster, `directory` is one that all nodes see."""
     torch.set_num_threads(1)  # what a replica has reserved; more replicas use more cores
     base = MLP.load_from_checkpoint(directory / "base.ckpt", map_location="cpu", hidden=HIDDEN)
-    return ResMemModule.load(directory / "resmem", base=base)
+    if pool is None:
+        return ResMemModule.load(directory / "resmem", base=base)
+    return ResMemModule(base, RayMemory.connect(pool, request_timeout_s=SHARD_SECONDS))
 
 
 def check(url: str) -> None:
@@ -207,13 +212,14 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path("outputs/serve"), help="weights and memory")
     parser.add_argument("--port", type=int, default=8000, help="on this machine only (default: 8000)")
     parser.add_argument("--replicas", type=int, default=1, help="processes that answer (default: 1)")
+    parser.add_argument("--shards", type=int, default=0, help="actors with the memory (default: 0, in each replica)")
     parser.add_argument("--batch-wait", type=float, default=0.005, help="seconds to wait for others (default: 0.005)")
     parser.add_argument("--check", action="store_true", help="classify the test split over HTTP, and end")
     arguments = parser.parse_args()
     directory, url = arguments.directory.absolute(), f"http://127.0.0.1:{arguments.port}"
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
-    ended = threading.Event()
+    ended, memory, pool = threading.Event(), None, None
     if not (directory / "base.ckpt").exists():
         train(directory)
     ray.init(logging_level=logging.WARNING)
@@ -222,8 +228,12 @@ def main() -> None:
     try:
         http = {"host": "127.0.0.1", "port": arguments.port}
         serve.start(proxy_location="HeadOnly", http_options=http, logging_config=LOGGING)
+        if arguments.shards:  # under a name, by which the replicas find it
+            pool = f"serve-{uuid.uuid4().hex[:8]}"
+            memory = RayMemory.load(directory / "resmem", num_shards=arguments.shards, name=pool)
         service = ResMemService.options(num_replicas=arguments.replicas, logging_config=LOGGING)
-        serve.run(service.bind(partial(load, directory), 64, arguments.batch_wait), name="resmem")
+        loaded = partial(load, directory, pool)
+        serve.run(service.bind(loaded, 64, arguments.batch_wait), name="resmem")
         print(f"Serving on {url}", flush=True)
         if arguments.check:
             check(url)
@@ -233,6 +243,8 @@ def main() -> None:
         serve.delete("resmem")
     finally:
         serve.shutdown()
+        if memory is not None:
+            memory.shutdown()
         ray.shutdown()
 
 

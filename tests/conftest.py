@@ -143,8 +143,8 @@ def _actor(process: psutil.Process) -> str:
 
 @pytest.fixture(autouse=True)
 def _no_processes_left() -> Iterator[None]:
-    # Those that a fixture of wider scope started (a cluster, say) are there already, and stay; an actor of theirs that the
-    # test kills is started again.
+    # Those that a fixture of wider scope started (a cluster, say) are there already, and stay; an actor of theirs that
+    # the test kills is started again.
     before = {child: _actor(child) for child in _children()}
     yield
 

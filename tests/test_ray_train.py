@@ -15,17 +15,18 @@ from examples.digits import MLP, split
 from lightning_resmem import ResMemModule, memorize
 from tests.ddp_processes import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # processes start slowly on a busy machine
 
 
 def test_the_same_memory_as_without_ray_train(ray_address: str, tmp_path: Path) -> None:
+    options = ["--epochs", "5", "--shards", "1", "--directory", "results"]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "ray_train.py"), "--epochs", "5", "--directory", "results"],
+        [sys.executable, str(ROOT / "examples" / "ray_train.py"), *options],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": ray_address, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = re.search(r"2 ranks memorized 1000 rows; weights and memory are in (\S+)", done.stdout)
