@@ -208,7 +208,7 @@ class Reliability(_Sums):
 
     Example:
         >>> metric = Reliability()
-        >>> metric.update(torch.tensor([[0.9, 0.1], [0.9, 0.1]]), torch.tensor([0, 1]))
+        >>> metric.update(torch.tensor([0.9, 0.9]), torch.tensor([True, False]))
         >>> metric.compute().calibration_error
         tensor(0.4000, dtype=torch.float64)
     """
@@ -218,9 +218,9 @@ class Reliability(_Sums):
             raise InputError(f"num_bins={num_bins!r}: give a whole number, at least 1.")
         super().__init__(num_bins, 3)
 
-    def update(self, probabilities: Tensor, targets: Tensor) -> None:
-        """Add rows: probabilities `(B, C)` and targets `(B,)`, or `(B, C)` in multilabel tasks."""
-        self.add(functional.reliability_sums(probabilities, targets, len(self.sums)))
+    def update(self, confidences: Tensor, right: Tensor) -> None:
+        """Add rows: the probabilities of their labels and whether they are right, both `(B,)`."""
+        self.add(functional.reliability(confidences, right, len(self.sums)))
 
     def compute(self) -> ReliabilityBins:
         """The bins."""
@@ -338,15 +338,22 @@ class ResMemMetrics(WrapperMetric):
         """
         task, base = self.task, predictions.base
         targets = task.check_targets(targets, base.shape[1])
+        proper = (
+            base if outputs is None else task.predict(outputs),
+            task.probabilities(predictions.knn, base),
+            task.probabilities(predictions.resmem, base),
+        )
+        if isinstance(task, Regression):
+            labels = list(predictions)
+        else:
+            labels = [functional.labels(prediction, targets) for prediction in predictions]
+            self.positive_flips.update(labels[0], labels[2], targets)
+            self.negative_flips.update(labels[0], labels[2], targets)
         scores = torch.stack([task.score(prediction, targets) for prediction in predictions], dim=1)
         self.scores.update(scores)
         self.neighborhoods.update(distances, scores)
-        if not isinstance(task, Regression):
-            self.positive_flips.update(base, predictions.resmem, targets)
-            self.negative_flips.update(base, predictions.resmem, targets)
-        self.base.update(base if outputs is None else task.predict(outputs), targets)
-        self.knn.update(task.probabilities(predictions.knn, base), targets)
-        self.resmem.update(task.probabilities(predictions.resmem, base), targets)
+        for of, probabilities, given in zip(self.predictions.values(), proper, labels, strict=True):
+            of.update(probabilities, given, targets)
 
     def compute(self) -> dict[str, Tensor]:
         """The scores by name, over all ranks: every rank has to ask."""
@@ -377,6 +384,7 @@ class PredictionMetrics(nn.Module):
     """What is reported of one prediction beside its score: part of `ResMemMetrics`.
 
     Attributes:
+        f1: A `MacroF1`; not updated in regression.
         reliability: A `Reliability`; not updated in regression.
         names: Of what is reported, without the user's own.
     """
@@ -388,14 +396,18 @@ class PredictionMetrics(nn.Module):
         self._users = None if users is None else users.clone()
         if self._users is not None:
             self._users.reset()
-        self.reliability = Reliability()
-        self.names = frozenset(["ece", *self._own])
+        self.f1, self.reliability = MacroF1(num_outputs), Reliability()
+        self.names = frozenset(["f1", "ece", *self._own])
 
-    def update(self, probabilities: Tensor, targets: Tensor) -> None:
-        """Add rows of probabilities `(B, C)` (predictions, in regression) and checked targets."""
+    def update(self, probabilities: Tensor, labels: Tensor, targets: Tensor) -> None:
+        """Add rows of probabilities `(B, C)` (predictions, in regression), their labels, and checked targets."""
         self._own.update(probabilities, targets)
         if not isinstance(self._task, Regression):
-            self.reliability.update(probabilities, targets)
+            self.f1.update(labels, targets)
+            if targets.ndim == 1:
+                self.reliability.update(probabilities.gather(1, labels[:, None])[:, 0], labels == targets)
+            else:
+                self.reliability.update(probabilities.flatten(), targets.flatten())
         if self._users is None:
             return
         given = for_users(self._task, probabilities, targets)
@@ -412,13 +424,14 @@ class PredictionMetrics(nn.Module):
         """By name, the user's own last."""
         scores: dict[str, Tensor] = self._own.compute()
         if not isinstance(self._task, Regression):
+            scores["f1"] = self.f1.compute()
             scores["ece"] = self.reliability.compute().calibration_error
         return scores if self._users is None else scores | self._users.compute()
 
     def reset(self) -> None:
         """Forget all rows."""
-        self._own.reset()
-        self.reliability.reset()
+        for metric in (self._own, self.f1, self.reliability):
+            metric.reset()
         if self._users is not None:
             self._users.reset()
 
@@ -446,7 +459,6 @@ def _own(task: Task, num_outputs: int) -> dict[str, Metric | MetricCollection]:
     own: dict[str, Metric | MetricCollection] = {
         "nll": RowMean(functional.negative_log_likelihoods),
         "brier": RowMean(functional.brier_scores),
-        "f1": MacroF1(num_outputs),
     }
     if isinstance(task, Multilabel):
         own["exact"] = RowMean(functional.all_right)

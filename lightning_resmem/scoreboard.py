@@ -161,7 +161,7 @@ class _Part:
         self._waiting, self._num_waiting = [], 0
         answer, target = Answer.cat(answers).to(self._device), torch.cat(targets).to(self._device)
         target = self._task.check_targets(target, answer.predictions.base.shape[1])
-        self._metrics.update(answer.predictions, target, answer.neighbors.distances[:, 0], answer.outputs)
+        self._metrics.update(answer.predictions, target, answer.neighbors.distances[:, 0].contiguous(), answer.outputs)
         self._flips.add(answer, target, self._positions, self._num_counted)
         self._num_counted += len(target)
 

@@ -5,7 +5,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric
 
 from lightning_resmem import functional
 from lightning_resmem.errors import InputError
@@ -87,10 +86,6 @@ class Task(ABC):
     def score(self, prediction: Tensor, targets: Tensor) -> Tensor:
         """Score per row, shape `(B,)`; its mean is what is reported (`score_name`: accuracy, or mean squared error)."""
 
-    def metric(self) -> Metric:
-        """A fresh torchmetrics metric that averages `score` over rows and ranks."""
-        return MeanMetric()
-
 
 class Multiclass(Task):
     """One label out of `C`: residuals are `onehot(y) - softmax(f(x) / T)`.
@@ -147,7 +142,7 @@ class Multiclass(Task):
         return functional.log_predictions(combined, base)
 
     def probabilities(self, combined: Tensor, base: Tensor) -> Tensor:
-        return self.to_outputs(combined, base).exp()
+        return functional.proper_probabilities(combined, base)
 
     def loss(self, combined: Tensor, base: Tensor, targets: Tensor) -> Tensor:
         return functional.negative_log_likelihood(combined, base, targets)

@@ -77,7 +77,11 @@ def test_everything_against_numpy(task, softmax_temperature):
             p = torch.from_numpy(p)
             counts = functional.f1_counts(p, targets, CLASSES)
             wanted[f"f1_{name}"] = functional.macro_f1(counts).item()
-            wanted[f"ece_{name}"] = functional.reliability(p, targets).calibration_error.item()
+            confident, right = (p.flatten(), targets.flatten())
+            if task.name == "multiclass":
+                confident, right = p.amax(dim=1), p.argmax(dim=1) == targets
+            bins = functional.ReliabilityBins.from_sums(functional.reliability(confident, right))
+            wanted[f"ece_{name}"] = bins.calibration_error.item()
     if task.name != "regression":
         wanted["positive_flip_rate"] = functional.positive_flip_rate(predictions.base, predictions.resmem, targets)
         wanted["negative_flip_rate"] = functional.negative_flip_rate(predictions.base, predictions.resmem, targets)

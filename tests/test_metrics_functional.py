@@ -102,8 +102,9 @@ def test_neighborhoods_of_nobody():
 @pytest.mark.parametrize(("rows", "classes"), [(1, 2), (40, 3), (500, 10)])
 def test_calibration_of_classes(num_bins, rows, classes):
     probabilities, targets = multiclass(rows, classes)
-    bins = functional.reliability(probabilities.double(), targets, num_bins)
-    confidence, right = probabilities.double().numpy().max(1), (probabilities.argmax(1) == targets).numpy()
+    confidences, right = probabilities.double().amax(dim=1), probabilities.argmax(dim=1) == targets
+    bins = functional.ReliabilityBins.from_sums(functional.reliability(confidences, right, num_bins))
+    confidence, right = confidences.numpy(), right.numpy()
     for i in range(num_bins):
         inside = (confidence >= i / num_bins) & (confidence < (i + 1) / num_bins)
         assert bins.counts[i] == inside.sum()
@@ -119,14 +120,15 @@ def test_calibration_of_classes(num_bins, rows, classes):
 
 def test_calibration_of_labels():
     probabilities, targets = multilabel(100, 3)
-    found = functional.reliability(probabilities, targets)
+    found = functional.ReliabilityBins.from_sums(functional.reliability(probabilities.flatten(), targets.flatten()))
     assert found.counts.sum() == 300
     wanted = binary_calibration_error(probabilities.flatten(), targets.long().flatten(), n_bins=15)
     assert found.calibration_error.item() == pytest.approx(wanted.item(), abs=1e-6)
 
 
 def test_certain_rows_are_in_the_last_bin():
-    found = functional.reliability(torch.tensor([[1.0, 0.0], [0.95, 0.05]]), torch.tensor([0, 1]))
+    sums = functional.reliability(torch.tensor([1.0, 0.95]), torch.tensor([True, False]))
+    found = functional.ReliabilityBins.from_sums(sums)
     assert found.counts.tolist() == [0] * 14 + [2]
     assert found.calibration_error.item() == pytest.approx(0.475)
 
@@ -161,6 +163,11 @@ def test_top_k(k):
     found = functional.top_k_right(probabilities, targets, k).double().mean().item()
     wanted = top_k_accuracy_score(targets, probabilities, k=k, labels=range(6))
     assert found == pytest.approx(wanted)
+
+
+def test_a_tie_is_not_in_favour_of_the_target():
+    """Who knows nothing gets no points."""
+    assert not functional.top_k_right(torch.full((1, 6), 1 / 6), torch.tensor([0]), 5).any()
 
 
 @pytest.mark.parametrize("classes", [2, 5, 9])
