@@ -71,7 +71,7 @@ class Report:
             if shows_progress(trainer):
                 rich.print(*memory_summary(stats, seconds, tuning), sep="\n")
             step = trainer.global_step
-            _each_wandb(trainer, "definitions", lambda run: wandb_report.define_metrics(run, numbers, hidden=True))
+            _each_wandb(trainer, "definitions", lambda run: wandb_report.hide_metrics(run, numbers))
             log_hyperparameters(trainer, {self._name: hyperparameters(memory, stats)}, numbers)
             if tuning is not None:
                 name = f"{self._name}/tuning"
@@ -99,15 +99,14 @@ class Report:
                 self._evaluated(trainer, memory, evaluation, loader)
 
     def _evaluated(self, trainer: L.Trainer, memory: ResidualMemory, evaluation: Evaluation, loader: Any) -> None:
-        scores = evaluation.named_scores()
-        hidden = {name: value for name, value in scores.items() if name not in evaluation.shown_scores()}
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in hidden.items()})
+        shown = evaluation.shown_scores()  # the trainer has logged them
+        others = {name: value for name, value in evaluation.named_scores().items() if name not in shown}
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in others.items()})
         if not trainer.is_global_zero:
             return
         if (trainer.test_loop if trainer.testing else trainer.validate_loop).verbose:
             rich.print(*evaluation_summary(evaluation, memory.stats()), sep="\n")
-        log_metrics(trainer, "scores", hidden)
-        _each_wandb(trainer, "definitions", lambda run: wandb_report.define_metrics(run, scores))
+        log_metrics(trainer, "scores", others)
 
         def named(name: str) -> str:
             return f"{evaluation.prefix}/{name}{evaluation.suffix}"

@@ -30,16 +30,13 @@ _MOST_ROWS, _MOST_PICTURED_ROWS = 100, 12
 Look = Callable[[int], Picture | None]
 
 
-def define_metrics(logger: WandbLogger, names: Iterable[str], hidden: bool = False) -> None:
-    """Say what stands for a metric in the table of runs: its last value, whatever a user's pattern says.
+def hide_metrics(logger: WandbLogger, names: Iterable[str]) -> None:
+    """No charts by themselves for numbers that have one value in a run; they stay in its summary.
 
-    Args:
-        logger: Of the run.
-        names: Of metrics.
-        hidden: No charts by themselves, for numbers that have one value in a run.
+    A `summary=` here would put `name.last` in the place of `name` there, and sweeps look for the latter.
     """
     for name in names:
-        logger.experiment.define_metric(name, step_metric="trainer/global_step", summary="last", hidden=hidden)
+        logger.experiment.define_metric(name, step_metric="trainer/global_step", hidden=True)
 
 
 def log_tuning(logger: WandbLogger, name: str, tuning: TuningResult, step: int) -> None:

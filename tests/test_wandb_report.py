@@ -118,13 +118,17 @@ def test_params_are_in_the_config(done, offline):
     assert params["fingerprint"] == memory.provenance["fingerprint"]
 
 
-def test_metrics_are_defined(offline):
-    scores, numbers = offline.metrics["test/acc_resmem"], offline.metrics["resmem/rows"]
-    assert scores.summary.last
-    assert numbers.summary.last
-    assert scores.step_metric == numbers.step_metric == "trainer/global_step"
-    assert numbers.options.hidden, "a chart of a single number"
-    assert not scores.options.hidden
+def test_the_summary_has_plain_numbers(done, offline):
+    names = ("test/acc_base", "test/acc_resmem", "test/gain", "resmem/rows", "resmem/tuning_acc_resmem")
+    assert {name: offline.summary[name] for name in names} == pytest.approx(
+        {name: done.metrics[name] for name in names}
+    )
+
+
+def test_single_numbers_get_no_charts(offline):
+    assert offline.metrics["resmem/rows"].options.hidden
+    assert offline.metrics["resmem/rows"].step_metric == "trainer/global_step"
+    assert "test/acc_resmem" not in offline.metrics
 
 
 def test_the_settings_tried_are_a_table(done, offline):

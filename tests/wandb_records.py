@@ -41,6 +41,7 @@ class OfflineRun:
         files: The directory of its files.
         history: What was logged, one dict for each call; what a table or image is made of has names like `key.path`.
         config: What the run was made with.
+        summary: What stands for the run in a table of runs.
         metrics: How metrics were defined, by name.
         artifacts: Records of artifacts, by name.
         exit_code: None if the run has no end.
@@ -51,6 +52,7 @@ class OfflineRun:
         self.files = directory / "files"
         self.history: list[dict[str, Any]] = []
         self.config: dict[str, Any] = {}
+        self.summary: dict[str, Any] = {}
         self.metrics, self.artifacts, self.exit_code = {}, {}, None
         for record in records(path):
             kind = record.WhichOneof("record_type")
@@ -60,6 +62,8 @@ class OfflineRun:
                 self.config.update({name_of(i): json.loads(i.value_json) for i in record.run.config.update})
             elif kind == "config":
                 self.config.update({name_of(i): json.loads(i.value_json) for i in record.config.update})
+            elif kind == "summary":
+                self.summary.update({name_of(i): json.loads(i.value_json) for i in record.summary.update})
             elif kind == "metric":
                 self.metrics[record.metric.name or record.metric.glob_name] = record.metric
             elif kind == "artifact":
