@@ -182,13 +182,38 @@ class Pool:
         """
         return Request(self, method, [arguments(shard) for shard in range(self.config.num_shards)], partial)
 
-    def everywhere(self, method: str, *arguments: Any) -> list[list[Any]]:
-        """The answers of all replicas of all shards; those that are lost raise an error."""
-        refs = [[getattr(actor, method).remote(*arguments) for actor in replicas] for replicas in self.actors]
+    def everywhere(self, method: str, *arguments: Any, partial: bool = False) -> list[list[Any]]:
+        """The answers of all replicas of all shards.
+
+        Args:
+            method: Of `Shard`.
+            *arguments: The same for all.
+            partial: Whether those that are known to be down are left out: their answer is None.
+        """
+        refs = [
+            [
+                None if partial and self.is_down(shard, replica) else getattr(actor, method).remote(*arguments)
+                for replica, actor in enumerate(replicas)
+            ]
+            for shard, replicas in enumerate(self.actors)
+        ]
         deadline = time.monotonic() + self.timeout
         return [
-            [self.receive(ref, shard, replica, deadline) for replica, ref in enumerate(replicas)]
-            for shard, replicas in enumerate(refs)
+            [None if ref is None else self.receive(ref, shard, replica, deadline) for replica, ref in enumerate(found)]
+            for shard, found in enumerate(refs)
+        ]
+
+    def stats(self, partial: bool) -> list[list[dict[str, Any]]]:
+        """Numbers about all replicas of all shards; those that are down, where allowed, only say so."""
+        answers = self.everywhere("stats", partial=partial)
+        return [
+            [
+                {"shard": shard, "replica": replica, "alive": False, "node": self._nodes[shard][replica], "rows": 0}
+                if stats is None
+                else {**stats, "alive": True}
+                for replica, stats in enumerate(replicas)
+            ]
+            for shard, replicas in enumerate(answers)
         ]
 
     def ping(self) -> None:

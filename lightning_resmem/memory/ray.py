@@ -1,15 +1,10 @@
 """A memory over a cluster: a pool of Ray actors, each with a shard, behind the interface of all memories."""
 
-import atexit
 import json
 import logging
 import os
-import tempfile
-import uuid
-import weakref
-from collections import deque
-from collections.abc import Collection, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,24 +19,22 @@ from lightning_resmem.functional import neighbor_weights
 from lightning_resmem.memory import storage, together
 from lightning_resmem.memory.base import Neighbors, ResidualMemory
 from lightning_resmem.memory.checks import as_ids, checked_changes, checked_rows, repeated
+from lightning_resmem.memory.client import BYTES_UNDERWAY, ShardClient
 from lightning_resmem.memory.faiss_index import FaissIndex
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.pool_config import PoolConfig, absolute, check_address
 from lightning_resmem.memory.saved import manifest, read_saved
-from lightning_resmem.memory.sharding import merge, split
+from lightning_resmem.memory.sharding import merge
 from lightning_resmem.memory.sparse import SparseConfig
 from lightning_resmem.memory.values import DenseConfig, Values
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Task, check_finite
 
 if TYPE_CHECKING:  # Ray takes a second to import: it is imported when a cluster is needed
-    from lightning_resmem.memory.pool import Pool, Write
     from lightning_resmem.memory.requests import Request
 
 _log = logging.getLogger("lightning_resmem")
 
-# Bytes of rows on their way to the shards; a rank that adds more waits.
-_BYTES_UNDERWAY = 64 * 2**20
 # Bytes that are read from a shard or a file at once.
 _CHUNK_BYTES = 16 * 2**20
 # Arrays that are larger are put into Ray's object store once, not sent with every request.
@@ -109,28 +102,25 @@ class RayMemory(ResidualMemory):
     ) -> None:
         super().__init__(task, params)
         check_address(address)
-        self._address = address
-        self._config = PoolConfig(
-            num_shards,
-            self.task,
-            index,
-            values,
-            key_dtype,
-            namespace,
-            name,
-            cpus_per_shard,
-            gpus_per_shard,
-            placement,
-            absolute(storage_path),
-            request_timeout_s,
-            replicas,
-            on_shard_loss,
+        config = PoolConfig(
+            num_shards=num_shards,
+            task=self.task,
+            index=index,
+            values=values,
+            key_dtype=key_dtype,
+            namespace=namespace,
+            name=name,
+            cpus_per_shard=cpus_per_shard,
+            gpus_per_shard=gpus_per_shard,
+            placement=placement,
+            storage_path=absolute(storage_path),
+            request_timeout_s=request_timeout_s,
+            replicas=replicas,
+            on_shard_loss=on_shard_loss,
         )
         # Checks what a shard is made with, and knows what it will keep.
         self._template = LocalMemory(self.task, params, index, values, key_dtype)
-        self._pool_name: str | None = None  # of a pool that was made, here or by another process
-        self._pool: Pool | None = None
-        self._underway: deque[Write] = deque()
+        self._shards = ShardClient(config, address)
         self._shape: tuple[int, int] | None = None
         self._rows, self._last_id, self._built = 0, -1, False
         self._reset()
@@ -154,10 +144,10 @@ class RayMemory(ResidualMemory):
         embeddings, outputs, targets, ids = checked_rows(
             self.task, embeddings, outputs, targets, ids, self._shape, self._last_id + 1
         )
-        if self._config.key_dtype == torch.float16:
+        if self._shards.config.key_dtype == torch.float16:
             check_finite("embeddings (as key_dtype=torch.float16; use torch.bfloat16)", embeddings.half(), ids)
         if self._built and len(ids) and int(ids.min()) <= self._last_id:
-            known = ids[self._has(ids)]
+            known = ids[self._shards.has(ids)]
             if len(known):
                 raise repeated(known)
         self._shape = (embeddings.shape[1], outputs.shape[1])
@@ -191,15 +181,14 @@ class RayMemory(ResidualMemory):
         self._send("update", {"ids": ids, **changes})
 
     def clear(self) -> None:
-        if self._pool_name is not None:
-            self._underway.clear()
+        if self._shards.name is not None:
+            self._shards.forget()
             try:
-                for shard in range(self._config.num_shards):
-                    self._write(shard, "clear", {})
-                self.flush()
+                self._shards.send_all("clear", {})
+                self._shards.flush()
             except (ShardUnavailableError, StorageError) as error:
                 _log.warning("The shards cannot be cleared, so they are ended; others will be started. %s", error)
-                self.shutdown()
+                self._shards.close()
         self._reset()
 
     # -- answers
@@ -221,7 +210,7 @@ class RayMemory(ResidualMemory):
         assert self._shape is not None
         queries, k = self._checked_search(queries, self._shape[0], k)
         held = _held(queries.detach().float().cpu().numpy())
-        request = self._reached().ask("search", lambda shard: (held, k), self._is_partial)
+        request = self._shards.ask("search", held, k, partial=self._is_partial)
         return PendingSearch(request, len(queries), k, queries.device)
 
     def sums(self, neighbors: Neighbors) -> tuple[Tensor, Tensor]:
@@ -236,7 +225,10 @@ class RayMemory(ResidualMemory):
         if not answers:
             zeros = torch.zeros(len(weights), self._shape[1], device=device)
             return zeros, zeros.clone()
-        total = torch.from_numpy(np.sum(answers, axis=0))
+        sums = answers[0].copy()
+        for part in answers[1:]:
+            sums += part
+        total = torch.from_numpy(sums)
         return total[0].to(device), total[1].to(device)
 
     def fetch(self, ids: Tensor) -> Values:
@@ -249,32 +241,33 @@ class RayMemory(ResidualMemory):
     def stats(self) -> dict[str, Any]:
         """Rows, key width, outputs, bytes, index, values, key_dtype and device, recall of an approximate index.
 
-        `shards` lists for each replica of each shard its rows, bytes, node, host, pid, restarts and the times of its
-        searches, `search_p50_ms` and `search_p99_ms`.
+        `shards` lists for each replica of each shard whether it is alive, its rows, bytes, node, host, pid, restarts
+        and the times of its searches, `search_p50_ms` and `search_p99_ms`.
         """
         width, num_outputs = self._shape or (0, 0)
         stats = self._template.stats() | {"rows": len(self), "width": width, "outputs": num_outputs, "shards": []}
-        if self._pool_name is None:
+        if self._shards.name is None:
             return stats
-        self.flush()
-        answers = self._reached().everywhere("stats")
-        shards = [replicas[0] for replicas in answers]
+        self._shards.flush()
+        answers = self._shards.pool.stats(self._is_partial)
         stats["shards"] = [shard for replicas in answers for shard in replicas]
-        filled = [shard for shard in shards if shard["rows"]]
-        stats["bytes"] = sum(shard["bytes"] for shard in shards)
+        alive = [max(replicas, key=lambda shard: bool(shard["alive"])) for replicas in answers]
+        filled = [shard for shard in alive if shard["rows"]]
+        stats["bytes"] = sum(shard["bytes"] for shard in filled)
         if filled:
             stats |= {name: filled[0][name] for name in ("index", "values", "device")}
             for name in filled[0].keys() & {"nprobe", "ef_search"}:
                 stats[name] = max(shard[name] for shard in filled)
             if "recall" in filled[0]:
-                stats["recall"] = sum(shard["recall"] * shard["rows"] for shard in filled) / self._rows
+                rows = sum(shard["rows"] for shard in filled)
+                stats["recall"] = sum(shard["recall"] * shard["rows"] for shard in filled) / rows
         return stats
 
     def metrics(self) -> dict[str, float]:
         """`resmem/shards_alive`, how many shards answer, and `resmem/coverage`, the share of the rows they hold."""
-        if self._pool is None:
+        if not self._shards.is_open:
             return {}
-        alive = self._pool.alive()
+        alive = self._shards.pool.alive()
         covered = sum(rows for rows, is_alive in zip(self._shard_rows, alive, strict=True) if is_alive)
         return {
             "resmem/shards_alive": float(sum(alive)),
@@ -283,7 +276,7 @@ class RayMemory(ResidualMemory):
 
     def estimate_bytes(self, rows: int, width: int, num_outputs: int) -> dict[str, int]:
         # The shards hold the rows: this process only those on their way.
-        return {"underway": min(_BYTES_UNDERWAY, rows * (width + num_outputs + 4) * 4)}
+        return {"underway": min(BYTES_UNDERWAY, rows * (width + num_outputs + 4) * 4)}
 
     # -- disk
 
@@ -299,7 +292,7 @@ class RayMemory(ResidualMemory):
         ids, order = torch.cat(owned).sort()
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).split([len(o) for o in owned])
         first = next(shard for shard, own in enumerate(owned) if len(own))
-        sample = self._rows_of(first, 0, 1)
+        sample = self._shards.rows(first, 0, 1)
 
         def streamed(name: str) -> storage.Streamed:
             step = max(1, _CHUNK_BYTES // max(1, sample[name].nbytes))
@@ -307,12 +300,12 @@ class RayMemory(ResidualMemory):
             def parts() -> Iterator[tuple[Tensor, Tensor]]:
                 for shard, own in enumerate(places):
                     for start in range(0, len(own), step):
-                        yield own[start : start + step], self._rows_of(shard, start, start + step, name)[name]
+                        yield own[start : start + step], self._shards.rows(shard, start, start + step, [name])[name]
 
             return storage.Streamed((len(ids), *sample[name].shape[1:]), sample[name].dtype, parts)
 
         values = self._template.values_config(self._shape[1]).build(self.task, self._shape[1])
-        (index, _) = self._reached().one(first, "index")
+        index, _ = self._shards.pool.one(first, "index")
         described = manifest(
             self.task,
             self.params,
@@ -398,7 +391,7 @@ class RayMemory(ResidualMemory):
             replicas=config.replicas,
             on_shard_loss=on_shard_loss,
         )
-        memory._pool, memory._pool_name = pool, name
+        memory._shards.use(pool)
         states = pool.everywhere("state")
         memory.learn(states)
         memory._built = all(state["built"] for replicas in states for state in replicas if state["rows"])
@@ -410,11 +403,8 @@ class RayMemory(ResidualMemory):
 
     def shutdown(self) -> None:
         """End the actors and delete what they kept, for all processes that use them. What was saved stays."""
-        if self._pool_name is not None:
-            self._underway.clear()
-            self._reached().close()
-            self._pool, self._pool_name = None, None
-            self._reset()
+        self._shards.close()
+        self._reset()
 
     def join(self, group: dist.ProcessGroup) -> None:
         together.join(self, group)
@@ -423,79 +413,40 @@ class RayMemory(ResidualMemory):
         together.gather(self, group)
 
     def publish(self) -> None:
-        if self._pool_name is not None:
-            self._publish()
-            self.flush()
+        if self._shards.name is not None:
+            params = None if self._params is None else asdict(self._params)
+            about = json.dumps({"params": params, "tunable": self.tunable, "provenance": self.provenance})
+            self._shards.send_all("describe", {"about": torch.frombuffer(bytearray(about.encode()), dtype=torch.uint8)})
+            self._shards.flush()
 
     # -- for the ranks of a job: see `together.py`
+
+    @property
+    def shards(self) -> ShardClient:
+        """The way to the pool."""
+        return self._shards
 
     @property
     def shape(self) -> tuple[int, int] | None:
         """`(D, C)`, as far as this process knows."""
         return self._shape
 
-    def open(self, hosts: Collection[str] = ()) -> tuple[str, str, str]:
-        """Reach the pool, or make it.
-
-        Args:
-            hosts: The machines of the job; this one by default.
-
-        Returns:
-            The address of the cluster, the name of the pool, and Ray's mode of authentication: for `follow`.
-        """
-        from lightning_resmem.memory import pool as pools
-
-        config = self._config
-        places = config.num_shards * config.replicas
-        address = pools.reach(self._address, hosts, cpus=places * config.cpus_per_shard)
-        if self._pool is None and self._pool_name is not None:
-            self._pool = pools.Pool.find(self._pool_name, config.namespace, config.request_timeout_s)
-        elif self._pool is None:
-            token = f"{config.name or 'resmem'}-{uuid.uuid4().hex[:8]}"
-            root = config.storage_path or f"{tempfile.gettempdir()}/lightning_resmem"
-            name = config.name or token
-            made = replace(config, name=name, storage_path=f"{root.rstrip('/')}/{token}", detached=bool(config.name))
-            self._pool, self._pool_name = pools.Pool.create(made, config.request_timeout_s), name
-            if not made.detached:
-                # Actors end with this process in any case; what they keep on disk would stay.
-                close = weakref.finalize(self, pools.Pool.close, self._pool)
-                atexit.register(close)  # before Ray's own, which was registered when it was imported
-        assert self._pool_name is not None
-        return address, self._pool_name, os.environ.get("RAY_AUTH_MODE", "disabled")
-
-    def follow(self, address: str, name: str) -> None:
-        """Use the pool that another process has made."""
-        if (self._pool_name, self._pool is None) != (name, False):
-            self._address, self._pool_name, self._pool = address, name, None
-            self.open()
-
-    def flush(self) -> None:
-        """Wait until all changes that this process made are kept by the shards."""
-        while self._underway:
-            self._reached().confirm(self._underway.popleft())
-
-    def known(self) -> list[list[int]]:
-        """The last change that each replica of each shard has acknowledged."""
-        return self._reached().known
-
     def agree(self, known: list[list[int]], shape: tuple[int, int] | None) -> None:
         """Take in what another process knows."""
-        own = self._reached().known
-        for shard, numbers in enumerate(known):
-            own[shard] = [max(pair) for pair in zip(own[shard], numbers, strict=True)]
+        self._shards.agree(known)
         if self._shape is not None and shape is not None and self._shape != shape:
             raise InputError(f"Ranks hold rows of widths {self._shape} and {shape}: does the model differ by rank?")
         self._shape = self._shape or shape
 
     def build_shards(self) -> list[list[dict[str, Any]]]:
         """Build all shards; what `learn` wants, for each replica of each."""
-        self.flush()
+        self._shards.flush()
         if self._shape is None:
             raise EmptyMemoryError("The memory is empty: add(embeddings, outputs, targets) before it is used.")
         from lightning_resmem.memory.building import build
 
         self.publish()
-        states = build(self._reached(), self._config.index, self.show_progress)
+        states = build(self._shards.pool, self._shards.config.index, self.show_progress)
         if not any(state["rows"] for (state, *_) in states):
             raise EmptyMemoryError("The memory is empty: add(embeddings, outputs, targets) before it is used.")
         return states
@@ -515,95 +466,47 @@ class RayMemory(ResidualMemory):
         self._forget()
         self._rows, self._last_id, self._built = 0, -1, False
         self._shape = None
-        self._shard_rows = [0] * self._config.num_shards
-
-    def _reached(self) -> "Pool":
-        if self._pool is None:
-            self.open()
-        assert self._pool is not None
-        return self._pool
+        self._shard_rows = [0] * self._shards.config.num_shards
 
     @property
     def _is_partial(self) -> bool:
-        return self._config.on_shard_loss == "partial"
+        return self._shards.config.on_shard_loss == "partial"
 
     def _ask(self, method: str, *arguments: Any) -> list[Any]:
         """The answers of all shards, None of those that are left out."""
         self.build()
         partial = self._is_partial and method == "weighted_sums"
-        return self._reached().ask(method, lambda shard: arguments, partial).result()
-
-    def _ask_owners(self, method: str, ids: Tensor) -> list[tuple[Tensor, Any]]:
-        """Of each shard that owns some of the ids `(n,)`: their positions, and its answer."""
-        self.build()
-        parts = split(ids, self._config.num_shards)
-        wanted = [(ids[part].numpy(),) if len(part) else None for part in parts]
-        answers = self._reached().ask(method, lambda shard: wanted[shard]).result()
-        return [(part, answer) for part, answer in zip(parts, answers, strict=True) if len(part)]
+        return self._shards.ask(method, *arguments, partial=partial).result()
 
     def _stored(self, ids: Tensor) -> dict[str, Tensor]:
         """Rows as they are stored, in the order of `ids` `(n,)`."""
-        rows = {name: tensor[:0].new_empty(len(ids), *tensor.shape[1:]) for name, tensor in self._any_row().items()}
-        for positions, data in self._ask_owners("fetch", ids):
+        self.build()
+        sample = self._shards.rows(next(shard for shard, rows in enumerate(self._shard_rows) if rows), 0, 1)
+        rows = {name: row.new_empty(len(ids), *row.shape[1:]) for name, row in sample.items()}
+        for positions, data in self._shards.ask_owners("fetch", ids):
             for name, tensor in safetensors.torch.load(data).items():
                 rows[name][positions] = tensor
         return rows
 
-    def _any_row(self) -> dict[str, Tensor]:
-        """A row as it is stored: which tensors there are, and of what kind."""
-        self.build()
-        return self._rows_of(next(shard for shard, rows in enumerate(self._shard_rows) if rows), 0, 1)
-
-    def _rows_of(self, shard: int, start: int, stop: int, *names: str) -> dict[str, Tensor]:
-        loaded: dict[str, Tensor] = safetensors.torch.load(self._reached().one(shard, "stored", start, stop, names))
-        return loaded
-
     def _query_rows(self, ids: Tensor) -> Tensor:
         return self._stored(as_ids(ids).cpu())["keys"].float()
-
-    def _has(self, ids: Tensor) -> Tensor:
-        found = torch.zeros(len(ids), dtype=torch.bool)
-        for positions, has in self._ask_owners("has", ids):
-            found[positions] = torch.from_numpy(has.copy())
-        return found
 
     def _check_known(self, ids: Tensor) -> None:
         if len(ids) and not len(self):
             raise InputError(f"ids {ids[:5].tolist()} are not in the memory: it is empty.")
         if len(ids):
-            unknown = ids[~self._has(ids)][:5].tolist()
+            self.build()
+            unknown = ids[~self._shards.has(ids)][:5].tolist()
             if unknown:
                 raise InputError(f"ids {unknown} are not in the memory. `memory.ids` lists those that are.")
 
     def _send(self, operation: str, rows: dict[str, Tensor], extra: dict[str, Tensor] | None = None) -> None:
-        """Send each shard what concerns its rows; `flush` waits until they have it."""
-        for shard, part in enumerate(split(rows["ids"], self._config.num_shards)):
-            if len(part):
-                mine = {name: tensor.cpu()[part].contiguous() for name, tensor in rows.items()}
-                self._write(shard, operation, mine | (extra or {}))
+        self._shards.send(operation, rows, extra)
         self._built = False
-
-    def _write(self, shard: int, operation: str, tensors: dict[str, Tensor]) -> None:
-        pool = self._reached()
-        self._underway.extend(pool.write(shard, operation, safetensors.torch.save(tensors)))
-        while sum(write.size for write in self._underway) > _BYTES_UNDERWAY:
-            pool.confirm(self._underway.popleft())
-
-    def _publish(self) -> None:
-        params = None if self._params is None else asdict(self._params)
-        about = json.dumps({"params": params, "tunable": self.tunable, "provenance": self.provenance})
-        data = torch.frombuffer(bytearray(about.encode()), dtype=torch.uint8)
-        for shard in range(self._config.num_shards):
-            self._write(shard, "describe", {"about": data})
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy asks the same shards, which end with the process that made them.
-        self.flush()
-        return {**self.__dict__, "_pool": None}
 
     def __repr__(self) -> str:
         rows = "empty" if self._shape is None else f"{len(self)} rows x {self._shape[0]}, {self._shape[1]} outputs"
-        return f"{type(self).__name__}({rows}, num_shards={self._config.num_shards})"
+        return f"{type(self).__name__}({rows}, num_shards={self._shards.config.num_shards})"
 
 
 class PendingSearch:

@@ -25,11 +25,11 @@ def join(memory: "RayMemory", group: dist.ProcessGroup) -> None:
     """
     hosts: list[str] = [""] * dist.get_world_size(group)
     dist.all_gather_object(hosts, socket.gethostname(), group=group)
-    address, name, mode = _on_rank_zero(lambda: memory.open(hosts), group)
+    address, name, mode = _on_rank_zero(lambda: memory.shards.open(hosts), group)
     if dist.get_rank(group):
         # Ray reads this when it is imported; the token itself is in a file that ranks of one machine share.
         os.environ.setdefault("RAY_AUTH_MODE", mode)
-        memory.follow(address, name)
+        memory.shards.follow(address, name)
 
 
 def gather(memory: "RayMemory", group: dist.ProcessGroup) -> None:
@@ -40,14 +40,14 @@ def gather(memory: "RayMemory", group: dist.ProcessGroup) -> None:
     """
     failure = None
     try:
-        memory.flush()
+        memory.shards.flush()
     except ResMemError as error:
         failure = error
     outcomes: list[tuple[str | None, list[list[int]], tuple[int, int] | None]] = [(None, [], None)] * len(
         dist.get_process_group_ranks(group)
     )
     text = None if failure is None else f"{type(failure).__name__}: {failure}"
-    dist.all_gather_object(outcomes, (text, memory.known(), memory.shape), group=group)
+    dist.all_gather_object(outcomes, (text, memory.shards.known(), memory.shape), group=group)
     if failure is not None:
         raise failure
     for rank, (failed, known, shape) in enumerate(outcomes):

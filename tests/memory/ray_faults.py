@@ -22,14 +22,16 @@ import torch
 from ray.cluster_utils import Cluster
 
 from lightning_resmem import LocalMemory, RayMemory, ResMemError, ResMemParams
+from lightning_resmem.memory.sharding import split
 
 ROWS, WIDTH, CLASSES = 4000, 16, 10
 PARAMS = ResMemParams(k=12, sigma=2.0)
 SECONDS = 90.0  # for what has to work, on a busy machine
+# A killed node refuses connections at once; one that is merely slow has time.
 HEALTH = {
     "health_check_initial_delay_ms": 500,
-    "health_check_period_ms": 300,
-    "health_check_timeout_ms": 500,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 5000,
     "health_check_failure_threshold": 3,
 }
 
@@ -96,7 +98,7 @@ def killed_while_filling(world: World) -> dict[str, Any]:
     """Rows arrive, an actor dies, more rows arrive, another dies while it builds."""
     memory = world.memory()
     world.fill(memory, 0, 2000)
-    memory.flush()
+    memory.shards.flush()
     os.kill(pids(memory)[0], signal.SIGKILL)
     world.fill(memory, 2000, ROWS)
     second = pids(memory)[1]
@@ -152,7 +154,7 @@ def edits_survive(world: World) -> dict[str, Any]:
     memory.add(world.keys[:1] + 100, world.outputs[:1], world.targets[:1], torch.tensor([ROWS]))
     memory.remove([ROWS, 5])
     memory.update([6], targets=(world.targets[6:7] + 1) % CLASSES)
-    memory.flush()
+    memory.shards.flush()
     os.kill(pids(memory)[0], signal.SIGKILL)
     local = LocalMemory(params=PARAMS)
     local.add(world.keys, world.outputs, world.targets)
@@ -193,12 +195,12 @@ def rows_lost(world: World) -> dict[str, Any]:
     def has_copied() -> bool:
         memory(world.queries)
         try:
-            return bool(ray.get(memory._pool.actors[0][1].state.remote(), timeout=SECONDS)["rows"] == ROWS)
+            return bool(ray.get(memory.shards.pool.actors[0][1].state.remote(), timeout=SECONDS)["rows"] == ROWS)
         except ray.exceptions.RayError:
             return False
 
     found["copied"] = until(has_copied)
-    os.kill(ray.get(memory._pool.actors[0][0].ping.remote(), timeout=SECONDS)[1], signal.SIGKILL)
+    os.kill(ray.get(memory.shards.pool.actors[0][0].ping.remote(), timeout=SECONDS)[1], signal.SIGKILL)
     found["right from the copy"] = world.is_right(memory)
     memory.shutdown()
     return found
@@ -247,15 +249,14 @@ def node_dies_and_its_shard_moves(world: World) -> dict[str, Any]:
 
 def no_place_left(world: World) -> dict[str, Any]:
     """A node dies and no other has room: an error in time, or an answer from the rest, until a node comes back."""
-    memory = world.memory(2, cpus_per_shard=2, request_timeout_s=4.0, storage_path=world.directory / "shards")
-    memory._config = type(memory._config)(**{**vars(memory._config), "request_timeout_s": SECONDS})
-    memory.open()
+    memory = world.memory(2, cpus_per_shard=2)
+    memory.shards.open()
     world.fill(memory)
     memory.build()
     twin = world.memory(2, on_shard_loss="partial")
-    twin.follow(ray.get_runtime_context().gcs_address, memory._pool_name)
-    twin.learn(memory._pool.everywhere("state"))
-    memory._pool.timeout = twin._pool.timeout = 4.0
+    twin.shards.follow(ray.get_runtime_context().gcs_address, memory.shards.name)
+    twin.learn(memory.shards.pool.everywhere("state"))
+    memory.shards.pool.timeout = twin.shards.pool.timeout = 4.0
     nodes = [shard["node"] for shard in memory.stats()["shards"]]
     dying = next(node for node in world.nodes if node.node_id == nodes[0])
     world.cluster.remove_node(dying, False)
@@ -275,17 +276,16 @@ def no_place_left(world: World) -> dict[str, Any]:
         twin(world.queries)
     found["warnings"] = [str(warning.message) for warning in caught if "shard" in str(warning.message)]
     rest = LocalMemory(params=PARAMS)
-    from lightning_resmem.memory.sharding import split
-
     kept = split(torch.arange(ROWS), 2)[1]
     rest.add(world.keys[kept], world.outputs[kept], world.targets[kept], kept)
     found["partial is right"] = torch.equal(partial.ids, rest.search(world.queries, 12).ids)
     found["partial is right"] &= torch.equal(again.ids, partial.ids)
+    found["alive"] = [shard["alive"] for shard in twin.stats()["shards"]]
     found["metrics"], found["share"] = twin.metrics(), len(kept) / ROWS
     world.nodes[world.nodes.index(dying)] = world.add_node()
     found["comes back"] = until(lambda: twin.metrics()["resmem/coverage"] == 1.0)
     found["right"] = world.is_right(twin)
-    memory._pool.timeout = SECONDS
+    memory.shards.pool.timeout = SECONDS
     found["right for the other"] = world.is_right(memory)
     memory.shutdown()
     return found
@@ -298,7 +298,7 @@ for name in (None, "kept"):
     memory = RayMemory(1, name=name, address=sys.argv[1], storage_path=sys.argv[2], request_timeout_s=90.0)
     memory.add(torch.eye(3), torch.zeros(3, 3), torch.arange(3))
     memory.build()
-    print(memory._pool_name, memory.stats()["shards"][0]["pid"], flush=True)
+    print(memory.shards.name, memory.stats()["shards"][0]["pid"], flush=True)
 sys.stdin.read()
 """
 

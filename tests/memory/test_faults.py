@@ -92,6 +92,7 @@ def test_partial_answers_say_so(found: Found) -> None:
     assert result["partial is right"]
     assert result["second partial answer after"] < 2.0
     assert result["metrics"] == {"resmem/shards_alive": 1.0, "resmem/coverage": pytest.approx(result["share"])}
+    assert result["alive"] == [False, True]
     assert len(result["warnings"]) == 1
     assert "shard 0" in result["warnings"][0]
 

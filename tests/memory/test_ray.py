@@ -43,14 +43,13 @@ def pools(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     options: dict[str, Any] = {"params": PARAMS, "storage_path": path, "request_timeout_s": SECONDS}
     made = {str(count): RayMemory(count, **options) for count in SHARDS}
     largest = made[str(max(SHARDS))]
-    _, name, _ = largest.open()
+    largest.shards.open()
     for count in SHARDS[:-1]:
-        config = replace(largest._pool.config, num_shards=count)
-        made[str(count)]._pool_name = name
-        made[str(count)]._pool = Pool(config, largest._pool.actors[:count], SECONDS)
+        config = replace(largest.shards.pool.config, num_shards=count)
+        made[str(count)].shards.use(Pool(config, largest.shards.pool.actors[:count], SECONDS))
     kinds = {"index": FaissIndex("IVF4,Flat", nprobe=4), "values": SparseConfig(CLASSES), "key_dtype": torch.bfloat16}
     made["other"] = RayMemory(2, **options, **kinds)
-    made["other"].open()
+    made["other"].shards.open()
     yield made
     largest.shutdown()
     made["other"].shutdown()
@@ -68,7 +67,7 @@ def two(pools: dict[str, RayMemory]) -> RayMemory:
 
 
 def cleared(memory: RayMemory) -> RayMemory:
-    pool = memory._pool
+    pool = memory.shards.pool
     # Another memory may have changed the shards since.
     pool.known = [[answer["number"] for answer in replicas] for replicas in pool.everywhere("state")]
     memory.clear()
@@ -310,7 +309,7 @@ def test_a_named_pool_is_found_until_it_is_shut_down(ray_address: str, data: Dat
     memory.params, memory.provenance = PARAMS, {"fingerprint": "f"}
     memory.publish()
     with pytest.raises(InputError, match=r"RayMemory.connect\('shared'\)"):
-        RayMemory(2, name="shared", storage_path=tmp_path, request_timeout_s=SECONDS).open()
+        RayMemory(2, name="shared", storage_path=tmp_path, request_timeout_s=SECONDS).shards.open()
     del memory
     found = RayMemory.connect("shared", request_timeout_s=SECONDS)
     data.check(found, 1e-5)
@@ -381,6 +380,7 @@ def test_stats_and_metrics(two: RayMemory, data: Data) -> None:
     assert sum(shard["bytes"] for shard in shards) == stats["bytes"]
     assert len({shard["pid"] for shard in shards}) == 2
     for shard in shards:
+        assert shard["alive"]
         assert shard["restarts"] == 0
         assert shard["searches"] >= 1
         assert 0 < shard["search_p50_ms"] <= shard["search_p99_ms"]
@@ -415,7 +415,7 @@ def test_an_index_is_trained_once_for_all_shards(
 
     indexes = [
         faiss.deserialize_index(np.frombuffer(ray.get(actor.index.remote(0), timeout=SECONDS)[1], np.uint8))
-        for (actor,) in memory._pool.actors
+        for (actor,) in memory.shards.pool.actors
     ]
     centroids = [index.quantizer.reconstruct_n(0, 4) for index in indexes]
     np.testing.assert_array_equal(centroids[0], centroids[1])
