@@ -14,6 +14,7 @@ from lightning_resmem.functional import (
     negative_log_likelihood,
     neighbor_weights,
     probabilities,
+    proper_probabilities,
     residuals,
     weighted_labels,
     weighted_residual,
@@ -312,6 +313,11 @@ def check_log_predictions(combined: Tensor, base: Tensor) -> None:
 def test_log_predictions_are_a_distribution_with_the_argmax_of_f(seed, dtype, classes, strength):
     base, combined = combined_predictions(np.random.default_rng(seed), 7, classes, strength, dtype)
     check_log_predictions(combined, base)
+    proper = proper_probabilities(combined, base)
+    np.testing.assert_allclose(proper, log_predictions(combined, base).exp(), rtol=1e-4, atol=1e-6)
+    assert torch.equal(proper.argmax(dim=1), combined.argmax(dim=1))
+    assert proper.min() >= 0
+    assert proper.max() <= 1
     logs, expected = log_predictions(combined, base), oracle.log_predictions(float64(combined), float64(base))
     # Where the base gives less than the smallest normal number, the oracle goes down to -inf and we stop before.
     stopped = expected < np.log(torch.finfo(dtype).tiny)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAUROC
 
 from lightning_resmem import HeadError, LocalMemory, ResMemCallback, ResMemParams, ResMemWarning
 from lightning_resmem.tasks import TASKS
@@ -75,6 +76,33 @@ def test_predictions_that_are_changed_in_place_are_scored_as_they_were(route, tm
     (logged,) = run.test(model, datamodule=data, verbose=False)
     check(logged, wanted, "mse")
     assert logged["test_score"] == pytest.approx(100 * wanted["resmem" if route else "base"], rel=1e-4)
+
+
+def test_what_a_run_showed(tmp_path):
+    """The user's own metrics, and everything that is not shown at a glance."""
+    auroc = MulticlassAUROC(4)
+    run, model, data, _ = fitted(CallsSelf, tmp_path, metrics={"auroc": auroc})
+    callback = run.callbacks[-1]
+    assert callback.evaluation is None
+    (logged,) = run.test(model, datamodule=data, verbose=False)
+    seen = callback.evaluation
+    assert seen.rows == 50
+    assert seen.shown_scores() == pytest.approx({name: logged[name] for name in logged if "/" in name})
+    assert logged["test/nll_resmem"] == pytest.approx(logged["test_loss"], rel=1e-5)
+    predicted = torch.cat(run.predict(model, datamodule=data)).softmax(dim=1)
+    assert callback.evaluation is seen
+    assert logged["test/auroc_resmem"] == pytest.approx(auroc(predicted, data.test[1]).item(), abs=1e-4)
+    alone = trainer(tmp_path).predict(model, datamodule=data)
+    turned = predicted.argmax(dim=1) != torch.cat(alone).argmax(dim=1)
+    for flip in seen.flips:
+        assert turned[flip.position]
+        assert data.test[1][flip.position] == flip.target
+    either = sum((seen.scores["positive_flip_rate"], seen.scores["negative_flip_rate"]))
+    assert len(seen.flips) == round(50 * either) > 0
+    run.validate(model, datamodule=data, verbose=False)
+    assert (callback.evaluation.prefix, callback.evaluation.rows) == ("val", 40)
+    (again,) = trainer(tmp_path).test(callback.module, datamodule=data, verbose=False)
+    assert again == pytest.approx(seen.shown_scores())
 
 
 class MoreRows(CallsSelf):
