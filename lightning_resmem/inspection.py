@@ -169,7 +169,7 @@ def _summary(memory: LocalMemory, path: Path, verified: bool) -> dict[str, dict[
         "Comes from": {
             "Head": provenance.get("head", "not known"),
             "Embedding": provenance.get("embedding", "the head's input"),
-            "Weights": provenance.get("fingerprint", "not known")[:16],
+            "Fingerprint": provenance.get("fingerprint", "not known")[:16],
         },
     }
 

@@ -113,7 +113,7 @@ def test_summary(tmp_path):
         "gate bias 0, distance -1, confidence 0",
         "Head net.fc",
         "Embedding the head's input",
-        "Weights 0123456789abcdef",
+        "Fingerprint 0123456789abcdef",
         "Index exact",
         "Files checksums match",
     ):
@@ -309,8 +309,12 @@ def test_browser_shows_the_page(tmp_path):
     # Nothing sticks out of a narrow screen: asked of the browser by a script, which the page's own policy would stop.
     html = page.read_text(encoding="utf-8")
     html = re.sub(r"<meta http-equiv[^>]*>", "", html)
-    script = "document.title = document.documentElement.scrollWidth + ' of ' + window.innerWidth"
+    script = """const parts = [...document.querySelectorAll("dl, figure, header")];
+        const cut = parts.filter(part => part.scrollWidth > part.clientWidth);
+        document.title = `${document.documentElement.scrollWidth} of ${window.innerWidth}, ${cut.length} cut`"""
     (tmp_path / "asked.html").write_text(html.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
-    answer = browse(tmp_path / "asked.html", tmp_path, "360,900", "--dump-dom")
-    ((needed, there),) = re.findall(r"<title>(\d+) of (\d+)</title>", answer)
-    assert int(needed) <= int(there) <= 500
+    for size in ("360,900", "1100,900"):
+        answer = browse(tmp_path / "asked.html", tmp_path, size, "--dump-dom")
+        ((needed, there, cut),) = re.findall(r"<title>(\d+) of (\d+), (\d+) cut</title>", answer)
+        assert int(needed) <= int(there)
+        assert int(cut) == 0
