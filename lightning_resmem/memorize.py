@@ -187,7 +187,9 @@ class Memorizer:
             with reading.ranks.together("reaching the memory"):
                 memory.join(reading.ranks.group)
         reading.run(parts, lambda chunk: memory.add(*chunk), "collecting training rows")
-        with reading.ranks.together("building the memory"), working(reading.show_progress, "building the memory"):
+        memory.show_progress = reading.show_progress
+        show = reading.show_progress and isinstance(memory, LocalMemory)  # others tell how far their parts are
+        with reading.ranks.together("building the memory"), working(show, "building the memory"):
             if reading.ranks.group is not None:
                 memory.gather(reading.ranks.group)
             if not len(memory):

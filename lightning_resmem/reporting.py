@@ -17,7 +17,7 @@ from lightning_resmem.memory.base import ResidualMemory
 from lightning_resmem.module import evaluation_loaders
 from lightning_resmem.pictures import picture_lookup
 from lightning_resmem.progress import shows_progress
-from lightning_resmem.summary import chosen_flip_rate, evaluation_summary, memory_summary
+from lightning_resmem.summary import chosen_flip_rate, evaluation_summary, memory_summary, num_shards
 from lightning_resmem.tuning import TuningResult
 
 
@@ -64,7 +64,7 @@ class Report:
             stats = memory.stats()
             numbers = {
                 f"{self._name}/{name}": value for name, value in memory_numbers(memory, stats, tuning, seconds).items()
-            }
+            } | memory.metrics()
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in numbers.items()})
             if not trainer.is_global_zero:
                 return
@@ -101,6 +101,7 @@ class Report:
     def _evaluated(self, trainer: L.Trainer, memory: ResidualMemory, evaluation: Evaluation, loader: Any) -> None:
         shown = evaluation.shown_scores()  # the trainer has logged them
         others = {name: value for name, value in evaluation.named_scores().items() if name not in shown}
+        others |= memory.metrics()
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in others.items()})
         if not trainer.is_global_zero:
             return
@@ -141,7 +142,7 @@ def memory_numbers(
     if stats.get("recall") is not None:
         numbers["recall"] = stats["recall"]
     if "shards" in stats:
-        numbers["shards"] = len(stats["shards"])
+        numbers["shards"] = num_shards(stats)
     numbers.update({name: value for name, value in asdict(memory.params).items() if isinstance(value, int | float)})
     if tuning is not None:
         numbers.update(

@@ -98,8 +98,13 @@ def _describe(stats: dict[str, Any]) -> str:
     if stats.get("recall") is not None:
         words.append(f"recall {stats['recall']:.3f}")
     if "shards" in stats:
-        words.append(f"{len(stats['shards'])} shards")
+        words.append(f"{num_shards(stats)} shards")
     return "memory: " + ", ".join(words)
+
+
+def num_shards(stats: dict[str, Any]) -> int:
+    """How many shards a memory has, whatever the number of their replicas."""
+    return len({shard["shard"] for shard in stats["shards"]})
 
 
 def _long(stem: str) -> str:

@@ -51,7 +51,7 @@ def test_without_tuning_there_is_no_table():
 
 
 def test_recall_and_shards_where_there_are_any():
-    stats = {**STATS, "recall": 0.984, "shards": [{}, {}, {}]}
+    stats = {**STATS, "recall": 0.984, "shards": [{"shard": shard} for shard in (0, 0, 1, 1, 2, 2)]}
     assert "recall 0.984, 3 shards" in printed(memory_summary(stats, 1.0, None))
     assert "recall" not in printed(memory_summary({**STATS, "recall": None}, 1.0, None))
 
