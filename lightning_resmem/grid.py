@@ -174,9 +174,9 @@ class GridSearch:
 
     def _within_noise(self, indices: Tensor, best: int, gain: Tensor) -> Tensor:
         """Which settings are within the noise of the best one, by the differences of the rows; `(n,)`, bool."""
-        against = self._sweep.measure([self.settings[index] for index in indices.tolist()], self.settings[best])
+        squares = self._sweep.squared_differences(indices, best)
         below = gain[best] - gain[indices]
-        return below <= self._noise * selection.standard_error(against.squares, below, self.rows) + 1e-9
+        return below <= self._noise * selection.standard_error(squares, below, self.rows) + 1e-9
 
 
 def _half_steps(candidates: Sequence[float], center: float) -> tuple[float, ...]:

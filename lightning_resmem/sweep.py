@@ -49,7 +49,7 @@ class Measured(NamedTuple):
         score: The task's score.
         loss: The task's loss.
         lost: The share of answers (in multilabel tasks of labels) that the base had right and the setting has wrong.
-        squares: Squared difference of a row's score to that of the reference.
+        squares: Squared difference of a row's score to that of the base.
         loss_gain: How much lower the loss is than that of the base at the same softmax_temperature.
         loss_squares: Squares of that.
     """
@@ -111,35 +111,50 @@ class Sweep:
         base = self.task.predict(rows.outputs)
         self._base_score = self.task.score(base, rows.targets)
         self._base_right = None if isinstance(self.task, Regression) else is_right(base, rows.targets)
+        self._scores: list[Tensor] = []  # of the rows of this rank, for every setting
         self.counts_flips = self._base_right is not None
         self._order = gather(self.task.loss(base, base, rows.targets)).argsort(stable=True)
         self._all_targets = gather(rows.targets)[self._order]
 
-    def measure(self, settings: Sequence[ResMemParams], reference: ResMemParams | None = None) -> Measured:
-        """Score and loss of each setting.
-
-        Args:
-            settings: Without gates; `k` at most the largest of `ks`.
-            reference: What `squares` compares with; the base by default.
-        """
-        against = self._base_score if reference is None else self._scores(reference)
+    def measure(self, settings: Sequence[ResMemParams]) -> Measured:
+        """Score and loss of each setting, without gates; `k` at most the largest of `ks`."""
         sums = torch.zeros(len(settings), len(Measured._fields), dtype=torch.float64)
+        kept = torch.bool if type(self.task) is Multiclass else self._base_score.dtype  # 0 and 1 need no more
+        all_scores = torch.empty(len(settings), len(self._targets), dtype=kept, device=self._base_score.device)
+        self._scores.append(all_scores)
         for indices, strengths, base, residual in self._each(settings if len(self._targets) else []):
             base_loss = self.task.loss(base, base, self._targets)
             scores, losses, lost = self._judge(base, residual, strengths)
+            all_scores[indices] = scores.to(kept)
             gains = (base_loss - losses).double()
             sums[indices] = torch.stack(
                 [
                     scores.sum(dim=1, dtype=torch.float64),
                     losses.sum(dim=1, dtype=torch.float64),
                     lost,
-                    (scores - against).double().square().sum(dim=1),
+                    (scores - self._base_score).double().square().sum(dim=1),
                     gains.sum(dim=1),
                     gains.square().sum(dim=1),
                 ],
                 dim=1,
             ).cpu()
         return Measured(*(self._gather(sums[None]).sum(dim=0) / self.num_rows).T)
+
+    def squared_differences(self, indices: Tensor, reference: int) -> Tensor:
+        """Mean squared difference of the rows' scores with two settings.
+
+        Args:
+            indices: Of settings, in the order in which they were measured, shape `(n,)`.
+            reference: Of the setting to compare with.
+
+        Returns:
+            Shape `(n,)`, float64, on the CPU.
+        """
+        scores = torch.cat(self._scores)
+        against = scores[reference].float()
+        squares = [(scores[index].float() - against).square().sum(dtype=torch.float64) for index in indices.tolist()]
+        sums: Tensor = self._gather(torch.stack(squares)[None].cpu()).sum(dim=0) / self.num_rows
+        return sums
 
     def values(self, settings: Sequence[ResMemParams], objective: MetricObjective) -> Tensor:
         """The metric's value for each setting, from the rows of all ranks; shape `(S,)`, float64."""
@@ -183,13 +198,6 @@ class Sweep:
         """Numbers that every rank computed from the same rows, of one rank: others may differ in the last digit."""
         agreed: list[float] = self._gather(torch.tensor([numbers], dtype=torch.float64))[0].tolist()
         return agreed
-
-    def _scores(self, setting: ResMemParams) -> Tensor:
-        """Score of each row, shape `(V,)`."""
-        if not len(self._targets):
-            return self._base_score
-        ((_, strengths, base, residual),) = self._each([setting])
-        return self._judge(base, residual, strengths)[0][0]
 
     def _search(self, memory: ResidualMemory, rows: Rows) -> Neighbors:
         k = self.ks[-1]
@@ -274,19 +282,22 @@ def multiclass_sweep(
     factors = torch.tensor(strengths, dtype=base.dtype, device=base.device)[:, None]  # (S, 1)
     right = torch.empty(len(strengths), rows, dtype=torch.bool, device=base.device)
     losses = base.new_empty(len(strengths), rows)
+    tiny = torch.finfo(base.dtype).tiny
     entries = _GPU_ENTRIES if base.is_cuda else _CPU_ENTRIES
     block = max(1, entries // (classes * len(strengths)))
     for start in range(0, rows, block):
         here = slice(start, start + block)
         first = base[here].T.contiguous()[:, None]  # (C, 1, b)
-        combined = (factors * residual[here].T.contiguous()[:, None]).add_(first)  # (C, S, b)
+        combined = torch.addcmul(first, factors, residual[here].T.contiguous()[:, None].to(base.dtype))  # (C, S, b)
         label = targets[here].expand(1, len(strengths), -1)
         top = combined.amax(dim=0)
         hit = combined.gather(0, label)[0] == top
-        if int((combined == top).sum()) > top.numel():  # of equal entries only the first is the prediction
+        if torch.count_nonzero(combined == top) > top.numel():  # of equal entries only the first is the prediction
             hit &= combined.argmax(dim=0) == label[0]
         right[:, here] = hit
-        raised = combined.maximum(_FLOOR * torch.minimum(first, top)).clamp_min_(torch.finfo(base.dtype).tiny)
+        # The floor of `functional.log_predictions`, multiplied and clamped before it has an entry for every strength.
+        floor = torch.minimum(*((_FLOOR * part).clamp_min(tiny) for part in (first, top)))
+        raised = torch.maximum(combined, floor, out=floor)
         losses[:, here] = raised.sum(dim=0).log() - raised.gather(0, label)[0].log()
     return right, losses
 

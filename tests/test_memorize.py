@@ -64,7 +64,7 @@ def test_loaders(tmp_path):
     data, model = Data(), make(CallsSelf)
     resmem = memorize(trainer(tmp_path), model, data.train_dataloader(), tuner=QUICK)
     assert len(resmem.memory) == 120
-    assert resmem.memory.params.k == 50, "measured: there was nothing to tune on"
+    assert resmem.memory.params == QUICK.tune_leave_one_out(resmem.memory).params
     resmem = memorize(trainer(tmp_path), model, data.train_dataloader(), data.val_dataloader(), tuner=QUICK)
     assert resmem.memory.params.k == 5
     two = [data.loader(data.train), data.loader(data.val)]
@@ -89,11 +89,17 @@ def test_a_datamodule_without_validation_rows(none, tmp_path):
 
     data = Without()
     resmem = memorize(trainer(tmp_path), make(CallsSelf), data, tuner=QUICK)
-    assert resmem.memory.params.k == 50
+    assert resmem.memory.params == QUICK.tune_leave_one_out(resmem.memory).params
     if none is not None:  # which the trainer itself refuses in fit
         callback = ResMemCallback(tuner=QUICK)
         trainer(tmp_path, callback).fit(make(CallsSelf), datamodule=data)
-        assert callback.memory.params.k == 50
+        assert callback.tuning.leave_one_out
+
+
+def test_a_memory_of_few_rows_is_not_tuned_on_its_own(tmp_path):
+    data, model = Data(), make(CallsSelf)
+    few = tuple(part[:49] for part in data.train)
+    assert memorize(trainer(tmp_path), model, data.loader(few), tuner=QUICK).memory.params.k == 50
 
 
 def test_the_datamodule_is_prepared_and_its_transfer_hooks_apply(tmp_path):

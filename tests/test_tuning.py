@@ -508,3 +508,168 @@ def test_on_digits_the_choice_helps_rows_that_it_has_not_seen(digits):
     combined = (memory.predict(digits.test.inputs, logits).argmax(1) == digits.test.targets).float().mean()
     assert base < 0.92
     assert combined > 0.97
+
+
+# -- beyond the grid
+
+
+def test_the_grid_is_refined_around_its_best_setting():
+    memory, validation = filled(count=200), rows(100, "multiclass", seed=2)
+    grid = {**GRID, "k": [3, 12, 48], "noise": 0, "sigma": [0.3]}
+    coarse = GridTuner(**grid).tune(memory, *validation)
+    fine = GridTuner(**{**grid, "refinements": 1}).tune(memory, *validation)
+    assert fine.table[: len(coarse.table)] == coarse.table
+    assert fine.refined == len(fine.table) - len(coarse.table) > 8
+    assert fine.score >= coarse.score
+    assert f"{fine.refined} of them around the best of the grid" in fine.summary()
+    for setting in fine.table[len(coarse.table) :]:
+        assert setting["sigma"] == coarse.params.sigma, "what has one candidate is fixed"
+        for name in ("k", "softmax_temperature", "strength"):
+            assert 0.5 <= setting[name] / getattr(coarse.params, name) <= 2
+    again = GridTuner(**{**grid, "refinements": 3}).tune(memory, *validation)
+    assert again.table[: len(fine.table)] == fine.table
+    assert again.refined > fine.refined
+
+
+def test_refinement_stays_within_what_was_searched():
+    result = GridTuner(k=[2, 50, 100]).tune(filled(count=6), *rows(60, "multiclass", seed=2))
+    assert {setting["k"] for setting in result.table} <= {2, 3, 6}
+
+
+@pytest.mark.parametrize(("task", "bound"), [("multiclass", 0.02), ("multilabel", 0.005)])
+def test_the_bound_on_lost_answers_is_kept(task, bound):
+    memory, (embeddings, outputs, targets) = filled(task, count=300), rows(200, task, seed=2)
+    free = GridTuner(noise=0).tune(memory, embeddings, outputs, targets)
+    bounded = GridTuner(noise=0, max_negative_flip_rate=bound).tune(memory, embeddings, outputs, targets)
+
+    def lost(params):
+        memory.params = params
+        base = right(memory.task.predict(outputs).numpy(), targets, task)
+        return float((base & ~right(memory.predict(embeddings, outputs).numpy(), targets, task)).mean())
+
+    assert lost(free.params) > bound >= lost(bounded.params)
+    assert free.score > bounded.score > bounded.base_score
+    allowed = [row["score"] for row in bounded.table if row["negative_flip_rate"] <= bound]
+    assert bounded.score == max(allowed)
+
+
+def test_a_bound_that_no_setting_keeps_switches_the_memory_off():
+    memory, validation = filled(count=300), rows(200, "multiclass", seed=2)
+    with pytest.warns(
+        ResMemWarning, match=r"no setting helps within max_negative_flip_rate=0 \(without that bound the"
+    ):
+        result = GridTuner(**{**GRID, "strength": [1.5]}, max_negative_flip_rate=0).tune(memory, *validation)
+    assert result.params.strength == 0
+    assert (result.score, result.best_objective) == (result.base_score, result.base_objective)
+
+
+def test_a_gain_that_is_luck_switches_the_memory_off():
+    """Random labels: of a thousand settings some gain, on most draws."""
+    lucky = 0
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        embeddings, outputs, _ = rows(300, "multiclass", seed=1)
+        memory = LocalMemory()
+        memory.add(embeddings, outputs, torch.randint(0, 3, (300,), generator=generator))
+        validation = rows(300, "multiclass", seed=10 + seed)
+        with pytest.warns(ResMemWarning, match="does not help"):
+            result = GridTuner().tune(memory, *validation)
+        assert result.params.strength == 0
+        best = max(row["score"] for row in result.table)
+        assert ("is within the noise" in result.summary()) <= (best > result.base_score)
+        lucky += GridTuner(noise=0, refinements=0).tune(memory, *validation).params.strength > 0
+    assert lucky, "without regard to noise the memory would stay on"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_negative_flip_rate", -0.1),
+        ("max_negative_flip_rate", 1.1),
+        ("max_negative_flip_rate", "0.1"),
+        ("refinements", -1),
+        ("refinements", 1.5),
+        ("refinements", True),
+        ("noise", -1),
+        ("noise", float("nan")),
+        ("noise", None),
+        ("gate", 1),
+    ],
+)
+def test_options_have_to_be_in_range(name, value):
+    with pytest.raises(InputError, match=f"{name}={value!r}: give"):
+        GridTuner(**{name: value})
+
+
+def test_a_regression_has_no_flips():
+    with pytest.raises(InputError, match=r"max_negative_flip_rate=0.1 is not for task=Regression"):
+        GridTuner(max_negative_flip_rate=0.1).check(TASKS["regression"]())
+
+
+# -- leave-one-out
+
+
+@pytest.mark.parametrize("task", TASK_NAMES)
+def test_leave_one_out_is_a_memory_without_the_row(task):
+    memory = filled(task, count=40)
+    embeddings, outputs, targets = rows(40, task, seed=1)
+    result = GridTuner(**GRID).tune_leave_one_out(memory)
+    assert result.leave_one_out
+    assert result.rows == 40
+    assert "on 40 rows of the memory, each left out of it" in result.summary()
+    for setting in result.table:
+        params = {name: setting[name] for name in AXES}
+        found = []
+        for row in range(40):
+            others = torch.arange(40) != row
+            query = embeddings[row : row + 1], outputs[row : row + 1]
+            combined = oracle.predict(embeddings[others], outputs[others], targets[others], *query, task=task, **params)
+            found.append(scores(combined.resmem, combined.base, targets[row : row + 1], task)[0])
+        assert setting["score"] == pytest.approx(np.mean(found), abs=1e-5)
+
+
+def test_leave_one_out_draws_rows_and_does_so_again():
+    memory = filled(count=100)
+    result = GridTuner(**GRID).tune_leave_one_out(memory, rows=60, seed=1)
+    assert result.rows == 60
+    assert GridTuner(**GRID).tune_leave_one_out(memory, rows=60, seed=1) == result
+    assert GridTuner(**GRID).tune_leave_one_out(memory, rows=60, seed=2) != result
+
+
+def test_a_row_that_does_not_find_itself_loses_its_farthest_neighbour():
+    """Of many equal rows the search may return others."""
+    memory = LocalMemory()
+    memory.add(torch.zeros(60, 2), torch.zeros(60, 2), torch.arange(60) % 2)
+    result = GridTuner(k=[1, 2], refinements=0).tune_leave_one_out(memory)
+    assert {setting["k"] for setting in result.table} == {1, 2}
+
+
+def test_leave_one_out_takes_two_rows():
+    memory = LocalMemory()
+    memory.add(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([0]))
+    with pytest.raises(InputError, match="has 1 rows: leaving one out takes at least two"):
+        GridTuner().tune_leave_one_out(memory)
+    with pytest.raises(InputError, match="rows=0"):
+        GridTuner().tune_leave_one_out(filled(), rows=0)
+
+
+@pytest.mark.parametrize("objective", ["accuracy", "f1"])
+@pytest.mark.parametrize("gate", [False, True])
+def test_ranks_leave_out_the_same_rows_and_agree_with_one_process(objective, gate):
+    memory, tuner = filled(count=90), GridTuner(**{**GRID, "noise": 1}, objective=objective, gate=gate)
+    alone = tuner.tune_leave_one_out(memory, rows=70)
+    together, found = Together(3), [None] * 3
+
+    def work(rank):
+        found[rank] = tuner.tune_leave_one_out(memory, 70, 0, together.gather(rank), rank, 3)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[0] == found[1] == found[2]
+    assert found[0].params == alone.params
+    assert found[0].score == pytest.approx(alone.score)
+    for setting, expected in zip(found[0].table, alone.table, strict=True):
+        assert setting == pytest.approx(expected, rel=1e-5, abs=1e-6)
