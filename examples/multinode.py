@@ -11,11 +11,11 @@ import argparse
 import logging
 import os
 import signal
+import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any
 
 import lightning.pytorch as L
@@ -47,7 +47,7 @@ class KillNode(L.Callback):
             return
         others = {node.node_id: node for node in self._cluster.list_all_nodes() if not node.head}
         shard = next(shard for shard in self._memory.stats()["shards"] if shard["node"] in others)
-        print(f"Before batch {batch_idx} node {short(shard['node'])} is killed, with shard {shard['shard']}")
+        tell(f"Before batch {batch_idx} node {short(shard['node'])} is killed, with shard {shard['shard']}")
         self._cluster.remove_node(others[shard["node"]], allow_graceful=False)
         with suppress(ProcessLookupError):  # a machine takes its processes along, a simulated one only soon
             os.kill(shard["pid"], signal.SIGKILL)
@@ -59,18 +59,15 @@ def short(node_id: str) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Ray reports the death of a node at length, and libraries their settings; an exception is shown nevertheless."""
+    """Show what `tell` tells alone: Ray reports the death of a node at length. An exception is shown afterwards."""
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning.pytorch")
-    stderr = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.__stdout__, flush=True)
 
 
 def start_cluster() -> Cluster:
@@ -104,25 +101,25 @@ def run(epochs: int, storage: str, cluster: Cluster | None) -> None:
     train, val, test = split(seed=0)
     memory = RayMemory(num_shards=3, storage_path=storage)  # all that a cluster changes
     trainer, model = make_trainer(epochs, [ResMemCallback(memory=memory)]), MLP(hidden=16)
-    tell = print if cluster is not None else lambda _: None
+    say = tell if cluster is not None else lambda _: None
 
     def accuracy(number: str) -> float:
         started = time.monotonic()
         (scores,) = trainer.test(model, DataLoader(test, batch_size=32), verbose=False)
         base, resmem = scores["test/acc_base"], scores["test/acc_resmem"]
-        tell(f"{number} test: base {base:.4f}, resmem {resmem:.4f} in {time.monotonic() - started:.1f} s")
+        say(f"{number} test: base {base:.4f}, resmem {resmem:.4f} in {time.monotonic() - started:.1f} s")
         return resmem
 
     trainer.fit(model, DataLoader(train, batch_size=16, shuffle=True), DataLoader(val, batch_size=64))
     if cluster is not None:
-        tell(f"Two ranks trained, and memorized {len(memory)} rows:{places(memory)}")
+        say(f"Two ranks trained, and memorized {len(memory)} rows:{places(memory)}")
     before = accuracy("First")
     if cluster is not None:
         trainer.callbacks.append(KillNode(cluster, memory, before_batch=3))
     after = accuracy("Second")
     if cluster is not None:
-        tell(f"Afterwards:{places(memory)}")
-    tell("The same accuracy." if after == before else f"Not the same accuracy: {before} and {after}.")
+        say(f"Afterwards:{places(memory)}")
+    say("The same accuracy." if after == before else f"Not the same accuracy: {before} and {after}.")
     trainer.strategy.barrier()
     if cluster is not None:  # it ends last
         memory.shutdown()
@@ -146,11 +143,12 @@ def main() -> None:
     if "LOCAL_RANK" in os.environ:  # the other rank: rank 0 runs this script once more
         with quiet():
             run(arguments.epochs, os.environ["RESMEM_STORAGE"], cluster=None)
+            ray.shutdown()
         return
     with tempfile.TemporaryDirectory() as storage, quiet():  # on a real cluster, one that all nodes see
         os.environ["RESMEM_STORAGE"] = storage
         cluster = start_cluster()
-        print(f"Three nodes: {', '.join(short(node.node_id) for node in cluster.list_all_nodes())}")
+        tell(f"Three nodes: {', '.join(short(node.node_id) for node in cluster.list_all_nodes())}")
         try:
             run(arguments.epochs, storage, cluster)
         finally:
