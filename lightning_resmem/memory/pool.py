@@ -144,7 +144,11 @@ class Pool:
                     "it, and its shutdown() ends it. Or choose another name."
                 ) from error
         pool = cls(config, actors, timeout)
-        pool.ping()
+        try:
+            pool.ping()
+        except ShardUnavailableError:
+            pool.close()  # those that have started
+            raise
         return pool
 
     @classmethod
@@ -312,9 +316,9 @@ class Pool:
         while True:
             try:
                 number = self.receive(write.ref, write.shard, write.replica, deadline)
-            except _LostRowsError as error:
+            except _LostRowsError:
                 if self.config.replicas == 1 or time.monotonic() > deadline:
-                    raise self.unavailable(write.shard, str(error)) from error
+                    raise
                 copied = self._copy(write.shard, write.replica)
                 ray.wait([copied], timeout=max(0.0, deadline - time.monotonic()))
                 write = self._send(*write[1:])
@@ -342,7 +346,7 @@ class Pool:
             raise self.unavailable(shard, f"its process is gone ({first_line(error)})") from error
         except RayTaskError as error:
             if isinstance(error.cause, RowsLostError):
-                raise _LostRowsError(str(error.cause)) from error
+                raise _LostRowsError(str(self.unavailable(shard, str(error.cause)))) from error
             if isinstance(error.cause, ResMemError):
                 raise error.cause from None
             raise
@@ -361,7 +365,7 @@ class Pool:
             ray.kill(actor)
 
 
-class _LostRowsError(ResMemError):
+class _LostRowsError(ShardUnavailableError):
     """A replica has lost its rows."""
 
 

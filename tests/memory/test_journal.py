@@ -13,7 +13,7 @@ from lightning_resmem.memory.journal import Entry, Journal
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return {
         "path": str(tmp_path / "pool" / "shard"),
-        "file": f"file://{tmp_path}/pool/shard",
+        "file": (tmp_path / "pool" / "shard").as_uri(),
         "memory": f"memory://{uuid.uuid4().hex}/shard",
     }[request.param]
 
