@@ -37,6 +37,13 @@ def test_digits_refuses_nonsense(tmp_path):
     assert "at least 1" in run(tmp_path, "digits.py", "--seeds", "0", code=2)
 
 
+def test_label_errors(tmp_path):
+    printed = run(tmp_path, "label_errors.py", "--seeds", "1")
+    found = re.findall(r"(stopped early|interpolating)\W+mean\W+([\d.]+)\W+([\d.]+)\W+([\d.]+)\W+([\d.]+)", printed)
+    assert [network for network, *_ in found] == ["stopped early", "interpolating"]
+    assert all(float(shares[-1]) >= 0.5 for _, *shares in found)
+
+
 def test_memory_pass(tmp_path):
     printed = run(tmp_path, "benchmarks/memory_pass.py", "--quick", "--repeats", "1")
     assert len(re.findall(r"\d+\.\d+ +│ +\d+\.\d+ +│ +\d+\.\d{3} ", printed)) == 3
