@@ -9,8 +9,10 @@ import lightning.pytorch as L
 import rich
 import torch
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_resmem import wandb_report
+from lightning_resmem.errors import ResMemWarning
 from lightning_resmem.evaluation import Evaluation
 from lightning_resmem.loggers import each_logger, log_figures, log_hyperparameters, log_metrics, warn_only
 from lightning_resmem.memory.base import ResidualMemory
@@ -80,6 +82,9 @@ class Report:
                     trainer, f"{name}_table", lambda run: wandb_report.log_tuning(run, f"{name}_table", tuning, step)
                 )
             if self._log_memory_artifact:
+                if not any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
+                    words = "log_memory_artifact=True, but the Trainer has no WandbLogger to log the memory to."
+                    rank_zero_warn(f"ResMem: {words}", category=ResMemWarning)
                 artifact = "memory" if self._name == "resmem" else f"memory-{self._name}"
                 _each_wandb(
                     trainer, "the memory", lambda run: wandb_report.log_memory(run, artifact, memory, directory)

@@ -162,8 +162,10 @@ def finish_forked_run(trainer: L.Trainer, succeeded: bool) -> None:
         return
     for logger in trainer.loggers:
         run = getattr(logger, "_experiment", None)  # `experiment` would begin one
-        # A run of the main process (one that the user began, or that spawned processes are attached to) goes on.
-        if isinstance(logger, WandbLogger) and run is not None and getattr(run, "_init_pid", None) == os.getpid():
+        if not isinstance(logger, WandbLogger) or run is None:
+            continue
+        # A run of the main process goes on: one that the user began, or that spawned processes are attached to.
+        if getattr(run, "_init_pid", None) == os.getpid() and not getattr(run, "_is_attached", False):
             if succeeded:
                 logger.finalize("success")  # the trainer asks for it later, when the run can take no more
             run.finish(exit_code=0 if succeeded else 1)

@@ -302,6 +302,12 @@ def test_a_memory_that_cannot_be_described_is_told_of(tmp_path, monkeypatch):
         Report().memorized(trainer(tmp_path), LocalMemory(), None, 1.0, None)
 
 
+def test_an_artifact_needs_someone_to_take_it(tmp_path):
+    run = trainer(tmp_path, ResMemCallback(memory_for(CallsSelf), log_memory_artifact=True), logger=CSVLogger(tmp_path))
+    with pytest.warns(ResMemWarning, match="no WandbLogger"):
+        run.fit(make(CallsSelf), datamodule=Data())
+
+
 def test_reports_travel_without_their_datasets():
     report = Report("mine")
     report._memory_loaders = DataLoader([lambda: None])  # cannot be pickled

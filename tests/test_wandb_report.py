@@ -345,7 +345,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "ddp_fork"])
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_fork", "ddp_spawn"])
 def test_one_run_is_complete_whatever_the_strategy(strategy, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
@@ -356,7 +356,7 @@ def test_one_run_is_complete_whatever_the_strategy(strategy, tmp_path):
         env={**os.environ, **wandb_names, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=170,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "did not take" not in done.stderr
