@@ -23,10 +23,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
 import lightning.pytorch as L
 import numpy as np
 import ray
+import requests
 import torch
 from digits import MLP, split
 from fastapi import FastAPI, HTTPException, Request
@@ -138,23 +138,23 @@ class ResMemService:
         return memory.stats()
 
     # One batch at a time, which is the default: a module's hooks belong to one forward.
-    @serve.batch(max_batch_size=MAX_ROWS, batch_size_fn=lambda requests: sum(map(len, requests)))
-    async def _answer(self, requests: list[Tensor]) -> list[dict[str, Any] | ResMemError]:
+    @serve.batch(max_batch_size=MAX_ROWS, batch_size_fn=lambda batch: sum(map(len, batch)))
+    async def _answer(self, inputs: list[Tensor]) -> list[dict[str, Any] | ResMemError]:
         """One answer for each request, from one forward and one search."""
-        self._requests, self._batches = self._requests + len(requests), self._batches + 1
-        return await asyncio.to_thread(self._answers, requests)
+        self._requests, self._batches = self._requests + len(inputs), self._batches + 1
+        return await asyncio.to_thread(self._answers, inputs)
 
-    def _answers(self, requests: list[Tensor]) -> list[dict[str, Any] | ResMemError]:
+    def _answers(self, inputs: list[Tensor]) -> list[dict[str, Any] | ResMemError]:
         try:
             with torch.inference_mode():
-                found = self._module.predictions((torch.cat(requests),))
+                found = self._module.predictions((torch.cat(inputs),))
                 probabilities = self._module.memory.task.to_outputs(found.resmem, found.base).exp()
         except InputError as error:
             # An input that the network makes infinite spoils only the request that it came with.
-            return [error] if len(requests) == 1 else [a for request in requests for a in self._answers([request])]
+            return [error] if len(inputs) == 1 else [answer for rows in inputs for answer in self._answers([rows])]
         except ResMemError as error:
-            return [error] * len(requests)
-        sizes = [len(request) for request in requests]
+            return [error] * len(inputs)
+        sizes = [len(rows) for rows in inputs]
         parts = zip(probabilities.split(sizes), found.base.split(sizes), strict=True)
         return [
             {
@@ -197,10 +197,15 @@ def load(directory: Path, pool: str | None) -> ResMemModule:
 def check(url: str) -> None:
     """Classify the test split over HTTP, seven rows a request and sixteen requests at once."""
     inputs, targets = split(seed=0)[2].tensors
-    with httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(16) as pool:
-        requests = [{"inputs": rows.tolist()} for rows in inputs.split(7)]
-        answers = [a.raise_for_status().json() for a in pool.map(lambda r: client.post("/predict", json=r), requests)]
-        health = client.get("/health").raise_for_status().json()
+
+    def predict(rows: Tensor) -> dict[str, Any]:
+        answer = requests.post(f"{url}/predict", json={"inputs": rows.tolist()}, timeout=60)
+        answer.raise_for_status()
+        return answer.json()
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(predict, inputs.split(7)))
+    health = requests.get(f"{url}/health", timeout=60).json()
     for name in ("base_labels", "labels"):
         labels = torch.tensor([label for answer in answers for label in answer[name]])
         print(f"{name}: accuracy {(labels == targets).float().mean():.4f} on {len(targets)} rows")

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx
 import pytest
+import requests
 import torch
 
 from examples.digits import MLP, split
@@ -26,9 +26,21 @@ BATCH_WAIT = 0.1  # long, so that requests that come together are surely answere
 
 
 class Service(NamedTuple):
-    process: subprocess.Popen[str]
-    client: httpx.Client
+    process: subprocess.Popen[bytes]
+    url: str
     directory: Path
+
+    def get(self, route: str) -> requests.Response:
+        return requests.get(self.url + route, timeout=60)
+
+    def post(self, body: bytes | dict[str, Any]) -> requests.Response:
+        data = body if isinstance(body, bytes) else json.dumps(body)
+        return requests.post(f"{self.url}/predict", data=data, timeout=60)
+
+    def predict(self, inputs: torch.Tensor) -> dict[str, Any]:
+        answer = self.post({"inputs": inputs.tolist()})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +59,7 @@ def service(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
             assert process.poll() is None, (directory / "output").read_text()
             assert time.monotonic() < deadline, (directory / "output").read_text()
             time.sleep(0.1)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            yield Service(process, client, directory)
+        yield Service(process, f"http://127.0.0.1:{port}", directory)
     finally:
         process.terminate()
         try:
@@ -65,12 +76,11 @@ def test_answers_are_the_modules(service: Service) -> None:
     inputs = rows(20)
     base = MLP.load_from_checkpoint(service.directory / "base.ckpt", hidden=16)
     module = ResMemModule.load(service.directory / "resmem", base=base)
-    answer = service.client.post("/predict", json={"inputs": inputs.tolist()})
-    assert answer.status_code == 200
+    answer = service.predict(inputs)
     expected = module(inputs).exp()
-    torch.testing.assert_close(torch.tensor(answer.json()["probabilities"]), expected, rtol=0, atol=1e-6)
-    assert answer.json()["labels"] == expected.argmax(dim=1).tolist()
-    assert answer.json()["base_labels"] == base(inputs).argmax(dim=1).tolist()
+    torch.testing.assert_close(torch.tensor(answer["probabilities"]), expected, rtol=0, atol=1e-6)
+    assert answer["labels"] == expected.argmax(dim=1).tolist()
+    assert answer["base_labels"] == base(inputs).argmax(dim=1).tolist()
 
 
 GOOD = [0.5] * 64
@@ -103,58 +113,54 @@ GOOD = [0.5] * 64
     ],
 )
 def test_bad_requests(service: Service, body: bytes | dict[str, Any], status: int, message: str) -> None:
-    answer = service.client.post("/predict", content=body if isinstance(body, bytes) else json.dumps(body))
+    answer = service.post(body)
     assert answer.status_code == status, answer.text
     assert message in answer.json()["detail"]
 
 
 def test_other_routes_and_methods(service: Service) -> None:
-    assert service.client.get("/predict").status_code == 405
-    assert service.client.get("/nothing").status_code == 404
+    assert service.get("/predict").status_code == 405
+    assert service.get("/nothing").status_code == 404
 
 
 def test_requests_are_answered_together_and_each_with_its_own(service: Service) -> None:
     inputs = rows(60)
-    before = service.client.get("/health").json()
+    before = service.get("/health").json()
     with ThreadPoolExecutor(20) as pool:
-        answers = list(pool.map(lambda three: post(service, three), inputs.split(3)))
-    after = service.client.get("/health").json()
+        answers = list(pool.map(service.predict, inputs.split(3)))
+    after = service.get("/health").json()
     assert after["requests"] - before["requests"] == 20
     assert after["batches"] - before["batches"] <= 10
-    together = post(service, inputs)
+    together = service.predict(inputs)
     assert [label for answer in answers for label in answer["labels"]] == together["labels"]
-
-
-def post(service: Service, inputs: torch.Tensor) -> dict[str, Any]:
-    return service.client.post("/predict", json={"inputs": inputs.tolist()}).raise_for_status().json()
 
 
 def test_an_input_that_overflows_spoils_no_other_request(service: Service) -> None:
     with ThreadPoolExecutor(8) as pool:
         bodies = [{"inputs": [[1e38] * 64 if number == 3 else GOOD]} for number in range(8)]
-        answers = list(pool.map(lambda body: service.client.post("/predict", json=body), bodies))
+        answers = list(pool.map(service.post, bodies))
     assert [answer.status_code for answer in answers] == [422 if number == 3 else 200 for number in range(8)]
 
 
 def test_health_and_a_shard_that_dies(service: Service) -> None:
-    before = post(service, rows(5))
-    health = service.client.get("/health")
+    before = service.predict(rows(5))
+    health = service.get("/health")
     assert health.status_code == 200
     assert health.json()["status"] == "ok"
     assert health.json()["rows"] == sum(shard["rows"] for shard in health.json()["shards"]) == 1000
     assert [shard["restarts"] for shard in health.json()["shards"]] == [0, 0]
     os.kill(health.json()["shards"][1]["pid"], signal.SIGKILL)
-    assert post(service, rows(5)) == before
-    assert [shard["restarts"] for shard in service.client.get("/health").json()["shards"]] == [0, 1]
+    assert service.predict(rows(5)) == before
+    assert [shard["restarts"] for shard in service.get("/health").json()["shards"]] == [0, 1]
 
 
 def test_ends_when_told_and_answers_what_is_under_way(service: Service) -> None:
     """The last test: it ends the service."""
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(post, service, rows(1))
+        answer = pool.submit(service.predict, rows(1))
         time.sleep(BATCH_WAIT / 2)  # it waits for others by now
         service.process.send_signal(signal.SIGTERM)
         assert len(answer.result()["labels"]) == 1
     assert service.process.wait(timeout=60) == 0, (service.directory / "output").read_text()
-    with pytest.raises(httpx.ConnectError):
-        service.client.get("/health")
+    with pytest.raises(requests.ConnectionError):
+        service.get("/health")
