@@ -27,6 +27,8 @@ from lightning_resmem import (
     ShardUnavailableError,
     SparseConfig,
     StorageError,
+    explain,
+    label_errors,
 )
 from tests.memory.test_contract import CLASSES, PARAMS, ROWS, WIDTH, Data
 
@@ -118,6 +120,24 @@ def test_answers_as_the_oracle_and_as_one_memory(memory: RayMemory, data: Data) 
     ):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert memory.distance_scale() == pytest.approx(one.distance_scale())
+
+
+def test_explains_as_one_memory(two: RayMemory, data: Data) -> None:
+    data.add_to(two, torch.randperm(ROWS))
+    one, queries = local(data), (data.queries, data.query_outputs)
+    expected, found = explain(one, *queries), explain(two, *queries)
+    assert torch.equal(found.neighbors.ids, expected.neighbors.ids)
+    assert torch.equal(found.labels, expected.labels)
+    torch.testing.assert_close(found.contributions, expected.contributions, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.rest, expected.rest, rtol=0, atol=2e-6)
+    id = int(expected.neighbors.ids[0, 0])
+    assert torch.equal(two.influence(id, data.queries).queries, one.influence(id, data.queries).queries)
+    targets = data.query_outputs.argmax(dim=1)
+    for by, validation in (("self_confidence", {}), ("base_loss", {}), ("harm", {"targets": targets})):
+        rows = {"embeddings": data.queries, "outputs": data.query_outputs, **validation} if validation else {}
+        ranked, same = (label_errors(memory, by, **rows) for memory in (two, one))
+        assert torch.equal(ranked.ids, same.ids)
+        torch.testing.assert_close(ranked.scores, same.scores, rtol=0, atol=1e-5)
 
 
 def test_other_kinds_of_index_and_values(pools: dict[str, RayMemory], data: Data, tmp_path: Path) -> None:
