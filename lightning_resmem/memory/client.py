@@ -34,11 +34,13 @@ class ShardClient:
 
     Attributes:
         name: Of the pool, None as long as there is none.
+        leads: Whether this process clears the pool; of the ranks of a job only the first does.
     """
 
     def __init__(self, config: PoolConfig, address: str | None) -> None:
         self.config, self._address = config, address
         self.name: str | None = None
+        self.leads = True
         self._pool: Pool | None = None
         self._underway: deque[Write] = deque()
 
@@ -72,7 +74,8 @@ class ShardClient:
         return address, self.name, os.environ.get("RAY_AUTH_MODE", "disabled")
 
     def follow(self, address: str, name: str) -> None:
-        """Use the pool that another process has made."""
+        """Use the pool of the first rank."""
+        self.leads = False
         if self.name != name or self._pool is None:
             self._address, self.name, self._pool = address, name, None
             self.open()

@@ -2,12 +2,15 @@
 
 import itertools
 import logging
+import math
 import os
+import tempfile
 import threading
 import time
 import uuid
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import ray
@@ -47,23 +50,20 @@ def reach(address: str | None, hosts: Collection[str] = (), cpus: float = 1, sta
         InputError: If no cluster answers, or there is none.
     """
     if not ray.is_initialized():
-        try:
-            ray.init(address=address or "auto", logging_level=logging.WARNING)
-        except ConnectionError as error:
-            if address is not None or not starts:
-                raise InputError(
-                    f"address={address!r}: no Ray cluster can be joined there ({error}). Start one with "
-                    "`ray start --head --port=6379`, and export RAY_AUTH_MODE=token before Python starts if it wants "
-                    "tokens."
-                ) from error
-            if len(set(hosts)) > 1:
-                raise InputError(
-                    f"address=None, but no Ray cluster is running and this job has {len(set(hosts))} machines "
-                    f"({', '.join(sorted(set(hosts)))}). Start one before the job: `ray start --head --port=6379` on "
-                    "the first machine and `ray start --address=FIRST:6379` on the others (under SLURM: `srun ray "
-                    "symmetric-run --address FIRST:6379 -- python script.py`)."
-                ) from error
-            count = max(os.cpu_count() or 1, int(cpus + 0.999))
+        running = address or os.environ.get("RAY_ADDRESS") or _latest_cluster()
+        if running is not None:
+            _join(running)
+        elif not starts:
+            raise InputError("address=None, but no Ray cluster is running on this machine: give the address of one.")
+        elif len(set(hosts)) > 1:
+            raise InputError(
+                f"address=None, but no Ray cluster is running and this job has {len(set(hosts))} machines "
+                f"({', '.join(sorted(set(hosts)))}). Start one before the job: `ray start --head --port=6379` on the "
+                "first machine and `ray start --address=FIRST:6379` on the others (under SLURM: `srun ray "
+                "symmetric-run --address FIRST:6379 -- python script.py`)."
+            )
+        else:
+            count = max(os.cpu_count() or 1, math.ceil(cpus))
             ray.init(
                 address="local",
                 num_cpus=count,
@@ -367,6 +367,28 @@ class Pool:
 
 class _LostRowsError(ShardUnavailableError):
     """A replica has lost its rows."""
+
+
+def _latest_cluster() -> str | None:
+    """The address of the cluster that `ray start` started on this machine, where Ray notes it.
+
+    `address="auto"` would also join the Ray that another process keeps for itself, and that ends with that process.
+    """
+    noted = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster"
+    try:
+        return noted.read_text().strip() or None
+    except OSError:
+        return None
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init(address=address, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        raise InputError(
+            f"address={address!r}: no Ray cluster can be joined there ({first_line(error)}). Start one with `ray start "
+            "--head --port=6379`, and export RAY_AUTH_MODE=token before Python starts if it wants tokens."
+        ) from error
 
 
 def _reserve(config: PoolConfig, timeout: float) -> list[str]:

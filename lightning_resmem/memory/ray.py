@@ -181,8 +181,8 @@ class RayMemory(ResidualMemory):
         self._send("update", {"ids": ids, **changes})
 
     def clear(self) -> None:
-        if self._shards.name is not None:
-            self._shards.forget()
+        self._shards.forget()
+        if self._shards.name is not None and self._shards.leads:
             try:
                 self._shards.send_all("clear", {})
                 self._shards.flush()
@@ -413,7 +413,7 @@ class RayMemory(ResidualMemory):
         together.gather(self, group)
 
     def publish(self) -> None:
-        if self._shards.name is not None:
+        if self._shards.name is not None and self._shards.leads:
             params = None if self._params is None else asdict(self._params)
             about = json.dumps({"params": params, "tunable": self.tunable, "provenance": self.provenance})
             self._shards.send_all("describe", {"about": torch.frombuffer(bytearray(about.encode()), dtype=torch.uint8)})

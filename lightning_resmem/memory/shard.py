@@ -23,6 +23,7 @@ from lightning_resmem.memory import faiss_index
 from lightning_resmem.memory.faiss_index import FaissIndex
 from lightning_resmem.memory.journal import Entry, Journal
 from lightning_resmem.memory.local import LocalMemory
+from lightning_resmem.memory.locks import ReadWriteLock
 from lightning_resmem.memory.pool_config import PoolConfig
 from lightning_resmem.params import ResMemParams
 
@@ -57,7 +58,7 @@ class Shard:
     def __init__(self, config: PoolConfig, shard: int, replica: int) -> None:
         torch.set_num_threads(max(1, int(config.cpus_per_shard)))
         self._config, self._shard, self._replica = config, shard, replica
-        self._lock, self._copying = _ReadWriteLock(), threading.Lock()
+        self._lock, self._copying = ReadWriteLock(), threading.Lock()
         self._journal = Journal(f"{config.storage_path}/shard-{shard:04d}-{replica}")
         self._restarts, self._failure = 0, ""  # why nothing can be answered
         self._number, self._keys, self._memory = 0, set[str](), self._empty()
@@ -363,31 +364,6 @@ class Shard:
             with self._lock.writing():
                 if len(self._memory):
                     self._memory.build()
-
-
-class _ReadWriteLock:
-    """Many readers, or one writer."""
-
-    def __init__(self) -> None:
-        self._free = threading.Condition()
-        self._readers = 0
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        with self._free:
-            self._readers += 1
-        try:
-            yield
-        finally:
-            with self._free:
-                self._readers -= 1
-                self._free.notify_all()
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        with self._free:
-            self._free.wait_for(lambda: not self._readers)
-            yield
 
 
 def _packed(tensors: Mapping[str, Tensor]) -> bytes:

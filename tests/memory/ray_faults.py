@@ -254,7 +254,7 @@ def no_place_left(world: World) -> dict[str, Any]:
     world.fill(memory)
     memory.build()
     twin = world.memory(2, on_shard_loss="partial")
-    twin.shards.follow(ray.get_runtime_context().gcs_address, memory.shards.name)
+    twin.shards.follow(world.cluster.address, memory.shards.name)
     twin.learn(memory.shards.pool.everywhere("state"))
     memory.shards.pool.timeout = twin.shards.pool.timeout = 4.0
     nodes = [shard["node"] for shard in memory.stats()["shards"]]
