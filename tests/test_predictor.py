@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_resmem import (
     InputError,
     LocalMemory,
+    RayMemory,
     Regression,
     ResMemModule,
     ResMemParams,
@@ -137,6 +138,18 @@ def test_memory_from_a_function(saved: Path, digits: Digits) -> None:
     predictor = ResMemPredictor(partial(LocalMemory.load, saved, mmap=True), Net, inputs="pixels")
     expected = ResMemPredictor(saved, Net, inputs="pixels")(batch_of(digits))
     np.testing.assert_array_equal(predictor(batch_of(digits))["resmem"], expected["resmem"])
+
+
+@pytest.mark.slow
+def test_memory_that_all_workers_ask(saved: Path, digits: Digits, ray_address: str) -> None:
+    pool = RayMemory.load(saved, num_shards=1, name="predictor")
+    try:
+        predictor = ResMemPredictor(partial(RayMemory.connect, "predictor"), Net, inputs="pixels")
+        found = predictor(batch_of(digits))["resmem"]
+    finally:
+        pool.shutdown()
+    expected = ResMemPredictor(saved, Net, inputs="pixels")(batch_of(digits))
+    np.testing.assert_allclose(found, expected["resmem"], atol=1e-6)
 
 
 @pytest.mark.parametrize(
