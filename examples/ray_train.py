@@ -4,11 +4,13 @@
     python examples/ray_train.py --workers 4 --gpus --shards 4
 
 Ray Train starts the ranks; `RayDDPStrategy` is Lightning's DDP among them. For ResMem nothing changes: the callback
-memorizes after `fit`, every training row once, into shards that Ray runs beside the workers.
+memorizes after `fit`, every training row once, into shards that Ray runs beside the workers. The script joins the Ray
+cluster that RAY_ADDRESS names, or starts Ray on this machine.
 """
 
 import argparse
 import logging
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -73,7 +75,9 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path("outputs/ray_train"), help="seen by all nodes")
     arguments = parser.parse_args()
 
-    ray.init(logging_level=logging.WARNING, log_to_driver=False)
+    # A cluster has CPUs of its own; on one machine the workers and shards share what there is.
+    cpus = None if "RAY_ADDRESS" in os.environ else max(os.cpu_count() or 1, arguments.workers + arguments.shards)
+    ray.init(os.environ.get("RAY_ADDRESS", "local"), num_cpus=cpus, logging_level=logging.WARNING, log_to_driver=False)
     result = TorchTrainer(
         work,
         train_loop_config={"epochs": arguments.epochs, "gpus": arguments.gpus, "shards": arguments.shards},

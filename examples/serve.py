@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import signal
 import threading
 import uuid
@@ -227,7 +228,9 @@ def main() -> None:
     ended, memory, pool = threading.Event(), None, None
     if not (directory / "base.ckpt").exists():
         train(directory)
-    ray.init(logging_level=logging.WARNING)
+    # A cluster has CPUs of its own; on one machine replicas and shards share what there is.
+    cpus = None if "RAY_ADDRESS" in os.environ else max(os.cpu_count() or 1, arguments.replicas + arguments.shards)
+    ray.init(os.environ.get("RAY_ADDRESS", "local"), num_cpus=cpus, logging_level=logging.WARNING)
     for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which has a handler of its own
         signal.signal(number, lambda *_: ended.set())
     try:
