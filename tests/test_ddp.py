@@ -135,8 +135,14 @@ def test_the_same_params_are_chosen(found: Found, name: str) -> None:
             )
 
 
-def test_without_validation_nothing_is_tuned(found: Found) -> None:
-    assert all(rank["no validation rows"] is None for ranks in found.values() for rank in ranks)
+def test_without_validation_rows_all_ranks_tune_on_the_same_rows_of_the_memory(found: Found) -> None:
+    alone = found[1][0]["no validation rows"]
+    assert alone.leave_one_out
+    for ranks in found.values():
+        for rank in ranks:
+            assert rank["no validation rows"].params == ranks[0]["no validation rows"].params
+            same_params(rank["no validation rows"].params, alone.params, 1e-5)
+            assert rank["no validation rows"].rows == alone.rows
 
 
 def test_the_same_predictions(found: Found) -> None:
