@@ -257,9 +257,10 @@ def no_place_left(world: World) -> dict[str, Any]:
     twin.shards.follow(world.cluster.address, memory.shards.name)
     twin.learn(memory.shards.pool.everywhere("state"))
     memory.shards.pool.timeout = twin.shards.pool.timeout = 4.0
-    nodes = [shard["node"] for shard in memory.stats()["shards"]]
+    nodes, process = [shard["node"] for shard in memory.stats()["shards"]], Path(f"/proc/{pids(memory)[0]}")
     dying = next(node for node in world.nodes if node.node_id == nodes[0])
     world.cluster.remove_node(dying, False)
+    until(lambda: not process.exists())  # it lives a little longer than its node, and answers
     found: dict[str, Any] = {"node": nodes[0]}
     started = time.monotonic()
     try:
