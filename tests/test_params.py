@@ -32,7 +32,7 @@ NO_NUMBERS = [
     torch.tensor(1 + 2j),
     np.array([1.0, 2.0]),
     torch.tensor([1.0, 2.0]),
-    object(),
+    object,
     NAN,
     INF,
     -INF,
