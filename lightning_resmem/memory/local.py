@@ -116,10 +116,7 @@ class LocalMemory(ResidualMemory):
         embeddings, outputs, targets, ids = checked_rows(
             self.task, embeddings, outputs, targets, ids, self._shape, self._last_id + 1
         )
-        if len(ids) and self._index is not None and int(ids.min()) <= self._last_id:
-            known = ids[self.has(ids).cpu()]
-            if len(known):
-                raise repeated(known)
+        self._check_new(ids)
         keys = self._stored_keys(embeddings, ids)
         # Values check what they store, and come first: a chunk is taken in whole or not at all.
         self._values_of(outputs.shape[1]).append(outputs.to(self._device), targets.to(self._device))
@@ -298,6 +295,7 @@ class LocalMemory(ResidualMemory):
             num_outputs: `C`.
         """
         ids = rows["ids"].cpu()
+        self._check_new(ids)
         self._values_of(num_outputs).append_stored({name: rows.to(self._device) for name, rows in rows.items()})
         self._keys.append(rows["keys"].to(self._device, self.key_dtype))
         self._took(ids, (rows["keys"].shape[1], num_outputs))
@@ -387,6 +385,13 @@ class LocalMemory(ResidualMemory):
             self._values = self.values_config(num_outputs).build(self.task, num_outputs)
             self._values.reserve(self._reserved)
         return self._values
+
+    def _check_new(self, ids: Tensor) -> None:
+        """Raise an error for ids that a built memory has; of others `build` finds those that are repeated."""
+        if len(ids) and self._index is not None and int(ids.min()) <= self._last_id:
+            known = ids[self.has(ids).cpu()]
+            if len(known):
+                raise repeated(known)
 
     def _took(self, ids: Tensor, shape: tuple[int, int]) -> None:
         """Note rows whose keys and values have just been appended."""

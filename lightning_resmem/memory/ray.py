@@ -28,7 +28,7 @@ from lightning_resmem.memory.sharding import merge
 from lightning_resmem.memory.sparse import SparseConfig
 from lightning_resmem.memory.values import DenseConfig, Values
 from lightning_resmem.params import ResMemParams
-from lightning_resmem.tasks import Task, check_finite
+from lightning_resmem.tasks import Task
 
 if TYPE_CHECKING:  # Ray takes a second to import: it is imported when a cluster is needed
     from lightning_resmem.memory.requests import Request
@@ -144,15 +144,16 @@ class RayMemory(ResidualMemory):
         embeddings, outputs, targets, ids = checked_rows(
             self.task, embeddings, outputs, targets, ids, self._shape, self._last_id + 1
         )
-        if self._shards.config.key_dtype == torch.float16:
-            check_finite("embeddings (as key_dtype=torch.float16; use torch.bfloat16)", embeddings.half(), ids)
         if self._built and len(ids) and int(ids.min()) <= self._last_id:
             known = ids[self._shards.has(ids)]
             if len(known):
                 raise repeated(known)
         self._shape = (embeddings.shape[1], outputs.shape[1])
-        rows = {"embeddings": embeddings, "outputs": outputs, "targets": targets, "ids": ids}
-        self._send("add", rows)
+        # What travels and is journaled is what a shard stores: with sparse values a small part of the outputs.
+        config = self._shards.config
+        chunk = LocalMemory(self.task, ResMemParams(), "exact", config.values, config.key_dtype)
+        chunk.add(embeddings, outputs, targets, ids)
+        self._send("add", chunk.stored(slice(None)), {"num_outputs": torch.tensor(outputs.shape[1])})
         self._rows += len(ids)
         self._last_id = max(self._last_id, int(ids.max()) if len(ids) else -1)
 
@@ -340,7 +341,7 @@ class RayMemory(ResidualMemory):
         memory._shape = saved.tensors["keys"].shape[1], num_outputs
         for start in range(0, len(ids), step):
             rows = {name: tensor[start : start + step] for name, tensor in tensors.items()}
-            memory._send("add_stored", rows, {"num_outputs": torch.tensor(num_outputs)})
+            memory._send("add", rows, {"num_outputs": torch.tensor(num_outputs)})
             memory._rows += len(rows["ids"])
         memory.build()
         return memory

@@ -86,7 +86,7 @@ class Shard:
 
         Args:
             key: Unique to the change.
-            operation: `add`, `add_stored`, `remove`, `update`, `describe` or `clear`.
+            operation: `add`, `remove`, `update`, `describe` or `clear`.
             data: Its tensors, as a safetensors file.
             known: The last change that the caller knows of.
 
@@ -272,8 +272,6 @@ class Shard:
     def _make(self, operation: str, tensors: dict[str, Tensor]) -> None:
         memory = self._memory
         if operation == "add":
-            memory.add(tensors["embeddings"], tensors["outputs"], tensors["targets"], tensors["ids"])
-        elif operation == "add_stored":
             memory.add_stored(tensors, int(tensors.pop("num_outputs")))
         elif operation == "remove":
             memory.remove(tensors["ids"])
