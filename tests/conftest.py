@@ -218,6 +218,7 @@ def ray_address() -> Iterator[str]:
         include_dashboard=False,
         log_to_driver=False,
         logging_level="WARNING",
+        _system_config={"worker_niceness": 0},  # 15 by default: on a busy machine actors would hardly start
     )
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
