@@ -1,11 +1,15 @@
 """ResMemPredictor gives a module's own predictions, row by row, however Ray Data cuts the rows into batches."""
 
+import gc
+import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
@@ -70,6 +74,15 @@ def test_adds_the_modules_predictions(saved: Path, digits: Digits) -> None:
         np.testing.assert_array_equal(found[name], scores.detach().numpy())
 
 
+def running() -> str:
+    """The commands of all processes that this one has started."""
+    commands = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it ends, or has ended
+            commands += child.cmdline()
+    return " ".join(commands)
+
+
 @pytest.mark.slow
 def test_ray_data(saved: Path, digits: Digits, ray_address: str) -> None:
     import ray
@@ -79,7 +92,7 @@ def test_ray_data(saved: Path, digits: Digits, ray_address: str) -> None:
         ResMemPredictor,
         fn_constructor_kwargs={"memory": saved, "base": Net, "inputs": "pixels"},
         batch_size=64,
-        compute=ray.data.ActorPoolStrategy(size=2),
+        compute=ray.data.ActorPoolStrategy(size=1),
     )
     found = sorted(scored.take_all(), key=lambda row: row["row"])
     assert [row["row"] for row in found] == list(range(300))
@@ -88,6 +101,13 @@ def test_ray_data(saved: Path, digits: Digits, ray_address: str) -> None:
         # Batches of other sizes round differently, in the last bits.
         scores = np.stack([row[name] for row in found])
         np.testing.assert_allclose(scores, getattr(expected, name).detach().numpy(), atol=1e-6)
+    # Ray Data ends its actors when nothing refers to them, and takes its time.
+    del scored
+    gc.collect()
+    deadline = time.monotonic() + 60
+    while "ray::MapWorker" in running():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_labels(saved: Path, digits: Digits) -> None:
