@@ -67,10 +67,11 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tenso
     ids = ids.gather(1, order)
     ties = distances[:, 1:] == distances[:, :-1]
     ranks = ids.masked_fill(ids < 0, _NO_ID)
-    if bool((ties & (ranks[:, 1:] < ranks[:, :-1])).any()):  # rare, and a second sort costs as much as the first
-        order = ranks.argsort(dim=1)
-        order = order.gather(1, distances.gather(1, order).argsort(dim=1, stable=True))
-        distances, ids = distances.gather(1, order), ids.gather(1, order)
+    wrong = (ties & (ranks[:, 1:] < ranks[:, :-1])).any(dim=1).nonzero()[:, 0]
+    if len(wrong):  # few queries: sorting all of them again would take several times as long as the rest
+        order = ranks[wrong].argsort(dim=1)
+        order = order.gather(1, distances[wrong].gather(1, order).argsort(dim=1, stable=True))
+        distances[wrong], ids[wrong] = distances[wrong].gather(1, order), ids[wrong].gather(1, order)
     return distances[:, :k], ids[:, :k]
 
 
