@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -119,7 +119,8 @@ class Pool:
         nodes = _reserve(config, timeout)
         copies = [itertools.count() for _ in range(config.num_shards)]
         actors: list[list[Any]] = [[None] * config.replicas for _ in range(config.num_shards)]
-        for node, shard in zip(nodes, assign(nodes, config.num_shards), strict=True):
+        # Shard 0 first: if there is a pool of that name, the others are not started.
+        for shard, node in sorted(zip(assign(nodes, config.num_shards), nodes, strict=True)):
             replica = next(copies[shard])
             try:
                 actors[shard][replica] = (
@@ -157,6 +158,7 @@ class Pool:
 
         Raises:
             InputError: If there is none of that name.
+            ShardUnavailableError: If a shard of it does not answer.
         """
         try:
             first = ray.get_actor(_actor_name(name, 0, 0), namespace)
@@ -169,6 +171,12 @@ class Pool:
             raise InputError(
                 f"name={name!r} is no pool in the namespace {namespace!r} of this cluster. A pool without a name ends "
                 "with the process that made it: give RayMemory(name=...) to find it from elsewhere."
+            ) from error
+        except (GetTimeoutError, RayActorError) as error:
+            raise ShardUnavailableError(
+                f"name={name!r} is a pool whose first shard does not answer within request_timeout_s={timeout:g} "
+                f"({first_line(error)}). `ray status` shows whether a node has room for it; give a longer "
+                "request_timeout_s if it has to read many rows."
             ) from error
         pool = cls(config, actors, timeout)
         pool.ping()
@@ -340,7 +348,7 @@ class Pool:
         """An answer, or the error that it is."""
         try:
             answer = ray.get(ref, timeout=max(0.0, deadline - time.monotonic()))
-        except ray.exceptions.GetTimeoutError:
+        except GetTimeoutError:
             raise self.unavailable(shard, f"it did not answer within {self.timeout:g} s") from None
         except RayActorError as error:
             raise self.unavailable(shard, f"its process is gone ({first_line(error)})") from error

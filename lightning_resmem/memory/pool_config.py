@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+import fsspec
 import torch
 
 from lightning_resmem.errors import InputError
@@ -48,6 +49,8 @@ class PoolConfig:
                 raise InputError(f"{name}={amount!r}: give a number of at least 0.")
         if not self.cpus_per_shard and not self.gpus_per_shard:
             raise InputError("cpus_per_shard=0 and gpus_per_shard=0: a shard needs one or the other.")
+        if self.gpus_per_shard > 1 and self.gpus_per_shard % 1:
+            raise InputError(f"gpus_per_shard={self.gpus_per_shard}: Ray gives a part of one GPU, or whole ones.")
         if not self.request_timeout_s:
             raise InputError("request_timeout_s=0: give the seconds after which a request is given up, e.g. 60.")
         if self.placement not in ("PACK", "SPREAD", "STRICT_SPREAD"):
@@ -67,6 +70,12 @@ def absolute(storage_path: str | os.PathLike[str] | None) -> str | None:
     if not isinstance(storage_path, str | os.PathLike) or not os.fspath(storage_path):
         raise InputError(f"storage_path={storage_path!r}: give a path or a URL such as s3://bucket/directory.")
     text = os.fspath(storage_path)
+    for part in text.split("::"):
+        if "://" in part:
+            try:
+                fsspec.get_filesystem_class(part.partition("://")[0])
+            except (ImportError, ValueError) as error:  # a package that is not installed, or no such storage
+                raise InputError(f"storage_path={text!r} cannot be used: {error}.") from error
     return text if "://" in text or "::" in text else os.path.abspath(os.path.expanduser(text))
 
 

@@ -367,10 +367,13 @@ class RayMemory(ResidualMemory):
             on_shard_loss: As for `RayMemory`.
 
         Raises:
-            InputError: If there is no such pool.
+            InputError: If there is no such pool, or an argument is wrong.
+            ShardUnavailableError: If a shard of it does not answer.
         """
         from lightning_resmem.memory import pool as pools
 
+        given: dict[str, Any] = {"request_timeout_s": request_timeout_s, "on_shard_loss": on_shard_loss}
+        cls(address=address, namespace=namespace, name=name, **given)  # refuses what is wrong before it is used
         pools.reach(address, starts=False)
         pool = pools.Pool.find(name, namespace, request_timeout_s)
         config = pool.config

@@ -305,12 +305,14 @@ def test_empty_memory(two: RayMemory) -> None:
         ({"cpus_per_shard": -1}, "cpus_per_shard=-1"),
         ({"cpus_per_shard": 0}, "needs one or the other"),
         ({"gpus_per_shard": "all"}, "gpus_per_shard='all'"),
+        ({"gpus_per_shard": 1.5}, "gpus_per_shard=1.5"),
         ({"placement": "EVEN"}, "STRICT_SPREAD"),
         ({"on_shard_loss": "ignore"}, "partial"),
         ({"request_timeout_s": 0}, "request_timeout_s=0"),
         ({"address": "ray://head:10001"}, "Ray Client"),
         ({"name": ""}, "name=''"),
         ({"storage_path": 3}, "storage_path=3"),
+        ({"storage_path": "simplecache::nosuch://rows"}, "storage_path='simplecache::nosuch://rows' .* nosuch"),
         ({"index": ""}, "index=''"),
         ({"values": "half"}, "values='half'"),
         ({"key_dtype": torch.int8}, "key_dtype"),
@@ -343,6 +345,11 @@ def test_a_named_pool_is_found_until_it_is_shut_down(ray_address: str, data: Dat
     with pytest.raises(InputError, match=r"RayMemory.connect\('shared'\)"):
         RayMemory(2, name="shared", storage_path=tmp_path, request_timeout_s=SECONDS).shards.open()
     del memory
+    with pytest.raises(ShardUnavailableError, match=r"name='shared' .* request_timeout_s=1e-06"):
+        RayMemory.connect("shared", request_timeout_s=1e-6)
+    for wrong in ({"request_timeout_s": 0}, {"on_shard_loss": "ignore"}, {"namespace": ""}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            RayMemory.connect("shared", **wrong)
     found = RayMemory.connect("shared", request_timeout_s=SECONDS)
     data.check(found, 1e-5)
     assert (found.params, found.provenance, found.tunable) == (PARAMS, {"fingerprint": "f"}, True)
@@ -351,6 +358,24 @@ def test_a_named_pool_is_found_until_it_is_shut_down(ray_address: str, data: Dat
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="is no pool"):
         RayMemory.connect("shared", request_timeout_s=5.0)
+
+
+def test_a_name_that_is_taken_starts_no_shards(
+    ray_address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import ray
+
+    from lightning_resmem.memory import pool
+
+    memory = RayMemory(1, name="taken", storage_path=tmp_path, request_timeout_s=SECONDS)
+    memory.shards.open()
+    monkeypatch.setattr(pool, "assign", lambda nodes, num_shards: [1, 0])  # as it may be on several nodes
+    with pytest.raises(InputError, match="name='taken'"):
+        RayMemory(2, name="taken", storage_path=tmp_path, request_timeout_s=SECONDS).shards.open()
+    names = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+    assert "taken/0.0" in names
+    assert "taken/1.0" not in names
+    ended(memory)
 
 
 def test_copies_ask_the_same_shards(pools: dict[str, RayMemory], data: Data) -> None:
