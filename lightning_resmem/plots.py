@@ -42,7 +42,9 @@ def tuning_map(tuning: TuningResult) -> Figure | None:
     best = _best_scores(tuning)
     if not best:
         return None
-    ks, sigmas = _grid(k for k, _ in best), _grid(sigma for _, sigma in best)
+    # Settings around the best one of the grid share some of its values, which would then occur most often.
+    grid = _best_scores(tuning, len(tuning.table) - tuning.refined) or best
+    ks, sigmas = _grid(k for k, _ in grid), _grid(sigma for _, sigma in grid)
     scores = np.array([[best.get((k, sigma), math.nan) for sigma in sigmas] for k in ks])
     halfrange = max(abs(score - tuning.base_score) for score in best.values()) or 1.0
     style: dict[str, Any] = {
@@ -179,10 +181,10 @@ def _is_gain(tuning: TuningResult, difference: float) -> bool:
     return (difference > 0) != (tuning.score_name == Regression.score_name)
 
 
-def _best_scores(tuning: TuningResult) -> dict[tuple[float, float], float]:
-    """The best score of the settings with a memory, by `(k, sigma)`."""
+def _best_scores(tuning: TuningResult, settings: int | None = None) -> dict[tuple[float, float], float]:
+    """The best score of the first so many settings (all by default), those with a memory, by `(k, sigma)`."""
     best: dict[tuple[float, float], float] = {}
-    for row in tuning.table:
+    for row in tuning.table[:settings]:
         cell = row["k"], row["sigma"]
         if row["strength"] and (cell not in best or _is_gain(tuning, row["score"] - best[cell])):
             best[cell] = row["score"]

@@ -67,6 +67,13 @@ def test_settings_between_the_grid_are_dots():
     assert star(figure) == (0.5, 12.0)
 
 
+def test_settings_around_the_best_one_leave_the_cells_of_the_grid():
+    around = [(k, sigma, 1.0, 0.9) for k in (10, 20) for sigma in (0.3, 1.0, 1.4)]  # share a k and a sigma with it
+    figure = plots.tuning_map(dataclasses.replace(tuning([*GRID, *around], k=10, sigma=0.3), refined=len(around)))
+    assert cells(figure).shape == (2, 3)
+    assert len(figure.axes[0].collections[1].get_offsets()) == 5, "all but (20, 1.0), which has a cell"
+
+
 def test_a_grid_that_is_not_full_has_gaps():
     figure = plots.tuning_map(tuning([(5, 0.1, 1.0, 0.6), (20, 1.0, 1.0, 0.7)]))
     scores = np.ma.filled(np.ma.asarray(figure.axes[0].collections[0].get_array()), np.nan)
