@@ -367,10 +367,11 @@ class ResMemCallback(Callback):
             return Path(trainer.default_root_dir).absolute() / f"{self._name}-{self._token}"
         if _is_fast_dev_run(trainer) or not any(isinstance(c, ModelCheckpoint) for c in trainer.callbacks):  # type: ignore[attr-defined]
             return None
-        checkpoints = Path(str(trainer.checkpoint_callback.dirpath))  # type: ignore[union-attr]
-        if checkpoints.is_absolute():
-            return (checkpoints.parent if checkpoints.name == "checkpoints" else checkpoints) / self._name
-        return Path(trainer.default_root_dir).absolute() / self._name  # they are written to a URL
+        dirpath = trainer.checkpoint_callback.dirpath  # type: ignore[union-attr]
+        if dirpath is None or "://" in str(dirpath):
+            return Path(trainer.default_root_dir).absolute() / self._name
+        checkpoints = Path(dirpath).absolute()  # relative where the logger's directory is: TensorBoardLogger("logs")
+        return (checkpoints.parent if checkpoints.name == "checkpoints" else checkpoints) / self._name
 
     def _free_directory(self, trainer: L.Trainer) -> Path | None:
         """Where to save without replacing the memory of another run, as checkpoints get a version then, too."""

@@ -236,7 +236,7 @@ def row_residuals(values: Values, positions: Tensor, softmax_temperature: float)
     """The residuals of single rows: positions `(B, n)` (-1 gives 0) to `(B, n, C)`."""
     single = positions.reshape(-1, 1)
     residuals = values.residual_sum(single, torch.ones_like(single, dtype=torch.float32), softmax_temperature)
-    return residuals.reshape(*positions.shape, -1)
+    return residuals.reshape(*positions.shape, residuals.shape[-1])
 
 
 def per_neighbor(strength: float | Tensor) -> float | Tensor:

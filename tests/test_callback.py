@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import (
     Timer,
     WeightAveraging,
 )
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader, Dataset, Sampler, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
@@ -748,6 +749,15 @@ def test_where_it_is_saved(options, where, root):
     trainer(root, ResMemCallback(memory_for(CallsSelf)), **options).fit(make(CallsSelf), datamodule=Data())
     found = [path.parent for path in root.rglob("manifest.json")]
     assert found == ([] if where is None else list(root.glob(where)))
+
+
+def test_it_is_saved_beside_checkpoints_with_a_relative_path(root, monkeypatch):
+    monkeypatch.chdir(root)
+    run = trainer(root, ResMemCallback(memory_for(CallsSelf)), logger=CSVLogger("logs"), enable_checkpointing=True)
+    run.fit(make(CallsSelf), datamodule=Data())
+    where = root / "logs" / "lightning_logs" / "version_0"
+    assert (where / "checkpoints").is_dir()
+    assert [path.parent for path in root.rglob("manifest.json")] == [where / "resmem"]
 
 
 def test_dirpath(root, monkeypatch):

@@ -131,6 +131,14 @@ def test_places_that_an_index_leaves_empty():
     assert None not in [row["distance"] for row in found.rows if row["id"] is not None]
 
 
+@pytest.mark.parametrize("task", TASK_NAMES)
+def test_no_queries_have_no_explanations(task):
+    memory, _ = filled(task)
+    found = explain(memory, *(part[:0] for part in queries(task)[:2]))
+    assert (len(found), found.rows) == (0, [])
+    assert found.contributions.shape == (0, 5, num_outputs(task))
+
+
 def test_sparse_values():
     memory, (keys, outputs, targets, _) = filled(values=SparseConfig(top_m=4))
     embeddings, query_outputs, _ = queries()
