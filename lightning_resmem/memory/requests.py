@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from lightning_resmem.errors import ResMemError
 from lightning_resmem.memory.shard import RowsLostError
@@ -31,6 +31,7 @@ class Request:
         self._pool, self._method, self._arguments, self._partial = pool, method, arguments, partial
         self._started = time.monotonic()
         self._pending: dict[Any, tuple[int, int]] = {}
+        self._patient: set[Any] = set()  # those that Ray repeats until the actor is back
         self._answers: dict[int, Any] = {}
         self._reasons: dict[int, str] = {}
         self._untried: dict[int, list[int]] = {}
@@ -81,10 +82,12 @@ class Request:
         try:
             self._answers[shard] = ray.get(ref)
         except RayActorError as error:
-            self._failed(shard, replica, f"its process is gone ({first_line(error)})")
+            # After shutdown() elsewhere, say: asked again, it would only fail again at once.
+            is_final = ref in self._patient and isinstance(error, ActorDiedError)
+            self._failed(shard, replica, f"its process is gone ({first_line(error)})", is_final=is_final)
         except RayTaskError as error:
             if isinstance(error.cause, RowsLostError):
-                self._failed(shard, replica, str(error.cause), lost_rows=True)
+                self._failed(shard, replica, str(error.cause), is_final=True, lost_rows=True)
             elif isinstance(error.cause, ResMemError):
                 raise error.cause from None
             else:
@@ -95,12 +98,12 @@ class Request:
                 del self._pending[late]
                 late.future()  # whatever it is, Ray must not report it as an error that nobody looked at
 
-    def _failed(self, shard: int, replica: int, reason: str, lost_rows: bool = False) -> None:
+    def _failed(self, shard: int, replica: int, reason: str, is_final: bool = False, lost_rows: bool = False) -> None:
         self._reasons[shard] = reason
         self._pool.mark_down(shard, replica, lost_rows)
         if self._untried[shard]:
             self._try_next(shard)
-        elif not lost_rows and shard not in {shard for shard, _ in self._pending.values()}:
+        elif not is_final and shard not in {shard for shard, _ in self._pending.values()}:
             self._send(shard, replica, retries=-1)
 
     def _try_next(self, shard: int) -> None:
@@ -118,6 +121,8 @@ class Request:
         assert arguments is not None
         ref = method.options(max_task_retries=retries).remote(*arguments, self._pool.known[shard][replica])
         self._pending[ref] = shard, replica
+        if retries:
+            self._patient.add(ref)
 
 
 def first_line(error: Exception) -> str:

@@ -378,6 +378,19 @@ def test_a_name_that_is_taken_starts_no_shards(
     ended(memory)
 
 
+def test_a_pool_that_was_shut_down_elsewhere_is_missed_at_once(ray_address: str, data: Data, tmp_path: Path) -> None:
+    memory = RayMemory(1, params=PARAMS, storage_path=tmp_path, request_timeout_s=SECONDS)
+    data.add_to(memory, torch.arange(ROWS))
+    memory.build()
+    twin = copy.deepcopy(memory)
+    data.check(twin, 1e-5)
+    ended(memory)
+    started = time.monotonic()
+    with pytest.raises(ShardUnavailableError, match="its process is gone"):
+        twin.search(data.queries, 1)
+    assert time.monotonic() - started < SECONDS / 2
+
+
 def test_copies_ask_the_same_shards(pools: dict[str, RayMemory], data: Data) -> None:
     memory = cleared(pools["5"])
     unused = pickle.loads(pickle.dumps(RayMemory(2, params=PARAMS)))
