@@ -446,10 +446,10 @@ def as_collection(metrics: UserMetrics) -> MetricCollection:
         return metrics
     try:
         return MetricCollection(dict(metrics) if isinstance(metrics, Mapping) else metrics)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError) as error:  # KeyError: an empty name
         raise InputError(
             f"metrics={metrics!r}: give torchmetrics metrics, one, a list of them, a dict by name, or a "
-            f"MetricCollection. {error}"
+            f"MetricCollection. {error.args[0]}"
         ) from error
 
 

@@ -207,6 +207,7 @@ def test_own_metrics_of_one_output(task):
         ("auroc", "metrics='auroc'"),
         ([torch.nn.Linear(1, 1)], "metrics=.*Linear"),
         ({"a": 1}, "metrics={'a': 1}"),
+        ({"": MulticlassAccuracy(CLASSES)}, "metrics={'': .*module name can't be empty"),
         ([MeanAbsoluteError(), MeanAbsoluteError()], "two metrics both named MeanAbsoluteError"),
         ({"acc": MulticlassAccuracy(CLASSES)}, "the name 'acc', which is reported anyway"),
         ({"nll": MulticlassAccuracy(CLASSES)}, "the name 'nll'"),
