@@ -107,7 +107,7 @@ class Explanation:
             for row in rows:
                 about = ["others", "", ""]
                 if row["id"] is not None:
-                    about = [str(row["id"]), self._named(row["label"], class_names), f"{row['distance']:.4g}"]
+                    about = [str(row["id"]), class_name(row["label"], class_names), f"{row['distance']:.4g}"]
                 table.add_row(*about, f"{row['weight']:.3f}", *(f"{row[name]:+.4f}" for name in changes))
             table.add_section()
             table.add_row("sum", "", "", "", *(f"{sum(row[name] for row in rows):+.4f}" for name in changes))
@@ -121,7 +121,7 @@ class Explanation:
         """What happened to a query, in one line."""
         about, watched = self._about(query), {name: int(output[query]) for name, output in self.watched.items()}
         base, _, resmem = (prediction[query] for prediction in self.predictions)
-        named = {name: self._named(about[name], class_names) for name in ("target", "base", "resmem")}
+        named = {name: class_name(about[name], class_names) for name in ("target", "base", "resmem")}
         if isinstance(self.task, Multiclass):
             named["base"] += f" ({float(base[watched['base']]):.2f})"
             named["resmem"] += f" ({float(resmem[watched['resmem']]):.2f})"
@@ -169,12 +169,6 @@ class Explanation:
     def _changes(self, contribution: Tensor, query: int) -> dict[str, float]:
         changes = {name: float(contribution[output[query]]) for name, output in self.watched.items()}
         return {"change" if name == "output" else f"change_{name}": change for name, change in changes.items()}
-
-    @staticmethod
-    def _named(value: float | None, class_names: Sequence[str] | None) -> str:
-        if isinstance(value, int):
-            return str(value) if class_names is None else str(class_names[value])
-        return "" if value is None else f"{value:.4g}"
 
 
 def explain(
@@ -242,6 +236,19 @@ def row_residuals(values: Values, positions: Tensor, softmax_temperature: float)
 def per_neighbor(strength: float | Tensor) -> float | Tensor:
     """Strengths, which may differ by query and output `(B, C)`, for contributions `(B, n, C)`."""
     return strength[:, None] if isinstance(strength, Tensor) else strength
+
+
+def class_name(value: float | None, class_names: Sequence[str] | None) -> str:
+    """A class, by its name if there are names, or a number; nothing for None."""
+    if not isinstance(value, int):
+        return "" if value is None else f"{value:.4g}"
+    if class_names is None:
+        return str(value)
+    if value >= len(class_names):
+        raise InputError(
+            f"class_names has {len(class_names)} names, and there is a class {value}: give a name for each."
+        )
+    return str(class_names[value])
 
 
 def find_images(batch: Any) -> Tensor | None:

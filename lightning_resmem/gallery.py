@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_resmem.errors import InputError
-from lightning_resmem.explain import Explanation
+from lightning_resmem.explain import Explanation, class_name
+from lightning_resmem.params import checked_k
 from lightning_resmem.pictures import Picture, find_picture
 
 # Distinguishable without colour vision (Okabe and Ito).
@@ -31,7 +32,7 @@ def gallery(
             f"There are {found}: give figure(images=...) of shape ({len(explanation)}, H, W) or "
             f"({len(explanation)}, channels, H, W)."
         )
-    queries, places = min(max_queries, len(explanation)), int(explanation.weights.shape[1])
+    queries, places = min(checked_k(max_queries, "max_queries"), len(explanation)), int(explanation.weights.shape[1])
     figure = Figure(figsize=(1.5 * (places + 1) + 0.6, 1.9 * queries), layout="constrained")
     grid = figure.subplots(queries, places + 1, squeeze=False)
     shown: dict[int, list[dict[str, Any]]] = {query: [] for query in range(queries)}
@@ -44,14 +45,24 @@ def gallery(
         _picture(grid[query, 0], image, title.replace(" → ", "\n→ ").replace(", target", "\ntarget"))
         for axes, row in zip(grid[query, 1:], rows, strict=False):
             label = row["label"]
-            name = class_names[label] if class_names is not None and isinstance(label, int) else f"{label:.4g}"
+            name = class_name(label, class_names)
             change = row["change_resmem" if "change_resmem" in row else "change"]
             title = f"#{row['id']}: {name}\nd={row['distance']:.3g}, w={row['weight']:.2f}\n{change:+.3f}"
-            picture = None if dataset is None else _image_of(dataset[row["id"]], f"dataset[{row['id']}]")
+            picture = None if dataset is None else _image_of(_row_of(dataset, row["id"]), f"dataset[{row['id']}]")
             _picture(axes, picture, title, _TOWARDS if change >= 0 else _AWAY)
         for axes in grid[query, 1 + len(rows) :]:
             axes.set_axis_off()
     return figure
+
+
+def _row_of(dataset: Any, row_id: int) -> Any:
+    try:
+        return dataset[row_id]
+    except (IndexError, KeyError, TypeError) as error:
+        raise InputError(
+            f"dataset is a {type(dataset).__name__} that has no row {row_id} ({error}): give the dataset that was "
+            "memorized, with dataset[id] a row."
+        ) from error
 
 
 def _image_of(row: Any, name: str) -> Picture:

@@ -34,8 +34,15 @@ class MetricObjective:
         """The metric of predictions `(V, C)`."""
         self._metric.reset()
         self._metric.to(prediction.device)
-        self._metric.update(*for_users(self._task, prediction, targets))
-        value = self._metric.compute()
+        try:
+            self._metric.update(*for_users(self._task, prediction, targets))
+            value = self._metric.compute()
+        except Exception as error:  # whatever the metric says of predictions that it was not made for
+            raise InputError(
+                f"objective={self._metric} does not take predictions of shape {tuple(prediction.shape)} and targets of "
+                f"shape {tuple(targets.shape)} ({type(error).__name__}: {error}). Give one made for this task and "
+                f"{prediction.shape[1]} outputs."
+            ) from error
         if not isinstance(value, Tensor) or value.numel() != 1:
             found = f"values of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise InputError(

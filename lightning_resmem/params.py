@@ -96,13 +96,14 @@ class ResMemParams:
 
 
 def checked_k(k: object, name: str = "k") -> int:
-    """A number of neighbours as a plain int; raises an error unless it is a whole number of at least 1."""
+    """A number of neighbours, or of something else, as a plain int; raises an error unless it is at least 1."""
     try:
         count = 0 if _is_text_or_bool(k) else operator.index(k)  # type: ignore[arg-type]
     except TypeError:
         count = 0
     if count < 1:
-        raise InputError(f"{name}={k!r} is not a number of neighbours: give a whole number of at least 1.")
+        what = " is not a number of neighbours" if name == "k" else ""
+        raise InputError(f"{name}={k!r}{what}: give a whole number of at least 1.")
     return count
 
 

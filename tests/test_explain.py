@@ -292,6 +292,12 @@ def test_figure_without_images_says_so(pictured, digits):
         pictured.figure(torch.zeros(2, 8, 8))
     with pytest.raises(InputError, match=r"dataset\[\d+\] is a tuple without an image"):
         pictured.figure(torch.zeros(3, 8, 8), [(torch.zeros(4), 1)] * 200)
+    with pytest.raises(InputError, match=r"dataset is a list that has no row \d+"):
+        pictured.figure(torch.zeros(3, 8, 8), [(torch.zeros(8, 8), 1)])
+    with pytest.raises(InputError, match="max_queries=0"):
+        pictured.figure(torch.zeros(3, 8, 8), max_queries=0)
+    with pytest.raises(InputError, match=r"class_names has 1 names, and there is a class \d"):
+        pictured.tables(["zero"])
 
 
 def test_figure_without_matplotlib_names_the_extra(pictured, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torchmetrics import Accuracy, CalibrationError, MeanSquaredError, Metric, MetricCollection
-from torchmetrics.classification import BinaryAUROC, MulticlassF1Score, MulticlassRecall
+from torchmetrics.classification import BinaryAUROC, MulticlassAUROC, MulticlassF1Score, MulticlassRecall
 
 from lightning_resmem import GridTuner, LocalMemory
 from lightning_resmem.errors import InputError
@@ -99,3 +99,8 @@ def test_names_of_the_tasks_own_scores_need_no_metric():
     assert make_objective("accuracy", Multiclass(), 3) is None
     assert make_objective("mse", Regression(), 3) is None
     assert isinstance(make_objective("f1", Multilabel(), 3), MetricObjective)
+
+
+def test_a_metric_for_another_number_of_classes_is_named() -> None:
+    with pytest.raises(InputError, match=r"objective=MulticlassAUROC\(\) does not take predictions of shape \(25, 3\)"):
+        GridTuner(**SMALL, objective=MulticlassAUROC(7)).tune(filled(), *rows(25, "multiclass", seed=2))

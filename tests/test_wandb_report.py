@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import wandb
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import wandb
 from lightning_resmem import (
     GridTuner,
     InputError,

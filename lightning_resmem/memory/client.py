@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lightning_resmem.errors import ShardUnavailableError
 from lightning_resmem.memory.pool_config import PoolConfig
 from lightning_resmem.memory.sharding import split
 
@@ -91,7 +92,18 @@ class ShardClient:
 
     @property
     def pool(self) -> "Pool":
-        """The pool, reached if it was not yet."""
+        """The pool, reached if it was not yet.
+
+        Raises:
+            ShardUnavailableError: If this process has left Ray, and the pool ended with that.
+        """
+        if self._pool is not None and not self._pool.is_reachable:
+            if self.config.name is None:
+                raise ShardUnavailableError(
+                    "The shards ended when this process left Ray (ray.shutdown()): save a memory before, or give "
+                    "RayMemory(name=...) to keep its pool. clear() starts with new shards."
+                )
+            self._pool = None  # it lives on without this process
         if self._pool is None:
             self.open()
         assert self._pool is not None
@@ -101,7 +113,8 @@ class ShardClient:
         """End the pool, for all processes."""
         if self.name is not None:
             self.forget()
-            self.pool.close()
+            if self._pool is None or self._pool.is_reachable or self.config.name is not None:
+                self.pool.close()
             self._pool, self.name = None, None
 
     # -- changes

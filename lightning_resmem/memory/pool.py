@@ -4,6 +4,7 @@ import itertools
 import logging
 import math
 import os
+import socket
 import tempfile
 import threading
 import time
@@ -28,6 +29,8 @@ _log = logging.getLogger("lightning_resmem")
 
 # Calls that a shard works on at the same time.
 _CONCURRENCY = 16
+# How long a cluster on this machine may take to accept a connection.
+_CONNECT_SECONDS = 5.0
 # How long shards may take to delete what they kept when they are ended.
 _CLOSE_SECONDS = 10.0
 # What a Ray that is started here keeps for objects in flight.
@@ -106,6 +109,12 @@ class Pool:
         self._left_out: set[int] = set()
         self._turn = itertools.count()
         self._lock = threading.Lock()
+        self._job = ray.get_runtime_context().get_job_id()
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether this process is still connected to Ray as it was; `ray.shutdown()` ends that."""
+        return ray.is_initialized() and bool(ray.get_runtime_context().get_job_id() == self._job)
 
     @classmethod
     def create(cls, config: PoolConfig, timeout: float) -> "Pool":
@@ -210,10 +219,14 @@ class Pool:
             for shard, replicas in enumerate(self.actors)
         ]
         deadline = time.monotonic() + self.timeout
-        return [
-            [None if ref is None else self.receive(ref, shard, replica, deadline) for replica, ref in enumerate(found)]
-            for shard, found in enumerate(refs)
-        ]
+
+        def answer(ref: Any, shard: int, replica: int) -> Any:
+            try:
+                return None if ref is None else self.receive(ref, shard, replica, deadline)
+            except _LostRowsError as error:
+                raise self.unavailable(shard, str(error)) from error
+
+        return [[answer(ref, shard, replica) for replica, ref in enumerate(found)] for shard, found in enumerate(refs)]
 
     def stats(self, partial: bool) -> list[list[dict[str, Any]]]:
         """Numbers about all replicas of all shards; those that are down, where allowed, only say so."""
@@ -294,8 +307,8 @@ class Pool:
         age = time.monotonic() - self._answered[shard]
         return ShardUnavailableError(
             f"Shard {shard} of {self.config.num_shards} (pool {self.config.name!r}, last on node {nodes}) is not "
-            f"available: {reason}. Its last answer was {age:.1f} s ago. `ray status` and `ray list nodes` show what is "
-            "left of the cluster; a shard comes back when a node has room for it and can read "
+            f"available: {reason.rstrip('.')}. Its last answer was {age:.1f} s ago. `ray status` and `ray list nodes` "
+            "show what is left of the cluster; a shard comes back when a node has room for it and can read "
             f"{self.config.storage_path}. request_timeout_s={self.timeout:g} can be raised, replicas=2 survives the "
             'loss of a node, and on_shard_loss="partial" answers without it.'
         )
@@ -365,7 +378,7 @@ class Pool:
         """End all actors and delete what they kept; calling it again does nothing."""
         actors = [actor for replicas in self.actors for actor in replicas]
         self.actors = []
-        if not ray.is_initialized() or not actors:
+        if not self.is_reachable or not actors:
             return
         destroyed = [actor.destroy.options(max_task_retries=0).remote() for actor in actors]
         ray.wait(destroyed, num_returns=len(actors), timeout=min(_CLOSE_SECONDS, self.timeout))
@@ -384,9 +397,13 @@ def _latest_cluster() -> str | None:
     """
     noted = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster"
     try:
-        return noted.read_text().strip() or None
-    except OSError:
+        address = noted.read_text().strip()
+        host, _, port = address.rpartition(":")
+        # What a Ray that was killed has noted stays, and joining it would be tried for a minute.
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, ValueError):
         return None
+    return address
 
 
 def _join(address: str) -> None:

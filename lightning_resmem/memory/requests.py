@@ -30,6 +30,7 @@ class Request:
     def __init__(self, pool: "Pool", method: str, arguments: Sequence[Sequence[Any] | None], partial: bool) -> None:
         self._pool, self._method, self._arguments, self._partial = pool, method, arguments, partial
         self._started = time.monotonic()
+        self._deadline = self._started + pool.timeout
         self._pending: dict[Any, tuple[int, int]] = {}
         self._patient: set[Any] = set()  # those that Ray repeats until the actor is back
         self._answers: dict[int, Any] = {}
@@ -52,6 +53,7 @@ class Request:
         """
         timeout = self._pool.timeout if timeout is None else timeout
         deadline, hedge = self._started + timeout, self._started + _HEDGE_SECONDS
+        self._deadline = deadline
         while self._pending:
             now = time.monotonic()
             until = min(deadline, hedge) if now < hedge else deadline
@@ -103,7 +105,11 @@ class Request:
         self._pool.mark_down(shard, replica, lost_rows)
         if self._untried[shard]:
             self._try_next(shard)
-        elif not is_final and shard not in {shard for shard, _ in self._pending.values()}:
+        elif (
+            not is_final
+            and time.monotonic() < self._deadline
+            and shard not in {shard for shard, _ in self._pending.values()}
+        ):
             self._send(shard, replica, retries=-1)
 
     def _try_next(self, shard: int) -> None:

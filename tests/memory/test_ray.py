@@ -1,8 +1,11 @@
 """RayMemory against LocalMemory and ResMem in float64, on a Ray of one node."""
 
 import copy
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -389,6 +392,32 @@ def test_a_pool_that_was_shut_down_elsewhere_is_missed_at_once(ray_address: str,
     with pytest.raises(ShardUnavailableError, match="its process is gone"):
         twin.search(data.queries, 1)
     assert time.monotonic() - started < SECONDS / 2
+
+
+_LEAVES_RAY = """
+import sys, ray, torch
+from lightning_resmem import RayMemory, ResMemParams, ShardUnavailableError
+
+memory = RayMemory(1, params=ResMemParams(k=1), storage_path=sys.argv[1])
+memory.add(torch.eye(2), torch.zeros(2, 2), torch.tensor([0, 1]))
+memory.build()
+ray.shutdown()
+for ask in (lambda: memory.search(torch.eye(2), 1), memory.metrics):
+    try:
+        ask()
+    except ShardUnavailableError as error:
+        print(error)
+memory.clear()
+print(len(memory), "rows")
+"""
+
+
+def test_a_process_that_leaves_ray(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-c", _LEAVES_RAY, str(tmp_path)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert ended.stdout.count("The shards ended when this process left Ray (ray.shutdown())") == 2
+    assert ended.stdout.endswith("0 rows\n")
 
 
 def test_copies_ask_the_same_shards(pools: dict[str, RayMemory], data: Data) -> None:
