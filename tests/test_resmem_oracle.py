@@ -44,6 +44,7 @@ def expected(
     memory: LocalMemory, rows: tuple[Tensor, ...], queries: Tensor, query_outputs: Tensor, ids: Tensor | None = None
 ) -> oracle.Predictions:
     settings = dataclasses.asdict(memory.params)
+    assert settings.pop("gate") is None  # see test_gate.py
     return oracle.predict(*rows, queries, query_outputs, **settings, task=memory.task.name, ids=ids)
 
 
