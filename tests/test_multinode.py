@@ -7,7 +7,7 @@ import pytest
 
 from tests.ddp_processes import ROOT, run_script
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # processes start slowly on a busy machine
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]  # processes start slowly on a busy machine
 
 NODE = "[0-9a-f]{6}"
 

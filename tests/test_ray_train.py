@@ -15,7 +15,7 @@ from examples.digits import MLP, split
 from lightning_resmem import ResMemModule, memorize
 from tests.ddp_processes import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # processes start slowly on a busy machine
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]  # processes start slowly on a busy machine
 
 
 # A Ray of its own: that of the session has no dashboard, and Ray Train, which looks there for its own actors, may then

@@ -19,7 +19,7 @@ from examples.digits import MLP, split
 from lightning_resmem import ResMemModule
 from tests.ddp_processes import ROOT, free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # processes start slowly on a busy machine
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]  # processes start slowly on a busy machine
 
 START_SECONDS = 150
 BATCH_WAIT = 0.1  # long, so that requests that come together are surely answered together

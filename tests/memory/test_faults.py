@@ -11,7 +11,7 @@ import pytest
 
 from tests.ddp_processes import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 Found = dict[str, dict[str, Any]]
 

@@ -9,7 +9,7 @@ import torch
 from tests.ddp_processes import run_script
 from tests.ddp_scenarios import TRAIN
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 SCRIPT = Path(__file__).parent / "ray_ranks.py"
 
