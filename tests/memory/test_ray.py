@@ -73,12 +73,19 @@ def two(pools: dict[str, RayMemory]) -> RayMemory:
     return cleared(pools["2"])
 
 
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def ended(memory: RayMemory) -> None:
     """Shut down, and wait until the processes are gone."""
     pids = [shard["pid"] for shard in memory.stats()["shards"]]
     memory.shutdown()
     deadline = time.monotonic() + SECONDS
-    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
+    while any(is_running(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
