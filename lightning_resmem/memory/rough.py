@@ -93,13 +93,8 @@ def candidates(
     for start in range(0, len(keys), _PIECES * _PIECE):
         part, norms = keys[start : start + _PIECES * _PIECE], squared_norms[start : start + _PIECES * _PIECE]
         pieces = -(-len(part) // _PIECE)
-        wide = chunk.view(-1, width)[: pieces * _PIECE]
-        wide[: len(part), :-5] = part = part.float() if center is None else part.float() - center
-        wide[: len(part), -5:-3], wide[: len(part), -3] = _split(norms), 1
-        wide[: len(part), -2] = torch.linalg.vector_norm(part - wide[: len(part), :-5], dim=1) * (2 * _UP)
-        wide[: len(part), -1] = norms.sqrt() * (2 * _UP)
-        wide[len(part) :] = 0
-        wide[len(part) :, -5] = 1e38  # no key, and so never near
+        for piece, rows_of, norms_of in zip(chunk, part.split(_PIECE), norms.split(_PIECE), strict=False):
+            _widen(piece, rows_of.float() if center is None else rows_of.float() - center, norms_of)
         for block in blocks:
             if not block.compare(chunk[:pieces], scores, start):
                 return None
@@ -108,6 +103,17 @@ def candidates(
     limits -= raised.float() - squared + slack
     count = torch.cat(counts)
     return _padded(torch.cat(found), count), limits.masked_fill(count == 0, -torch.inf)
+
+
+def _widen(wide: Tensor, keys: Tensor, squared_norms: Tensor) -> None:
+    """Write keys `(n, D)` and what goes with them into `wide` `(4096, D + 5)`; the rows after them are no keys."""
+    count = len(keys)
+    wide[:count, :-5] = keys
+    wide[:count, -5:-3], wide[:count, -3] = _split(squared_norms), 1
+    wide[:count, -2] = torch.linalg.vector_norm(keys - wide[:count, :-5], dim=1) * (2 * _UP)
+    wide[:count, -1] = squared_norms.sqrt() * (2 * _UP)
+    wide[count:] = 0
+    wide[count:, -5] = 1e38  # never near
 
 
 class _Block:
