@@ -19,6 +19,8 @@ __all__ = [
     "weighted_residual",
 ]
 
+# Share of the base's probability that a class keeps at least: see `log_predictions`.
+FLOOR = 0.1
 # Bytes that a weighted sum over half-precision values may gather at once.
 _GATHER_BYTES = 64 * 2**20
 
@@ -183,7 +185,7 @@ def combine(base: Tensor, residual: Tensor, strength: float | Tensor = 1.0) -> T
     return torch.add(_wide(base), residual, alpha=strength)
 
 
-def log_predictions(combined: Tensor, base: Tensor, floor: float = 0.1) -> Tensor:
+def log_predictions(combined: Tensor, base: Tensor, floor: float = FLOOR) -> Tensor:
     """Log-probabilities of a proper distribution that has the argmax of `F`, exactly.
 
     `F` may have zero or negative entries, so it has no logarithm of its own. Every entry is raised to at least
@@ -210,7 +212,7 @@ def log_predictions(combined: Tensor, base: Tensor, floor: float = 0.1) -> Tenso
     return logs.scatter_(-1, winner, highest)
 
 
-def proper_probabilities(combined: Tensor, base: Tensor, floor: float = 0.1) -> Tensor:
+def proper_probabilities(combined: Tensor, base: Tensor, floor: float = FLOOR) -> Tensor:
     """`log_predictions(combined, base).exp()`, several times cheaper.
 
     Args:
@@ -233,7 +235,7 @@ def proper_probabilities(combined: Tensor, base: Tensor, floor: float = 0.1) -> 
     return probabilities.scatter_(-1, winner, torch.nextafter(highest, torch.ones_like(highest)))
 
 
-def negative_log_likelihood(combined: Tensor, base: Tensor, targets: Tensor, floor: float = 0.1) -> Tensor:
+def negative_log_likelihood(combined: Tensor, base: Tensor, targets: Tensor, floor: float = FLOOR) -> Tensor:
     """`-log_predictions(combined, base)` of the target class alone, several times cheaper.
 
     Args:

@@ -60,7 +60,7 @@ class PositiveFlipRate(_Sums):
             resmem: Predictions after, likewise.
             targets: Shape `(B,)`, or `(B, C)` in multilabel tasks.
         """
-        flipped = functional.is_right(resmem, targets) & ~functional.is_right(base, targets)
+        flipped = functional.turned_right(base, resmem, targets)
         self.add(torch.stack([flipped.sum(), flipped.new_tensor(flipped.numel(), dtype=torch.int64)]))
 
     def compute(self) -> Tensor:

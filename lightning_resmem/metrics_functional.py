@@ -27,6 +27,7 @@ __all__ = [
     "r2",
     "reliability",
     "top_k_right",
+    "turned_right",
 ]
 
 
@@ -129,6 +130,19 @@ def all_right(predictions: Tensor, targets: Tensor) -> Tensor:
     return is_right(predictions, targets).all(dim=1)
 
 
+def turned_right(base: Tensor, resmem: Tensor, targets: Tensor) -> Tensor:
+    """Which labels the base had wrong and resmem has right; arguments as for `positive_flip_rate`.
+
+    Returns:
+        bool, in the shape of the targets.
+
+    Example:
+        >>> turned_right(torch.tensor([0, 0]), torch.tensor([1, 0]), torch.tensor([1, 0]))
+        tensor([ True, False])
+    """
+    return is_right(resmem, targets) & ~is_right(base, targets)
+
+
 def positive_flip_rate(base: Tensor, resmem: Tensor, targets: Tensor) -> Tensor:
     """The share of rows (in multilabel tasks: of labels) that the base had wrong and resmem has right.
 
@@ -144,7 +158,7 @@ def positive_flip_rate(base: Tensor, resmem: Tensor, targets: Tensor) -> Tensor:
         >>> positive_flip_rate(torch.tensor([0, 0, 1]), torch.tensor([1, 0, 0]), torch.tensor([1, 0, 1]))
         tensor(0.3333)
     """
-    return (is_right(resmem, targets) & ~is_right(base, targets)).float().mean()
+    return turned_right(base, resmem, targets).float().mean()
 
 
 def negative_flip_rate(base: Tensor, resmem: Tensor, targets: Tensor) -> Tensor:

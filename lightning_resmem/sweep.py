@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.errors import InputError
-from lightning_resmem.functional import combine
+from lightning_resmem.explain import fetch_neighbors
+from lightning_resmem.functional import FLOOR, combine
 from lightning_resmem.memory.base import Neighbors, ResidualMemory
 from lightning_resmem.metrics_functional import is_right
 from lightning_resmem.objectives import MetricObjective
@@ -20,8 +21,6 @@ Number = TypeVar("Number", int, float)
 
 # Predictions that are judged at once: what stays in a core's cache, and what keeps a GPU busy.
 _CPU_ENTRIES, _GPU_ENTRIES = 2**16, 2**24
-# As in `functional.log_predictions`.
-_FLOOR = 0.1
 # Groups of rows that are left out in turn, for the error of a metric.
 _JACKKNIFE_GROUPS = 20
 
@@ -95,11 +94,7 @@ class Sweep:
         self.ks = sorted({min(k, max(1, most)) for k in ks})
         distances, ids = self._search(memory, rows)
         self.distances = distances
-        ids, positions = ids.unique(return_inverse=True)
-        known = ids[ids >= 0]  # an approximate index may leave places empty
-        positions = positions.reshape(distances.shape) - (len(ids) - len(known))
-        self._positions = positions.to(memory.device)
-        self._values = memory.fetch(known)
+        self._values, self._positions = fetch_neighbors(memory, ids)
         if rows.outputs.shape[1] != self._values.num_outputs:
             raise InputError(
                 f"outputs has {rows.outputs.shape[1]} columns, the memory was filled with {self._values.num_outputs}."
@@ -296,7 +291,7 @@ def multiclass_sweep(
             hit &= combined.argmax(dim=0) == label[0]
         right[:, here] = hit
         # The floor of `functional.log_predictions`, multiplied and clamped before it has an entry for every strength.
-        floor = torch.minimum(*((_FLOOR * part).clamp_min(tiny) for part in (first, top)))
+        floor = torch.minimum(*((FLOOR * part).clamp_min(tiny) for part in (first, top)))
         raised = torch.maximum(combined, floor, out=floor)
         losses[:, here] = raised.sum(dim=0).log() - raised.gather(0, label)[0].log()
     return right, losses

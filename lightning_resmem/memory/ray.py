@@ -233,9 +233,7 @@ class RayMemory(ResidualMemory):
         return total[0].to(device), total[1].to(device)
 
     def fetch(self, ids: Tensor) -> Values:
-        rows = self._stored(as_ids(ids).cpu())
-        assert self._shape is not None
-        values = self._template.values_config(self._shape[1]).build(self.task, self._shape[1])
+        rows, values = self._stored(as_ids(ids).cpu()), self._empty_values()
         values.replace(rows)
         return values
 
@@ -288,7 +286,6 @@ class RayMemory(ResidualMemory):
         """
         storage.as_path(directory)  # refused before the memory is built
         self.build()
-        assert self._shape is not None
         owned = [torch.from_numpy(part.copy()) for part in self._ask("ids")]
         ids, order = torch.cat(owned).sort()
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).split([len(o) for o in owned])
@@ -305,7 +302,6 @@ class RayMemory(ResidualMemory):
 
             return storage.Streamed((len(ids), *sample[name].shape[1:]), sample[name].dtype, parts)
 
-        values = self._template.values_config(self._shape[1]).build(self.task, self._shape[1])
         index, _ = self._shards.pool.one(first, "index")
         described = manifest(
             self.task,
@@ -314,7 +310,7 @@ class RayMemory(ResidualMemory):
             self.provenance,
             len(ids),
             index if isinstance(index, FaissIndex) else "exact",
-            values,
+            self._empty_values(),
         )
         return storage.write(directory, described, {name: ids if name == "ids" else streamed(name) for name in sample})
 
@@ -465,6 +461,11 @@ class RayMemory(ResidualMemory):
         self._shape = next(((s["width"], s["outputs"]) for s in firsts if s["rows"]), self._shape)
 
     # -- details
+
+    def _empty_values(self) -> Values:
+        """Values of the kind that the shards keep, without rows."""
+        assert self._shape is not None
+        return self._template.values_config(self._shape[1]).build(self.task, self._shape[1])
 
     def _reset(self) -> None:
         self._forget()

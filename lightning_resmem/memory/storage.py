@@ -234,7 +234,7 @@ def read_tensors(
     Raises:
         StorageError: On the first file that is missing or differs from the manifest; both sides are shown.
     """
-    path = Path(directory).expanduser().absolute()
+    path = as_path(directory)
     tensors = {}
     for name, entry in _entries(path, manifest).items():
         file = path / entry["file"]
@@ -267,7 +267,7 @@ def read_extra(directory: str | os.PathLike[str], manifest: Mapping[str, Any], n
     Returns:
         Its path, and what is wrong with it: None if it is complete and belongs to the keys.
     """
-    path = Path(directory).expanduser().absolute()
+    path = as_path(directory)
     extra = manifest.get("extra")
     entry = extra.get(name) if isinstance(extra, dict) else None
     file = path / name
