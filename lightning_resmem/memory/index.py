@@ -23,6 +23,8 @@ _CPU_PRODUCT = 1024  # keys of one matrix product, which stay in a core's cache
 _GPU_KEYS = 65536
 # Candidates beyond k that are measured, so that rounding in the scores cannot push a neighbour out.
 _SPARE = 16
+# Queries after which it is known whether candidates in bfloat16 suffice.
+_TRIED = 128
 # Keys that one pass over all of them looks at together.
 _CHUNK = 65536
 
@@ -65,7 +67,8 @@ class ExactIndex:
         self.keys = keys
         self._center: Tensor | None = None
         self._squared_norms: Tensor | None = None
-        self._roughly = True  # whether candidates in bfloat16 are worth a try
+        self._screen: rough.Screen | None = None
+        self._tried = self._unsure = 0  # queries that candidates in bfloat16 were looked for, and did not suffice for
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         queries = queries.float()
@@ -73,19 +76,20 @@ class ExactIndex:
             empty = queries.new_empty(0, k)
             return empty, empty.long()
         with _full_precision(queries.device):
-            self._prepare()
             found = [self._search_rows(rows, k) for rows in queries.split(_ROWS)]
         return torch.cat([distances for distances, _ in found]), torch.cat([positions for _, positions in found])
 
     def _search_rows(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Candidates from products in bfloat16, where that is faster; in float32 what they leave unsure."""
-        wanted = k + k // 2 + 24  # more than enough for nearly all queries
-        if not self._roughly or not rough.is_worthwhile(queries, self.keys, wanted):
+        wanted = k + k // 4 + 16  # more than enough for nearly all queries
+        if not self._is_rough or not rough.is_worthwhile(queries, self.keys, wanted):
             return self._search_precisely(queries, k)
-        assert self._squared_norms is not None
-        found = rough.candidates(self.keys, self._center, self._squared_norms, self._shifted(queries), wanted)
+        if self._screen is None:
+            self._screen = rough.Screen(self.keys, self._mean())
+        found = self._screen.candidates(queries, wanted)
+        self._tried += len(queries)
         if found is None:
-            self._roughly = False
+            self._unsure += len(queries)
             return self._search_precisely(queries, k)
         candidates, limits = found
         blocks = zip(queries.split(_MEASURED), candidates.split(_MEASURED), strict=True)
@@ -93,12 +97,18 @@ class ExactIndex:
         distances = torch.cat([distances[:, :k] for distances, _ in measured])
         positions = torch.cat([positions[:, :k] for _, positions in measured])
         unsure = (~(distances[:, -1].square() * (1 + 1e-6) < limits)).nonzero()[:, 0]
+        self._unsure += len(unsure)
         if len(unsure):
-            self._roughly = len(unsure) < len(queries) / 2
             distances[unsure], positions[unsure] = self._search_precisely(queries[unsure], k)
         return distances, positions
 
+    @property
+    def _is_rough(self) -> bool:
+        """Whether candidates in bfloat16 are worth a try: they suffice for most queries, as far as that is known."""
+        return self._tried < _TRIED or 2 * self._unsure < self._tried
+
     def _search_precisely(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        self._prepare()
         wanted = min(k + _SPARE, len(self.keys))
         query_block, key_block = _blocks(queries.device, wanted)
         found = [self._search_block(block, k, wanted, key_block) for block in queries.split(query_block)]
@@ -110,15 +120,17 @@ class ExactIndex:
             return
         # Distances do not change when everything is moved by the mean, and the scores lose fewer digits. It takes a
         # copy of every block at every search, though, so it is done only where the mean is far from zero.
-        chunks = self.keys.split(_CHUNK)
-        total = torch.stack([chunk.sum(dim=0, dtype=torch.float32) for chunk in chunks]).sum(dim=0)
-        center = total / len(self.keys)
+        center, chunks = self._mean(), self.keys.split(_CHUNK)
         squared = torch.cat([(chunk.float() - center).square().sum(dim=1) for chunk in chunks])
         if bool(center.square().sum() > 16 * squared.mean()):
             self._center = center
         else:
             squared = torch.cat([chunk.float().square().sum(dim=1) for chunk in chunks])
         self._squared_norms = squared
+
+    def _mean(self) -> Tensor:
+        total = torch.stack([chunk.sum(dim=0, dtype=torch.float32) for chunk in self.keys.split(_CHUNK)]).sum(dim=0)
+        return total / len(self.keys)
 
     def _shifted(self, rows: Tensor) -> Tensor:
         """Rows in float32, in the coordinates that scores are computed in."""

@@ -13,7 +13,11 @@ _QUERIES = 256
 _PIECES = 8
 # The smallest score of every group of this many keys decides whether the group is looked at.
 _GROUP = 64
-# Queries below which converting the keys costs more than the faster product gains.
+# Columns beside the keys.
+_EXTRA = 5
+# Keys in bfloat16 that are kept from search to search.
+_CACHED_BYTES = 128 * 2**20
+# Queries below which rounding more keys than that costs more than the faster product gains.
 _MIN_QUERIES = 128
 # A number rounded to bfloat16 is off by at most this part of itself.
 _ROUNDING = 2.0**-8
@@ -28,11 +32,11 @@ _SQUARES = (1e-24, 1e30)
 
 
 def is_worthwhile(queries: Tensor, keys: Tensor, wanted: int) -> bool:
-    """Whether `candidates` is faster than products in float32."""
+    """Whether `Screen.candidates` is faster than products in float32."""
     return (
         keys.device.type == "cpu"
-        and len(queries) >= _MIN_QUERIES
-        and len(keys) >= max(2 * _PIECE, 2 * _GROUP * wanted)
+        and (len(queries) >= _MIN_QUERIES or _bytes(keys) <= _CACHED_BYTES)
+        and len(keys) >= max(_PIECE, 2 * _GROUP * wanted)
         and 4 * wanted <= 3 * _PIECES * _PIECE // _GROUP
         and _multiplies_bfloat16()
     )
@@ -45,12 +49,15 @@ def _multiplies_bfloat16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def candidates(
-    keys: Tensor, center: Tensor | None, squared_norms: Tensor, queries: Tensor, wanted: int
-) -> tuple[Tensor, Tensor] | None:
-    """The keys that may be among the nearest, and how near any other key can be at most.
+def _bytes(keys: Tensor) -> int:
+    """Of all keys in bfloat16, with what goes with them."""
+    return -(-len(keys) // _PIECE) * _PIECE * (keys.shape[1] + _EXTRA) * 2
 
-    One matrix product of widened rows gives, for query x and key z,
+
+class Screen:
+    """Finds the keys that may be among the nearest, from products in bfloat16.
+
+    One matrix product of widened rows gives, for query x and key z, both less the mean of the keys,
 
         s = raised - 2 x.z + |z|^2 - error
 
@@ -61,59 +68,75 @@ def candidates(
     numbers, and comparing them is fast.
 
     Args:
-        keys: Shape `(N, D)`, on the CPU.
-        center: What is subtracted from keys, shape `(D,)`.
-        squared_norms: Of the keys less `center`, shape `(N,)`, float32.
-        queries: Less `center`, shape `(B, D)`, float32.
-        wanted: How many candidates a query has at least.
-
-    Returns:
-        Positions, ascending, shape `(B, n)`, padded with -1, and squared distances `(B,)`: a key that is no candidate
-        is farther; -inf for a query with too many candidates, of which none is returned. None where squares could
-        overflow, or too many keys are equally near to tell them apart.
+        keys: Shape `(N, D)`, on the CPU. Up to 128 MiB of them are kept in bfloat16, more are rounded at every search.
+        center: Their mean, shape `(D,)`, float32.
     """
-    squared = queries.square().sum(dim=1)
-    largest = squared_norms.max()
-    if not bool(torch.maximum(largest, squared.max()) < _SQUARES[1]) or not bool(largest > _SQUARES[0]):
-        return None
-    width = queries.shape[1] + 5
-    # Rounding while the product adds up, in float32.
-    slack = 8 * torch.finfo(torch.float32).eps * width**0.5 * (squared.sqrt() + largest.sqrt()).square()
-    # Over all |z|, 2 error - (|x| - |z|)^2 is at most about 8u |x|^2, u being the rounding.
-    raised = ((squared * (1 + 12 * _ROUNDING) + slack) * (1 + 2 * _ROUNDING)).bfloat16()
-    rows = queries.new_empty(len(queries), width, dtype=torch.bfloat16)
-    rows[:, :-5] = queries * -2
-    rows[:, -5:-3], rows[:, -3] = 1, raised
-    rows[:, -2] = squared.sqrt() * -_UP
-    rows[:, -1] = torch.linalg.vector_norm(rows[:, :-5].float() / 2 + queries, dim=1) * -_UP
 
-    blocks = [_Block(block, wanted) for block in rows.split(_QUERIES)]
-    chunk = torch.empty(_PIECES, _PIECE, width, dtype=torch.bfloat16)
-    scores = torch.empty(_PIECES * _QUERIES * _PIECE, dtype=torch.bfloat16)
-    for start in range(0, len(keys), _PIECES * _PIECE):
-        part, norms = keys[start : start + _PIECES * _PIECE], squared_norms[start : start + _PIECES * _PIECE]
-        pieces = -(-len(part) // _PIECE)
-        for piece, rows_of, norms_of in zip(chunk, part.split(_PIECE), norms.split(_PIECE), strict=False):
-            _widen(piece, rows_of.float() if center is None else rows_of.float() - center, norms_of)
-        for block in blocks:
-            if not block.compare(chunk[:pieces], scores, start):
-                return None
-    found, counts = zip(*(block.found() for block in blocks), strict=True)
-    limits = torch.cat([block.limit for block in blocks])[:, 0].view(torch.bfloat16).float()
-    limits -= raised.float() - squared + slack
-    count = torch.cat(counts)
-    return _padded(torch.cat(found), count), limits.masked_fill(count == 0, -torch.inf)
+    def __init__(self, keys: Tensor, center: Tensor) -> None:
+        self._keys, self._center = keys, center
+        self._squared_norms = torch.cat([(part.float() - center).square().sum(dim=1) for part in keys.split(_PIECE)])
+        self._largest = self._squared_norms.max()
+        self._cached = self._widened(0, -(-len(keys) // _PIECE)) if _bytes(keys) <= _CACHED_BYTES else None
 
+    def candidates(self, queries: Tensor, wanted: int) -> tuple[Tensor, Tensor] | None:
+        """The keys that may be among the nearest, and how near any other key can be at most.
 
-def _widen(wide: Tensor, keys: Tensor, squared_norms: Tensor) -> None:
-    """Write keys `(n, D)` and what goes with them into `wide` `(4096, D + 5)`; the rows after them are no keys."""
-    count = len(keys)
-    wide[:count, :-5] = keys
-    wide[:count, -5:-3], wide[:count, -3] = _split(squared_norms), 1
-    wide[:count, -2] = torch.linalg.vector_norm(keys - wide[:count, :-5], dim=1) * (2 * _UP)
-    wide[:count, -1] = squared_norms.sqrt() * (2 * _UP)
-    wide[count:] = 0
-    wide[count:, -5] = 1e38  # never near
+        Args:
+            queries: Shape `(B, D)`, float32.
+            wanted: How many candidates a query has at least.
+
+        Returns:
+            Positions, ascending, shape `(B, n)`, padded with -1, and squared distances `(B,)`: a key that is no
+            candidate is farther; -inf for a query with too many candidates, of which none is returned. None where
+            squares could overflow, or too many keys are equally near to tell them apart.
+        """
+        queries = queries - self._center
+        squared, largest = queries.square().sum(dim=1), self._largest
+        if not bool(torch.maximum(largest, squared.max()) < _SQUARES[1]) or not bool(largest > _SQUARES[0]):
+            return None
+        width = queries.shape[1] + _EXTRA
+        # Rounding while the product adds up, in float32.
+        slack = 8 * torch.finfo(torch.float32).eps * width**0.5 * (squared.sqrt() + largest.sqrt()).square()
+        # Over all |z|, 2 error - (|x| - |z|)^2 is at most about 8u |x|^2, u being the rounding.
+        raised = ((squared * (1 + 12 * _ROUNDING) + slack) * (1 + 2 * _ROUNDING)).bfloat16()
+        rows = queries.new_empty(len(queries), width, dtype=torch.bfloat16)
+        rows[:, :-5] = queries * -2
+        rows[:, -5:-3], rows[:, -3] = 1, raised
+        rows[:, -2] = squared.sqrt() * -_UP
+        rows[:, -1] = torch.linalg.vector_norm(rows[:, :-5].float() / 2 + queries, dim=1) * -_UP
+
+        blocks = [_Block(block, wanted) for block in rows.split(_QUERIES)]
+        pieces = -(-len(self._keys) // _PIECE)
+        scores = torch.empty(min(_PIECES, pieces) * _QUERIES * _PIECE, dtype=torch.bfloat16)
+        for first in range(0, pieces, _PIECES):
+            last = min(first + _PIECES, pieces)
+            chunk = self._widened(first, last) if self._cached is None else self._cached[first:last]
+            for block in blocks:
+                if not block.compare(chunk, scores, first * _PIECE):
+                    return None
+        found, counts = zip(*(block.found() for block in blocks), strict=True)
+        limits = torch.cat([block.limit for block in blocks])[:, 0].view(torch.bfloat16).float()
+        limits -= raised.float() - squared + slack
+        count = torch.cat(counts)
+        return _padded(torch.cat(found), count, wanted), limits.masked_fill(count == 0, -torch.inf)
+
+    def _widened(self, first: int, last: int) -> Tensor:
+        """Some pieces of the keys and what goes with them, shape `(last - first, 4096, D + 5)`; the end is no keys."""
+        wide = torch.empty(last - first, _PIECE, self._keys.shape[1] + _EXTRA, dtype=torch.bfloat16)
+        start, end = first * _PIECE, min(last * _PIECE, len(self._keys))
+        # Piece by piece: it stays in the cache.
+        parts = zip(
+            wide, self._keys[start:end].split(_PIECE), self._squared_norms[start:end].split(_PIECE), strict=True
+        )
+        for piece, keys, squared_norms in parts:
+            keys, count = keys.float() - self._center, len(keys)
+            piece[:count, :-5] = keys
+            piece[:count, -5:-3], piece[:count, -3] = _split(squared_norms), 1
+            piece[:count, -2] = torch.linalg.vector_norm(keys - piece[:count, :-5], dim=1) * (2 * _UP)
+            piece[:count, -1] = squared_norms.sqrt() * (2 * _UP)
+            piece[count:] = 0
+            piece[count:, -5] = 1e38  # never near
+        return wide
 
 
 class _Block:
@@ -161,9 +184,9 @@ class _Block:
         return torch.from_numpy(np.sort(pairs.numpy(), kind="stable")) & (1 << _POSITION_BITS) - 1, counts
 
 
-def _padded(positions: Tensor, counts: Tensor) -> Tensor:
-    """Rows of `counts` `(B,)` positions each, all filled up to the length of the longest."""
-    width = int(counts.max())
+def _padded(positions: Tensor, counts: Tensor, least: int) -> Tensor:
+    """Rows of `counts` `(B,)` positions each, all filled up to the longest, and to `least`."""
+    width = max(least, int(counts.max()))
     places = torch.arange(len(positions)) + (
         torch.arange(len(counts)) * width - counts.cumsum(0) + counts
     ).repeat_interleave(counts)

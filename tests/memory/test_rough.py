@@ -37,8 +37,7 @@ DATA = {
 def test_a_key_that_is_no_candidate_is_farther_than_the_limit(data: str, rows: int, width: int, wanted: int) -> None:
     keys = DATA[data](rows, width)
     queries = torch.cat([keys[:20], DATA[data](20, width) * 1.1, torch.zeros(1, width)])
-    center = keys.mean(dim=0)
-    found = rough.candidates(keys, center, (keys - center).square().sum(dim=1), queries - center, wanted)
+    found = rough.Screen(keys, keys.mean(dim=0)).candidates(queries, wanted)
     assert found is not None
     positions, limits = found
     assert (positions.diff(dim=1)[positions[:, 1:] >= 0] > 0).all()
@@ -54,26 +53,26 @@ def test_a_key_that_is_no_candidate_is_farther_than_the_limit(data: str, rows: i
 def test_the_limit_is_beyond_the_neighbours_of_nearly_all_queries(data: str) -> None:
     keys, k = DATA[data](20_000, 64), 53
     queries = DATA[data](20_300, 64)[20_000:]
-    found = rough.candidates(keys, None, keys.square().sum(dim=1), queries, wanted=103)
+    found = rough.Screen(keys, keys.mean(dim=0)).candidates(queries, wanted=82)
     assert found is not None
     farthest = torch.cdist(queries, keys).kthvalue(k, dim=1).values
     assert ((farthest.square() < found[1]).float().mean()) > 0.95
-    assert found[0].shape[1] < 206
+    assert found[0].shape[1] < 164
 
 
 def test_none_where_squares_overflow_or_vanish_or_nothing_can_be_told_apart() -> None:
     keys = randn(9000, 4)
     for scale in (1e16, 1e-14, 0.0):
         scaled = keys * scale
-        assert rough.candidates(scaled, None, scaled.square().sum(dim=1), scaled[:10], 20) is None
+        assert rough.Screen(scaled, scaled.mean(dim=0)).candidates(scaled[:10], 20) is None
     equal = torch.ones(33_000, 4)
-    assert rough.candidates(equal, None, equal.square().sum(dim=1), equal[:10], 20) is None
+    assert rough.Screen(equal, torch.zeros(4)).candidates(equal[:10], 20) is None
 
 
 def test_a_query_among_too_many_equal_keys_is_left_to_float32() -> None:
     keys = randn(33_000, 8)
     keys[1000:3000] = keys[1000]
-    found = rough.candidates(keys, None, keys.square().sum(dim=1), keys[900:1300], 20)
+    found = rough.Screen(keys, keys.mean(dim=0)).candidates(keys[900:1300], 20)
     assert found is not None
     positions, limits = found
     crowded = limits == -torch.inf
@@ -87,14 +86,14 @@ def test_a_query_among_too_many_equal_keys_is_left_to_float32() -> None:
 def bfloat16_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many queries were searched in bfloat16, on any machine."""
     counts: list[int] = []
-    real = rough.candidates
+    real = rough.Screen.candidates
 
-    def counted(*args: Tensor) -> tuple[Tensor, Tensor] | None:
-        counts.append(len(args[3]))
-        return real(*args)
+    def counted(self: rough.Screen, queries: Tensor, wanted: int) -> tuple[Tensor, Tensor] | None:
+        counts.append(len(queries))
+        return real(self, queries, wanted)
 
     monkeypatch.setattr(rough, "_multiplies_bfloat16", lambda: True)
-    monkeypatch.setattr(rough, "candidates", counted)
+    monkeypatch.setattr(rough.Screen, "candidates", counted)
     return counts
 
 
@@ -124,6 +123,28 @@ def test_the_index_finds_the_same_as_without(bfloat16_counts: list[int], monkeyp
     assert len(bfloat16_counts) == 2
     assert torch.equal(with_it[1], without[1])
     assert torch.equal(with_it[0], without[0])
+
+
+def test_the_index_survives_a_query_that_bfloat16_does_not_suffice_for(bfloat16_counts: list[int]) -> None:
+    keys = randn(9000, 6)
+    keys[:900] = keys[0]
+    index, crowded = ExactIndex(keys), keys[:1]
+    for queries in (crowded, torch.full((1, 6), 1e18), randn(300, 6, seed=2), crowded):
+        distances, _ = index.search(queries, 10)
+        expected, _ = oracle.neighbors(keys.double().numpy(), None, queries.double().numpy(), 10)
+        np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-5)
+    assert bfloat16_counts == [1, 1, 300, 1]
+
+
+def test_keys_that_are_not_kept_in_bfloat16_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, queries = randn(50_000, 8), randn(130, 8, seed=1)
+    kept = rough.Screen(keys, keys.mean(dim=0)).candidates(queries, 20)
+    monkeypatch.setattr(rough, "_CACHED_BYTES", 0)
+    rounded = rough.Screen(keys, keys.mean(dim=0)).candidates(queries, 20)
+    assert kept is not None
+    assert rounded is not None
+    assert torch.equal(kept[0], rounded[0])
+    assert torch.equal(kept[1], rounded[1])
 
 
 def test_the_index_gives_up_bfloat16_where_it_does_not_suffice(bfloat16_counts: list[int]) -> None:
