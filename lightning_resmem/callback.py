@@ -115,7 +115,7 @@ class ResMemCallback(Callback):
         self._memory_dataloader, self._weights, self._dirpath = memory_dataloader, weights, dirpath
         self._name, self._route = name, route
         self._report = Report(name, log_memory_artifact)
-        self._metrics = None if metrics is None else as_collection(metrics)
+        self._metrics = None if metrics is None else as_collection(metrics, self._memory.task)
         self._base: L.LightningModule | None = None
         self._directory: Path | None = None  # where the memory was saved
         self._memorized = False  # in the current fit
@@ -172,7 +172,7 @@ class ResMemCallback(Callback):
         with Ranks(trainer).together("looking where the memory will be saved"):
             if directory is not None and trainer.is_global_zero:
                 storage.check_target(directory)
-        self._memorizer(trainer).rehearse(trainer, pl_module, self._memory_loaders(trainer))
+        self._memorizer(trainer).rehearse(trainer, pl_module, self._memory_loaders(trainer), self._metrics)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._base, started = pl_module, time.monotonic()

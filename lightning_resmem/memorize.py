@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torchmetrics import MetricCollection
 
 from lightning_resmem.batches import TRANSFER_HOOKS, BatchReader, ForwardFn, IdsFn, TargetsFn, borrow_transfer_hooks
 from lightning_resmem.capacity import available_bytes, check_capacity, size
@@ -20,8 +23,9 @@ from lightning_resmem.errors import InputError, ResMemWarning
 from lightning_resmem.fingerprint import fingerprint
 from lightning_resmem.head import HeadTap
 from lightning_resmem.loaders import Part, check_agreement, plan
-from lightning_resmem.memory.base import ResidualMemory
+from lightning_resmem.memory.base import Predictions, ResidualMemory
 from lightning_resmem.memory.local import LocalMemory
+from lightning_resmem.metrics import ResMemMetrics
 from lightning_resmem.module import ResMemModule, describe
 from lightning_resmem.progress import shows_progress, working
 from lightning_resmem.ranks import Ranks, check_strategy
@@ -116,16 +120,21 @@ class Memorizer:
     embedding: str | None
     show_progress: bool = False
 
-    def rehearse(self, trainer: L.Trainer, model: L.LightningModule, loaders: Any) -> None:
-        """Find out with two rows what would fail in `run`: the loader, the head, the targets."""
+    def rehearse(
+        self, trainer: L.Trainer, model: L.LightningModule, loaders: Any, metrics: MetricCollection | None = None
+    ) -> None:
+        """Find out with two rows what would fail in `run` or afterwards.
+
+        Args:
+            trainer: With its strategy set up.
+            model: On its device.
+            loaders: The training rows.
+            metrics: Users' own, which will see such rows.
+        """
         reading = self._reading(trainer, model)
         parts = self._plan(reading, loaders)
         with reading.ranks.together("rehearsing the memory pass on two rows"):
-            chunk = reading.rehearse(parts)
-            if chunk is not None:
-                check_finite("embeddings", chunk.embeddings, chunk.ids)
-                check_finite("outputs", chunk.outputs, chunk.ids)
-                self.memory.task.check_targets(chunk.targets, chunk.outputs.shape[1], chunk.ids)
+            self._sample(reading, parts, metrics)
 
     def run(
         self,
@@ -176,7 +185,7 @@ class Memorizer:
         rows = sum(part.num_rows or 0 for part in parts)
         all_rows = sum(count for count in reading.ranks.gather_objects(rows) if isinstance(count, int))
         with reading.ranks.together("rehearsing the memory pass on two rows"):
-            sample = reading.rehearse(parts)
+            sample = self._sample(reading, parts)
             if all_rows and sample is not None:
                 shape = sample.embeddings.shape[1], sample.outputs.shape[1]
                 needed = memory.estimate_bytes(all_rows, *shape)
@@ -201,6 +210,26 @@ class Memorizer:
         if reading.tap is None:
             reading.tap = HeadTap(model, **names)
         memory.provenance.update({"fingerprint": fingerprint(model), **names})
+
+    def _sample(self, reading: Pass, parts: list[Part], metrics: MetricCollection | None = None) -> Chunk | None:
+        """Two rows, checked; None if reading them would use them up."""
+        chunk = reading.rehearse(parts)
+        if chunk is None:
+            return None
+        check_finite("embeddings", chunk.embeddings, chunk.ids)
+        check_finite("outputs", chunk.outputs, chunk.ids)
+        task, outputs = self.memory.task, chunk.outputs.cpu()
+        targets = task.check_targets(chunk.targets.cpu(), outputs.shape[1], chunk.ids)
+        # Users' metrics may draw random numbers, and warn of classes that two rows lack.
+        with isolate_rng(include_cuda=False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if self.tuner is not None:
+                self.tuner.rehearse(task, outputs, targets)
+            if metrics is not None:
+                base = task.predict(outputs)
+                rows = Predictions(base, base, base), targets, torch.zeros(len(base))
+                ResMemMetrics(task, base.shape[1], metrics).cpu().update(*rows)
+        return chunk
 
     def _tune(self, reading: Pass, tuner: Tuner, parts: list[Part]) -> TuningResult | None:
         chunks: list[Chunk] = []

@@ -20,6 +20,8 @@ from lightning_resmem.tasks import Multilabel, Regression, Task
 UserMetrics = Metric | Sequence[Metric] | Mapping[str, Metric] | MetricCollection
 
 _TOP_K = 5
+# Names of scores that `PredictionMetrics` adds to those of `_own`.
+_COMMON = ("f1", "ece")
 
 
 class _Sums(Metric):
@@ -311,13 +313,9 @@ class ResMemMetrics(WrapperMetric):
     def __init__(self, task: Task, num_outputs: int, metrics: UserMetrics | None = None) -> None:
         super().__init__()
         self.task, self.scores, self.neighborhoods = task, MeanScores(), NeighborhoodAccuracy()
-        users = None if metrics is None else as_collection(metrics)
+        users = None if metrics is None else as_collection(metrics, task, num_outputs)
         self.base, self.knn, self.resmem = (PredictionMetrics(task, num_outputs, users) for _ in Predictions._fields)
         self.positive_flips, self.negative_flips = PositiveFlipRate(), NegativeFlipRate()
-        own = {self.task.score_name, *self.base.names, "gain"}
-        for name in [] if users is None else users:
-            if name in own:
-                raise InputError(f"metrics has the name {name!r}, which is reported anyway: give it another one.")
 
     @property
     def predictions(self) -> dict[str, "PredictionMetrics"]:
@@ -397,7 +395,7 @@ class PredictionMetrics(nn.Module):
         if self._users is not None:
             self._users.reset()
         self.f1, self.reliability = MacroF1(num_outputs), Reliability()
-        self.names = frozenset(["f1", "ece", *self._own])
+        self.names = frozenset([*_COMMON, *self._own])
 
     def update(self, probabilities: Tensor, labels: Tensor, targets: Tensor) -> None:
         """Add rows of probabilities `(B, C)` (predictions, in regression), their labels, and checked targets."""
@@ -436,21 +434,30 @@ class PredictionMetrics(nn.Module):
             self._users.reset()
 
 
-def as_collection(metrics: UserMetrics) -> MetricCollection:
+def as_collection(metrics: UserMetrics, task: Task, num_outputs: int = 1) -> MetricCollection:
     """Users' metrics by name.
 
+    Args:
+        metrics: One, several, or several by name.
+        task: Of the memory, which has names of its own.
+        num_outputs: `C`, if it is known: with many outputs there is one name more.
+
     Raises:
-        InputError: If there is something else among them, or two of one name.
+        InputError: If there is something else among them, two of one name, or a name that is taken.
     """
-    if isinstance(metrics, MetricCollection):
-        return metrics
-    try:
-        return MetricCollection(dict(metrics) if isinstance(metrics, Mapping) else metrics)
-    except (TypeError, ValueError, KeyError) as error:  # KeyError: an empty name
-        raise InputError(
-            f"metrics={metrics!r}: give torchmetrics metrics, one, a list of them, a dict by name, or a "
-            f"MetricCollection. {error.args[0]}"
-        ) from error
+    if not isinstance(metrics, MetricCollection):
+        try:
+            metrics = MetricCollection(dict(metrics) if isinstance(metrics, Mapping) else metrics)
+        except (TypeError, ValueError, KeyError) as error:  # KeyError: an empty name
+            raise InputError(
+                f"metrics={metrics!r}: give torchmetrics metrics, one, a list of them, a dict by name, or a "
+                f"MetricCollection. {error.args[0]}"
+            ) from error
+    own = {task.score_name, "gain", *_COMMON, *_own(task, num_outputs)}
+    for name in metrics:
+        if name in own:
+            raise InputError(f"metrics has the name {name!r}, which is reported anyway: give it another one.")
+    return metrics
 
 
 def _own(task: Task, num_outputs: int) -> dict[str, Metric | MetricCollection]:

@@ -88,7 +88,7 @@ class ResMemModule(L.LightningModule):
         head = head or memory.provenance.get("head")
         self._embedding = embedding or memory.provenance.get("embedding")
         self._tap = None if head is None else HeadTap(base, head, self._embedding)
-        self._metrics = None if metrics is None else as_collection(metrics)
+        self._metrics = None if metrics is None else as_collection(metrics, memory.task, memory.num_outputs)
         self._board: Scoreboard | None = None
         self.evaluations: tuple[Evaluation, ...] = ()
         borrow_transfer_hooks(self, [base])

@@ -1,5 +1,9 @@
 """What a tuner maximises: a name, or any torchmetrics metric."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassF1Score, MultilabelF1Score
@@ -7,6 +11,9 @@ from torchmetrics.classification import MulticlassF1Score, MultilabelF1Score
 from lightning_resmem.errors import InputError
 from lightning_resmem.metrics import for_users
 from lightning_resmem.tasks import Multiclass, Multilabel, Regression, Task
+
+# Outputs beyond which a rehearsal makes up no rows of every class.
+_MOST_REHEARSED = 1000
 
 NAMES = ("accuracy", "nll", "f1", "mse")
 
@@ -32,17 +39,40 @@ class MetricObjective:
 
     def value(self, prediction: Tensor, targets: Tensor) -> float:
         """The metric of predictions `(V, C)`."""
+        with self._refusing(prediction, targets):
+            self._update(prediction, targets)
+            value = self._metric.compute()
+        return self._number(value)
+
+    def rehearse(self, prediction: Tensor, targets: Tensor) -> None:
+        """Raise what `value` would raise for rows like these, as far as a few of them tell."""
+        with self._refusing(prediction, targets):
+            self._update(prediction, targets)
+        try:
+            value = self._metric.compute()
+        except Exception:  # perhaps only because rows are few
+            if prediction.shape[1] <= _MOST_REHEARSED:
+                self.value(*_rows_of_every_class(self._task, prediction, targets))
+        else:
+            self._number(value)
+
+    def _update(self, prediction: Tensor, targets: Tensor) -> None:
         self._metric.reset()
         self._metric.to(prediction.device)
+        self._metric.update(*for_users(self._task, prediction, targets))
+
+    @contextmanager
+    def _refusing(self, prediction: Tensor, targets: Tensor) -> Iterator[None]:
         try:
-            self._metric.update(*for_users(self._task, prediction, targets))
-            value = self._metric.compute()
+            yield
         except Exception as error:  # whatever the metric says of predictions that it was not made for
             raise InputError(
                 f"objective={self._metric} does not take predictions of shape {tuple(prediction.shape)} and targets of "
                 f"shape {tuple(targets.shape)} ({type(error).__name__}: {error}). Give one made for this task and "
                 f"{prediction.shape[1]} outputs."
             ) from error
+
+    def _number(self, value: object) -> float:
         if not isinstance(value, Tensor) or value.numel() != 1:
             found = f"values of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise InputError(
@@ -50,6 +80,18 @@ class MetricObjective:
                 'such as average="macro".'
             )
         return float(value)
+
+
+def _rows_of_every_class(task: Task, prediction: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Predictions and targets of a few rows, repeated, with made-up targets where there are classes."""
+    num_outputs = prediction.shape[1]
+    rows = torch.arange(max(64, 2 * num_outputs))
+    repeated = rows % len(prediction)
+    if isinstance(task, Regression):
+        return prediction[repeated], targets[repeated]
+    if isinstance(task, Multilabel):
+        return prediction[repeated], ((rows[:, None] + torch.arange(num_outputs)) % 2).to(targets.dtype)
+    return prediction[repeated], rows % num_outputs
 
 
 def check_objective(objective: object) -> None:

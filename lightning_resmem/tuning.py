@@ -154,6 +154,15 @@ class Tuner(ABC):
     def check(self, task: Task) -> None:  # noqa: B027 -- for those that cannot tune every task
         """Raise an error, before any training, if this tuner cannot tune the memory of a task."""
 
+    def rehearse(self, task: Task, outputs: Tensor, targets: Tensor) -> None:  # noqa: B027
+        """Raise an error, before any training, if this tuner cannot tune on rows like these.
+
+        Args:
+            task: Of the memory.
+            outputs: What the head returned for one or two rows, shape `(n, C)`, on the CPU.
+            targets: Their targets, as the task stores them.
+        """
+
 
 class GridTuner(Tuner):
     """Tries every combination, and more of them around the best one, on one search; `strength` 0 is always a candidate.
@@ -231,6 +240,12 @@ class GridTuner(Tuner):
                 f"max_negative_flip_rate={self.max_negative_flip_rate} is not for task=Regression(), where no answer "
                 "is simply right: leave it out."
             )
+
+    def rehearse(self, task: Task, outputs: Tensor, targets: Tensor) -> None:
+        metric = make_objective(self.objective, task, outputs.shape[1])
+        if metric is not None:
+            base = task.predict(outputs)
+            metric.rehearse(task.probabilities(base, base), targets)
 
     @torch.no_grad()
     def tune(

@@ -24,6 +24,15 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader, Dataset, Sampler, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
+from torchmetrics import BootStrapper, ExplainedVariance, MeanSquaredError, R2Score
+from torchmetrics.classification import (
+    BinaryAUROC,
+    MulticlassAccuracy,
+    MulticlassAUROC,
+    MulticlassF1Score,
+    MulticlassRecall,
+    MultilabelAUROC,
+)
 
 from lightning_resmem import (
     EmptyMemoryError,
@@ -37,6 +46,7 @@ from lightning_resmem import (
     StaleMemoryError,
     StorageError,
 )
+from lightning_resmem.tasks import TASKS
 from tests import oracle
 from tests.models import (
     ZOO,
@@ -44,7 +54,9 @@ from tests.models import (
     Data,
     DictBatches,
     LogSoftmax,
+    ManyLabels,
     NormAndDropout,
+    Numbers,
     Spy,
     Trained,
     data_for,
@@ -939,13 +951,13 @@ def test_lr_find_goes_along(root):
 # -- told before training
 
 
-def steps_before(error, callback, root, match):
+def steps_before(error, callback, root, match, kind=CallsSelf):
     """Fit, expecting an error, and return how many training steps there were."""
-    model, steps = make(CallsSelf), []
+    model, steps = make(kind), []
     step = model.training_step
     model.training_step = lambda *args: steps.append(1) or step(*args)
     with pytest.raises(error, match=match):
-        trainer(root, callback).fit(model, datamodule=Data())
+        trainer(root, callback).fit(model, datamodule=data_for(kind))
     return len(steps)
 
 
@@ -975,6 +987,79 @@ def test_a_dataset_is_no_loader(root):
 def test_bad_arguments_are_named(bad):
     with pytest.raises(InputError, match=next(iter(bad))):
         ResMemCallback(**bad)
+
+
+CLASS_METRICS = [MeanSquaredError, lambda: MulticlassF1Score(7), BinaryAUROC, lambda: MulticlassRecall(4, average=None)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "objective"),
+    [
+        *((CallsSelf, metric) for metric in CLASS_METRICS),
+        (ManyLabels, lambda: MultilabelAUROC(7)),
+        (ManyLabels, lambda: MultilabelAUROC(4, average=None)),
+        (Numbers, lambda: R2Score(multioutput="raw_values")),
+        (Numbers, lambda: MulticlassF1Score(2)),
+    ],
+)
+def test_an_objective_that_does_not_fit_is_refused_before_training(root, kind, objective):
+    callback = ResMemCallback(LocalMemory(TASKS[kind.task]()), tuner=GridTuner(objective=objective()))
+    assert steps_before(InputError, callback, root, "objective=.*(does not take pred|needs one number)", kind) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric"),
+    [*((CallsSelf, metric) for metric in CLASS_METRICS[:2]), (ManyLabels, lambda: MultilabelAUROC(7))],
+)
+def test_own_metrics_that_do_not_fit_are_refused_before_training(root, kind, metric):
+    callback = ResMemCallback(memory_for(kind), metrics={"mine": metric()})
+    assert steps_before((ValueError, RuntimeError), callback, root, ".", kind) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric"),
+    [
+        (CallsSelf, lambda: MulticlassAUROC(4)),
+        (CallsSelf, lambda: WantsEveryClass(4)),
+        (ManyLabels, lambda: MultilabelAUROC(4)),
+        (Numbers, lambda: R2Score()),
+        (Numbers, lambda: ExplainedVariance()),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:ResMem tuning", "error:No (positive|negative) samples")
+def test_metrics_that_want_more_than_two_rows_are_let_through(root, kind, metric):
+    own = LocalMemory(TASKS[kind.task]())
+    callback = ResMemCallback(own, tuner=GridTuner(k=[5], sigma=[0.3], objective=metric()), metrics={"mine": metric()})
+    run, model, data = trainer(root, callback), make(kind), data_for(kind)
+    run.fit(model, datamodule=data)
+    (logged,) = run.test(model, datamodule=data, verbose=False)
+    assert callback.tuning.objective == type(metric()).__name__
+    assert np.isfinite(logged["test/mine_resmem"])
+
+
+class WantsEveryClass(MulticlassAccuracy):
+    def compute(self):
+        if not (self.tp + self.fn).all():
+            raise ValueError("a class has no rows")
+        return super().compute()
+
+
+def test_metrics_that_draw_random_numbers_leave_the_training_as_it_was(root):
+    data, plain, model = Data(), make(NormAndDropout), make(NormAndDropout)
+    own = BootStrapper(MulticlassAccuracy(4), num_bootstraps=2)
+    for module, callbacks in ((plain, []), (model, [ResMemCallback(memory_for(CallsSelf), metrics={"mine": own})])):
+        torch.manual_seed(1)
+        trainer(root, *callbacks).fit(module, datamodule=data)
+    assert same_weights(weights_of(plain), weights_of(model))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(CallsSelf, "acc"), (CallsSelf, "nll"), (ManyLabels, "exact"), (Numbers, "r2")]
+)
+def test_names_of_own_metrics_that_are_taken_are_refused(kind, name):
+    with pytest.raises(InputError, match=f"metrics has the name '{name}'"):
+        ResMemCallback(memory_for(kind), metrics={name: MulticlassAccuracy(4)})
+    ResMemCallback(memory_for(kind), metrics={f"my_{name}": MulticlassAccuracy(4)})
 
 
 def test_another_run_keeps_the_memory_of_the_first(root):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassF1Score
 
 from lightning_resmem import GridTuner, InputError, LocalMemory, ResMemCallback, ResMemParams, memorize
 from tests.models import (
@@ -282,3 +283,13 @@ def test_arguments_are_checked(arguments, options, message, tmp_path):
     run = run if run is None else trainer(tmp_path)
     with pytest.raises(InputError, match=message):
         memorize(run, model(), data(), **options)
+
+
+def test_an_objective_that_does_not_fit_is_refused_before_the_pass(tmp_path):
+    model, batches = make(CallsSelf), []
+    forward = model.forward
+    model.forward = lambda x: batches.append(len(x)) or forward(x)
+    tuner = GridTuner(objective=MulticlassF1Score(7))
+    with pytest.raises(InputError, match=r"objective=MulticlassF1Score\(\) does not take .* \(2, 4\)"):
+        memorize(trainer(tmp_path), model, Data(), tuner=tuner)
+    assert set(batches) == {2}

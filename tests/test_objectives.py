@@ -104,3 +104,16 @@ def test_names_of_the_tasks_own_scores_need_no_metric():
 def test_a_metric_for_another_number_of_classes_is_named() -> None:
     with pytest.raises(InputError, match=r"objective=MulticlassAUROC\(\) does not take predictions of shape \(25, 3\)"):
         GridTuner(**SMALL, objective=MulticlassAUROC(7)).tune(filled(), *rows(25, "multiclass", seed=2))
+
+
+def test_a_rehearsal_of_few_rows_raises_what_tuning_would() -> None:
+    _, outputs, targets = rows(2, "multiclass", seed=2)
+    for objective, message in (
+        (MulticlassAUROC(7), r"objective=MulticlassAUROC\(\) does not take predictions of shape \(2, 3\)"),
+        (MeanSquaredError(), r"does not take .* targets of shape \(2,\)"),
+        (MulticlassRecall(3, average="none"), r"values of shape \(3,\), a tuner needs one number"),
+    ):
+        with pytest.raises(InputError, match=message):
+            GridTuner(objective=objective).rehearse(Multiclass(), outputs, targets)
+    for fitting in ("accuracy", "nll", "f1", MulticlassRecall(3)):
+        GridTuner(objective=fitting).rehearse(Multiclass(), outputs, targets)
