@@ -27,8 +27,6 @@ _ADD_ROWS = 65536
 # Keys a quantizer is trained on, per cluster; FAISS wants at least 39 and uses at most 256.
 _TRAIN_PER_CLUSTER = 64
 _TRAIN_ROWS = 100_000
-# Queries whose candidates are measured again together.
-_MEASURE_ROWS = 256
 # Rows and neighbours that recall is measured with.
 _RECALL_ROWS, _RECALL_K = 256, 10
 # Recall below which an index whose recall nobody asked for is told of.
@@ -113,9 +111,8 @@ class FaissSearch:
         squared, found = self._searched.search(queries.detach().float().cpu().contiguous().numpy(), fetched)
         positions = torch.from_numpy(found).to(queries.device)
         if self.config.rerank:
-            blocks = zip(queries.detach().float().split(_MEASURE_ROWS), positions.split(_MEASURE_ROWS), strict=True)
-            nearest = [measure(self.keys, block, candidates) for block, candidates in blocks]
-            return torch.cat([d[:, :k] for d, _ in nearest]), torch.cat([p[:, :k] for _, p in nearest])
+            distances, positions = measure(self.keys, queries.detach().float(), positions)
+            return distances[:, :k].contiguous(), positions[:, :k].contiguous()
         distances = torch.from_numpy(squared).to(queries.device).clamp_min_(0).sqrt_()
         return distances.masked_fill_(positions < 0, torch.inf), positions
 

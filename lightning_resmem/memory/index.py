@@ -11,8 +11,8 @@ from lightning_resmem.memory import rough
 
 # Queries whose candidates are held at once.
 _ROWS = 4096
-# Queries whose candidates are measured at once.
-_MEASURED = 256
+# Numbers of candidates that are measured at once: what stays in a core's cache, and what keeps a GPU busy.
+_CPU_MEASURED, _GPU_MEASURED = 2**20, 2**26
 # The smallest score of every group of this many keys decides whether the group is looked at.
 _GROUP = 32
 # Scores computed at once. On a CPU they stay in its cache (16 MiB), which is worth a factor of two; a GPU wants more.
@@ -92,10 +92,8 @@ class ExactIndex:
             self._unsure += len(queries)
             return self._search_precisely(queries, k)
         candidates, limits = found
-        blocks = zip(queries.split(_MEASURED), candidates.split(_MEASURED), strict=True)
-        measured = [_measure_ascending(self.keys, *block) for block in blocks]
-        distances = torch.cat([distances[:, :k] for distances, _ in measured])
-        positions = torch.cat([positions[:, :k] for _, positions in measured])
+        distances, positions = measure(self.keys, queries, candidates, in_order=True)
+        distances, positions = distances[:, :k].contiguous(), positions[:, :k].contiguous()
         unsure = (~(distances[:, -1].square() * (1 + 1e-6) < limits)).nonzero()[:, 0]
         self._unsure += len(unsure)
         if len(unsure):
@@ -207,27 +205,36 @@ class ExactIndex:
         return nearest[:k], torch.cat(positions)[chosen[:k]]
 
 
-def measure(keys: Tensor, queries: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def measure(keys: Tensor, queries: Tensor, positions: Tensor, in_order: bool = False) -> tuple[Tensor, Tensor]:
     """True distances of candidates, by direct differences.
 
     Args:
         keys: Shape `(N, D)`.
         queries: Shape `(b, D)`, float32.
         positions: Shape `(b, n)`, int64; -1 is missing.
+        in_order: Whether those of a query are ascending already, missing ones last.
 
     Returns:
         Distances and positions, both `(b, n)`, sorted by distance and then by position, missing ones last.
     """
-    return _measure_ascending(keys, queries, positions.sort(dim=1).values)
-
-
-def _measure_ascending(keys: Tensor, queries: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """`measure` of positions that are ascending already."""
-    # Ten times faster than keys[positions].
-    candidates = keys.index_select(0, positions.clamp_min(0).flatten()).float()
-    differences = candidates.view(*positions.shape, -1).sub_(queries[:, None])  # (b, n, D)
-    distances = torch.linalg.vector_norm(differences, dim=2).masked_fill_(positions < 0, torch.inf)
-    distances, order = distances.sort(dim=1, stable=True)
+    if not in_order:
+        positions = positions.sort(dim=1).values
+    candidates, width = positions.shape[1], keys.shape[1]
+    rows = max(1, (_CPU_MEASURED if keys.device.type == "cpu" else _GPU_MEASURED) // max(1, candidates * width))
+    rows = min(rows, len(queries))
+    # Into the same memory again and again: fresh memory takes several times as long as the rest.
+    gathered = keys.new_empty(rows * candidates, width)
+    differences = gathered if keys.dtype == torch.float32 else gathered.float()
+    distances = queries.new_empty(len(queries), candidates)
+    for first in range(0, len(queries), rows):
+        block = positions[first : first + rows]
+        part, wide = gathered[: block.numel()], differences[: block.numel()]
+        torch.index_select(keys, 0, block.clamp_min(0).flatten(), out=part)  # ten times faster than keys[positions]
+        if keys.dtype != torch.float32:
+            wide.copy_(part)
+        wide = wide.view(*block.shape, width).sub_(queries[first : first + rows, None])
+        torch.linalg.vector_norm(wide, dim=2, out=distances[first : first + rows])
+    distances, order = distances.masked_fill_(positions < 0, torch.inf).sort(dim=1, stable=True)
     return distances, positions.gather(1, order)
 
 

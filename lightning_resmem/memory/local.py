@@ -30,6 +30,8 @@ _log = logging.getLogger("lightning_resmem")
 
 # Outputs up to which values="auto" keeps them in full.
 _DENSE_OUTPUTS = 1024
+# Ids for each row up to which a table says where a row is; beyond, ids are searched for, which is slower.
+_TABLE_IDS = 8
 
 
 class LocalMemory(ResidualMemory):
@@ -92,6 +94,7 @@ class LocalMemory(ResidualMemory):
         self._ordered = True  # ids arrived in ascending order so far
         self._reserved = 0
         self._index: ExactIndex | FaissSearch | None = None
+        self._table: tuple[ExactIndex | FaissSearch, Tensor] | None = None  # where each id is, of an index
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -464,8 +467,15 @@ class LocalMemory(ResidualMemory):
         known = self._ids.finish()
         if int(known[-1]) == len(known) - 1:  # ids are 0, 1, 2, ...: the position is the id
             return ids.where(ids < len(known), -1)
-        positions = torch.searchsorted(known, ids).clamp_max(len(known) - 1)
-        return positions.where(known[positions] == ids, -1)
+        if self._index is None or int(known[-1]) >= _TABLE_IDS * len(known):
+            positions = torch.searchsorted(known, ids).clamp_max(len(known) - 1)
+            return positions.where(known[positions] == ids, -1)
+        if self._table is None or self._table[0] is not self._index:  # it belongs to the rows as they are now
+            table = torch.full((int(known[-1]) + 2,), -1, device=known.device)
+            table[known] = torch.arange(len(known), device=known.device)
+            self._table = self._index, table
+        table = self._table[1]  # its last entry is for ids that are too large
+        return table[ids.clamp(-1, len(table) - 1)]
 
     def _known_positions(self, ids: Tensor) -> Tensor:
         positions = self._positions(ids.to(self._device))

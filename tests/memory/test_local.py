@@ -234,3 +234,20 @@ def test_ids_continue_after_the_largest() -> None:
     memory = _memory()
     memory.add(**ROWS)
     assert memory.ids.tolist() == [5, 7, 9, 10, 11, 12]
+
+
+@pytest.mark.parametrize("ids", [[2, 3, 9], [2, 3, 10**12], [0, 1, 2], [0]])
+def test_rows_are_found_by_id_however_ids_are_spread(ids: list[int]) -> None:
+    memory, rows = LocalMemory(), {name: tensor[: len(ids)] for name, tensor in ROWS.items()}
+    memory.add(**rows, ids=torch.tensor(ids))
+    asked = torch.tensor([[ids[-1], -1, ids[-1] + 1, ids[0], 10**15, 7]])
+    memory.build()
+    for gone in (None, ids[-1]):
+        if gone is not None and len(ids) > 1:
+            memory.remove([gone])
+            memory.add(**{name: tensor[:1] for name, tensor in rows.items()}, ids=torch.tensor([7]))
+            memory.build()
+        known = memory.ids.tolist()
+        expected = torch.tensor([[float(i in known) for i in asked[0].tolist()]])
+        labels = [memory.weighted_sums(asked[:, i : i + 1], torch.ones(1, 1), 1.0)[1].sum() for i in range(6)]
+        assert torch.equal(torch.stack(labels)[None], expected)
