@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_resmem.errors import HeadError
+from lightning_resmem.errors import HeadError, InputError
 
 
 class Captured(NamedTuple):
@@ -65,6 +65,7 @@ class HeadTap:
 
         Raises:
             HeadError: If no `nn.Linear` is executed, the model returns none of their outputs, or several of them.
+            InputError: If that cannot be told, because all outputs are NaN or infinite.
         """
         executed: list[tuple[str, nn.Module, Tensor]] = []
 
@@ -88,6 +89,7 @@ class HeadTap:
         matching = {name: module for name, module, output in executed if any(_same(output, r) for r in returned)}
         if len(matching) == 1:
             return cls(model, next(iter(matching)), embedding)
+        check_diverged(executed[-1][2])
         if matching:
             raise HeadError(
                 f"The head is ambiguous: the model returns the outputs of {_quoted(matching)}. Choose one of them: "
@@ -191,6 +193,17 @@ class HeadTap:
             )
         # Copies: the model may go on in place.
         return Captured(embedding.detach().clone(), output.detach().clone())
+
+
+def check_diverged(outputs: Tensor) -> None:
+    """Raise an error if a network's outputs `(B, ...)` are NaN or infinite in every row."""
+    rows = len(outputs) if outputs.ndim else 0
+    if rows and not torch.isfinite(outputs.reshape(rows, -1)).all(dim=1).any():
+        raise InputError(
+            f"The network's outputs are NaN or infinite in all of the {rows} rows that were tried. If their inputs are "
+            "finite, the training has diverged: lower the learning rate, clip gradients (gradient_clip_val of the "
+            'Trainer), or compute in a higher precision (precision="32-true").'
+        )
 
 
 def _named_modules(model: nn.Module, aliases: bool = False) -> dict[str, nn.Module]:

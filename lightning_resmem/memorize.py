@@ -21,7 +21,7 @@ from lightning_resmem.capacity import available_bytes, check_capacity, size
 from lightning_resmem.collection import Chunk, Pass
 from lightning_resmem.errors import InputError, ResMemWarning
 from lightning_resmem.fingerprint import fingerprint
-from lightning_resmem.head import HeadTap
+from lightning_resmem.head import HeadTap, check_diverged
 from lightning_resmem.loaders import Part, check_agreement, plan
 from lightning_resmem.memory.base import Predictions, ResidualMemory
 from lightning_resmem.memory.local import LocalMemory
@@ -175,7 +175,7 @@ class Memorizer:
         except BaseException as error:
             memory.clear()  # half a memory would answer, wrongly
             error.add_note(
-                "This was ResMem's memory pass: the model is trained and as it was, its memory is empty. "
+                "This was ResMem's memory pass: nothing was memorized, and the model is as training left it. "
                 "memorize(trainer, model, dataloader) repeats the pass."
             )
             raise
@@ -216,6 +216,7 @@ class Memorizer:
         chunk = reading.rehearse(parts)
         if chunk is None:
             return None
+        check_diverged(chunk.outputs)
         check_finite("embeddings", chunk.embeddings, chunk.ids)
         check_finite("outputs", chunk.outputs, chunk.ids)
         task, outputs = self.memory.task, chunk.outputs.cpu()

@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.tuner import Tuner
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 from torchmetrics import BootStrapper, ExplainedVariance, MeanSquaredError, R2Score
 from torchmetrics.classification import (
@@ -937,6 +938,30 @@ def test_a_failure_in_the_pass_names_the_rows_and_leaves_the_model(root):
     assert torch.isfinite(model.head.weight).all()
     with pytest.warns(ResMemWarning, match="no memory yet"):
         trainer(root, callback).test(model, datamodule=data, verbose=False)
+
+
+class AsWideAsItsHead(CallsSelf):
+    """Its outputs cannot be told from its hidden layer's if both are NaN."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        self.head = nn.Linear(4, 4)
+
+
+@pytest.mark.parametrize("kind", [CallsSelf, AsWideAsItsHead, LogSoftmax, Numbers], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("head", [None, "head"])
+def test_a_training_that_diverged_is_blamed_for_it(kind, head, root):
+    model, callback = make(kind), ResMemCallback(LocalMemory(TASKS[kind.task]()), head=head)
+    model.lr = 1e30
+    with pytest.raises(
+        InputError, match=r"NaN or infinite in all of the 2 rows.* diverged: lower the learning"
+    ) as caught:
+        trainer(root, callback, limit_val_batches=0).fit(model, datamodule=data_for(kind))
+    assert "nothing was memorized" in " ".join(caught.value.__notes__)
+    assert not model.head.weight.isfinite().all()
+    assert len(callback.memory) == 0
+    assert hooks_on(model) == 0
 
 
 def test_lr_find_goes_along(root):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_resmem.errors import HeadError
+from lightning_resmem.errors import HeadError, InputError
 from lightning_resmem.head import Captured, HeadTap
 from lightning_resmem.modes import evaluation_mode
 
@@ -226,6 +226,22 @@ def test_something_else_is_returned(returned):
         HeadError, match=r"none of the nn.Linear.*'net.body.0', 'net.fc', 'auxiliary'.*head='auxiliary'"
     ):
         HeadTap.find(model, lambda: model(torch.randn(4, 6)))
+
+
+@pytest.mark.parametrize("returned", [lambda h, o: o[:, :2], lambda h, o: {"wide": h, "logits": o}])
+def test_a_network_that_returns_nan_is_not_blamed_for_its_head(returned):
+    model = nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 3))
+    model.forward = lambda x: returned(h := model[0](x), model[1](h))
+    x = torch.randn(4, 6)
+    x[:3] = torch.nan
+    with pytest.raises(HeadError):
+        HeadTap.find(model, lambda: model(x))
+    for bad in (torch.nan, torch.inf):
+        with torch.no_grad():
+            model[1].bias.fill_(bad)
+        with pytest.raises(InputError, match=r"all of the 4 rows .*diverged: .*gradient_clip_val.*precision="):
+            HeadTap.find(model, lambda: model(x))
+    assert hooks(model) == 0
 
 
 def test_hooks_are_gone_after_an_exception_in_the_model():
