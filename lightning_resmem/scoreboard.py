@@ -17,8 +17,8 @@ from lightning_resmem.ranks import Ranks
 from lightning_resmem.samplers import num_unpadded_rows, row_positions
 from lightning_resmem.tasks import Regression, Task
 
-# Entries of a prediction that wait to be counted together: a metric's update costs the same for one batch or many.
-_WAITING_ENTRIES = 2**20
+# Entries of a prediction that wait to be counted together: an update has a price of its own, and so has a large tensor.
+_WAITING_ENTRIES = 2**18
 _MOST_FLIPS = 100  # of either kind
 _FLIP_NEIGHBORS = 5
 

@@ -148,7 +148,7 @@ class Multiclass(Task):
         return functional.negative_log_likelihood(combined, base, targets)
 
     def score(self, prediction: Tensor, targets: Tensor) -> Tensor:
-        return (prediction.argmax(dim=1) == targets).to(torch.float32)
+        return (functional.argmax(prediction) == targets).to(torch.float32)
 
 
 class Multilabel(Task):

@@ -58,6 +58,14 @@ class WithoutMetrics(ResMemCallback):
         pass
 
 
+def convolutions(*widths: int) -> nn.Module:
+    """Each as wide as given, the first and the last of stride 2."""
+    layers: list[nn.Module] = []
+    for place, (before, width) in enumerate(zip((3, *widths), widths, strict=False)):
+        layers += [nn.Conv2d(before, width, 3, 2 if place in (0, len(widths) - 1) else 1, 1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
 def test_seconds(callback: ResMemCallback, model: Net, loader: DataLoader) -> float:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     trainer = L.Trainer(callbacks=[callback], **quiet)
@@ -72,19 +80,14 @@ def main() -> None:
     use_threads(1)
     keys, queries, source = features()
     generator = torch.Generator().manual_seed(0)
-    convolutions = nn.Sequential(
-        nn.Conv2d(3, 32, 3, 2, 1),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3, 2, 1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-    )
+    small, images = convolutions(32, 64), torch.randn(5_000, 3, 32, 32, generator=generator)
+    larger = convolutions(64, 64, 128, 64)
     cases = [
         ("nothing but a head", nn.Identity(), queries.repeat(5, 1), 10, 128),
         ("nothing but a head", nn.Identity(), queries.repeat(5, 1), 10, 32),
-        ("two convolutions", convolutions, torch.randn(5_000, 3, 32, 32, generator=generator), 10, 128),
+        ("two convolutions", small, images, 10, 128),
         ("nothing but a head", nn.Identity(), queries.repeat(5, 1), 1000, 128),
+        ("four convolutions", larger, images, 1000, 128),
     ]
     table = []
     for name, body, inputs, classes, batch_size in cases:
