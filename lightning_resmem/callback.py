@@ -18,6 +18,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_resmem.arguments import check_memory
 from lightning_resmem.batches import BatchReader, ForwardFn, IdsFn, TargetsFn
 from lightning_resmem.errors import EmptyMemoryError, InputError, MemoryPassError, ResMemWarning, StorageError
 from lightning_resmem.evaluation import Evaluation
@@ -94,8 +95,8 @@ class ResMemCallback(Callback):
         metrics: UserMetrics | None = None,
         log_memory_artifact: bool = False,
     ) -> None:
-        if memory is not None and not isinstance(memory, ResidualMemory):
-            raise InputError(f"memory is a {type(memory).__name__}, expected a memory, such as LocalMemory().")
+        if memory is not None:
+            check_memory(memory)
         if weights not in ("last", "best"):
             raise InputError(f'weights={weights!r} is not known: give "last" or "best".')
         if not isinstance(name, str) or not name or Path(name).name != name or name == "..":

@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 
+from lightning_resmem.arguments import check_memory
 from lightning_resmem.errors import InputError
 from lightning_resmem.functional import neighbor_weights
 from lightning_resmem.memory.base import Neighbors, Predictions, ResidualMemory
@@ -196,6 +197,7 @@ def explain(
         >>> found.rows[0]["id"], found.rows[0]["label"], round(found.rows[0]["change_resmem"], 3)
         (1, 1, 0.402)
     """
+    check_memory(memory)
     top = checked_k(top, "top")
     embeddings = as_tensor("embeddings", embeddings)
     found, neighbors = memory.predictions_and_neighbors(embeddings, outputs)

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_resmem.arguments import check_memory
 from lightning_resmem.errors import InputError
 from lightning_resmem.explain import fetch_neighbors, per_neighbor, row_residuals
 from lightning_resmem.functional import combine, neighbor_weights
@@ -85,6 +86,7 @@ def influence(
         >>> found.queries, found.contributions
         (tensor([1]), tensor([[-0.5000,  0.5000]]))
     """
+    check_memory(memory)
     top, params = checked_k(top, "top"), memory.params
     row = memory.fetch(as_ids([id]))
     neighbors = Neighbors(*(part.cpu() for part in _nearest(memory, as_tensor("queries", queries), params.k)))
@@ -136,6 +138,7 @@ def usefulness(
         >>> usefulness(memory, torch.eye(2), torch.zeros(2, 2), torch.tensor([0, 1]))
         Ranking(ids=tensor([0, 1]), scores=tensor([ 0.5000, -0.5000], dtype=torch.float64))
     """
+    check_memory(memory)
     params, task = params or memory.params, memory.task
     embeddings, outputs = as_tensor("embeddings", embeddings), as_tensor("outputs", outputs)
     targets = as_tensor("targets", targets)
@@ -202,6 +205,7 @@ def label_errors(
         >>> label_errors(memory).ids
         tensor([1, 0, 2])
     """
+    check_memory(memory)
     if by not in ("self_confidence", "disagreement", "base_loss", "harm"):
         raise InputError(f'by={by!r}: give "self_confidence", "disagreement", "base_loss" or "harm".')
     ids = memory.ids.cpu() if ids is None else as_ids(ids).cpu().unique()

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import MetricCollection
 
+from lightning_resmem.arguments import check_memory, check_type
 from lightning_resmem.batches import TRANSFER_HOOKS, BatchReader, ForwardFn, IdsFn, TargetsFn, borrow_transfer_hooks
 from lightning_resmem.capacity import available_bytes, check_capacity, size
 from lightning_resmem.collection import Chunk, Pass
@@ -85,12 +86,11 @@ def memorize(
         >>> len(memorize(trainer, Net(), rows).memory)
         2
     """
-    if not isinstance(trainer, L.Trainer):
-        raise InputError(f"trainer is a {type(trainer).__name__}, expected a lightning Trainer.")
-    if not isinstance(model, L.LightningModule):
-        raise InputError(f"model is a {type(model).__name__}, expected a LightningModule.")
-    check_strategy(trainer.strategy)
     memory = LocalMemory() if memory is None else memory
+    check_type("trainer", trainer, L.Trainer, "a lightning.pytorch Trainer")
+    check_type("model", model, L.LightningModule, "the LightningModule that was trained")
+    check_memory(memory)
+    check_strategy(trainer.strategy)
     reader = BatchReader(targets_fn, forward_fn, ids_fn)
     memorizer = Memorizer(memory, choose_tuner(tuner, memory), reader, head, embedding, shows_progress(trainer))
     job = _Job(model, memorizer, dataloader, val_dataloader)

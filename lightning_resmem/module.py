@@ -10,6 +10,7 @@ import lightning.pytorch as L
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 
+from lightning_resmem.arguments import check_memory, check_type, wrong_type
 from lightning_resmem.batches import BatchReader, ForwardFn, TargetsFn, borrow_transfer_hooks
 from lightning_resmem.errors import InputError
 from lightning_resmem.evaluation import Evaluation
@@ -76,10 +77,8 @@ class ResMemModule(L.LightningModule):
         metrics: UserMetrics | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(base, L.LightningModule):
-            raise InputError(f"base is a {type(base).__name__}, expected the LightningModule that was trained.")
-        if not isinstance(memory, ResidualMemory):
-            raise InputError(f"memory is a {type(memory).__name__}, expected a memory, such as LocalMemory.")
+        check_type("base", base, L.LightningModule, "the LightningModule that was trained")
+        check_memory(memory)
         memory.build()
         self.base, self.memory = base, memory
         self._versions: list[int] | None = None
@@ -106,6 +105,7 @@ class ResMemModule(L.LightningModule):
 
     def predictions(self, batch: Any) -> Predictions:
         """Base, knn and combined prediction for a batch as the loaders yield it, each of shape `(B, C)`."""
+        _check_batch(batch)
         return self.memory.predictions(*self._captured(batch))
 
     def explain(self, batch: Any, top: int = 5) -> Explanation:
@@ -118,6 +118,7 @@ class ResMemModule(L.LightningModule):
         Returns:
             A table (print it with rich), plain `rows`, and a picture grid `figure()` where inputs are images.
         """
+        _check_batch(batch)
         batch = self.transfer_batch_to_device(batch, self.device, 0)
         captured = self._captured(batch)
         try:
@@ -197,7 +198,7 @@ class ResMemModule(L.LightningModule):
             **options: As for `ResMemModule`.
 
         Raises:
-            InputError: If wandb is not installed.
+            InputError: If `name` is no name, or wandb is not installed.
             StorageError: If the artifact cannot be downloaded, e.g. offline, or is damaged.
             StaleMemoryError: If the base has other weights.
         """
@@ -248,6 +249,12 @@ class ResMemModule(L.LightningModule):
             for evaluation in self.evaluations:
                 # The same on every rank already; without sync_dist the trainer warns that it might not be.
                 self.log_dict(evaluation.shown_scores(), sync_dist=True, add_dataloader_idx=False)
+
+
+def _check_batch(batch: Any) -> None:
+    """Raise an error for what no loader yields; anything else is between the loader and the base."""
+    if batch is None or isinstance(batch, str | bytes | int | float):
+        raise wrong_type("batch", batch, "a batch as the loaders yield it, such as next(iter(dataloader))")
 
 
 def describe(tap: HeadTap) -> dict[str, str]:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator, PercentFormatter
 
+from lightning_resmem.arguments import check_type
 from lightning_resmem.evaluation import Evaluation
 from lightning_resmem.memory.base import Predictions
 from lightning_resmem.tasks import Regression
@@ -23,12 +24,14 @@ from lightning_resmem.tuning import TuningResult
 _COLORS = {"base": "#7f7f7f", "knn": "#e69f00", "resmem": "#0072b2"}
 _RIGHT, _WRONG = "#009e73", "#d55e00"
 _SCORES = {"acc": "accuracy", "mse": "mean squared error"}
+_EVALUATION = "an Evaluation, such as ResMemCallback.evaluation after trainer.test"
 # Cells of a heat map beyond which their numbers would not be readable.
 _READABLE_CELLS = 100
 
 
 def pixels(figure: Figure) -> npt.NDArray[np.uint8]:
     """A figure as an image, shape `(H, W, 3)`, uint8."""
+    check_type("figure", figure, Figure, "a figure; plots return None where there is nothing to show")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
@@ -39,6 +42,7 @@ def tuning_map(tuning: TuningResult) -> Figure | None:
 
     Values of `k` and `sigma` that were tried in all combinations make the cells; other settings are dots.
     """
+    check_type("tuning", tuning, TuningResult, "a TuningResult, such as ResMemCallback.tuning after a fit that tuned")
     best = _best_scores(tuning)
     if not best:
         return None
@@ -92,6 +96,7 @@ def tuning_map(tuning: TuningResult) -> Figure | None:
 
 def by_distance(evaluation: Evaluation) -> Figure | None:
     """Score by distance to the nearest neighbour, in tenths of the rows; None where there are no rows."""
+    check_type("evaluation", evaluation, Evaluation, _EVALUATION)
     upper, counts, scores = (column.cpu().numpy() for column in evaluation.neighborhoods)
     filled = np.flatnonzero(counts)
     if not len(filled):
@@ -112,6 +117,7 @@ def by_distance(evaluation: Evaluation) -> Figure | None:
 
 def reliability(evaluation: Evaluation) -> Figure | None:
     """Confidence against accuracy of base and resmem, and how many rows have it; None in regression."""
+    check_type("evaluation", evaluation, Evaluation, _EVALUATION)
     bins = {name: found for name, found in evaluation.reliability.items() if name in ("base", "resmem")}
     if not bins or not evaluation.rows:
         return None
@@ -138,6 +144,7 @@ def reliability(evaluation: Evaluation) -> Figure | None:
 
 def flips(evaluation: Evaluation) -> Figure | None:
     """How many rows (in multilabel tasks: labels) were and are right; None in regression."""
+    check_type("evaluation", evaluation, Evaluation, _EVALUATION)
     scores = evaluation.scores
     if "positive_flip_rate" not in scores or not evaluation.rows:
         return None

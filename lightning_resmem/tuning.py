@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_resmem.arguments import check_memory
 from lightning_resmem.errors import InputError, ResMemWarning
 from lightning_resmem.functional import combine
 from lightning_resmem.gate import Gate, fit_gate
@@ -142,6 +143,7 @@ class Tuner(ABC):
         Raises:
             InputError: If the memory has fewer than two rows.
         """
+        check_memory(memory)
         if len(memory) < 2:
             raise InputError(f"The memory has {len(memory)} rows: leaving one out takes at least two.")
         if rows < 1:
@@ -257,6 +259,7 @@ class GridTuner(Tuner):
         gather: Gather = lambda rows: rows,
         ids: Tensor | None = None,
     ) -> TuningResult:
+        check_memory(memory)
         self.check(memory.task)
         rows = _checked_rows(memory, embeddings, outputs, targets, ids)
         if not int(gather(torch.tensor([len(rows.targets)])).sum()):

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
+from lightning_resmem.arguments import check_type
 from lightning_resmem.errors import InputError, StorageError
 from lightning_resmem.evaluation import Evaluation, Flip
 from lightning_resmem.explain import fetch_neighbors
@@ -132,9 +133,10 @@ def download_memory(name: str, root: str | os.PathLike[str] | None = None) -> Pa
         The directory.
 
     Raises:
-        InputError: If wandb is not installed.
+        InputError: If `name` is no name, or wandb is not installed.
         StorageError: If it cannot be had, such as offline.
     """
+    check_type("name", name, (str, os.PathLike), 'an artifact, such as "entity/project/memory:v3", or a directory')
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
     try:
