@@ -17,6 +17,7 @@ from matplotlib.ticker import NullLocator, PercentFormatter
 from lightning_resmem.arguments import check_type
 from lightning_resmem.evaluation import Evaluation
 from lightning_resmem.memory.base import Predictions
+from lightning_resmem.summary import counted
 from lightning_resmem.tasks import Regression
 from lightning_resmem.tuning import TuningResult
 
@@ -56,8 +57,8 @@ def tuning_map(tuning: TuningResult) -> Figure | None:
         "cmap": "RdBu" if _is_gain(tuning, 1.0) else "RdBu_r",
     }
     name = _SCORES.get(tuning.score_name, tuning.score_name)
-    kind = "memorized" if tuning.leave_one_out else "validation"
-    figure, axes = _figure(f"Tuning on {tuning.rows:,} {kind} rows", size=(6.6, 4.2))
+    kind = "memorized row" if tuning.leave_one_out else "validation row"
+    figure, axes = _figure(f"Tuning on {counted(tuning.rows, kind)}", size=(6.6, 4.2))
     axes.set(xscale="log", yscale="log", xlabel="sigma (distance)", ylabel="k (neighbours)")
     cells = axes.pcolormesh(_edges(sigmas), _edges(ks), scores, edgecolors="white", linewidth=1, **style)
     chosen = tuning.params if tuning.params.strength else None
@@ -106,7 +107,8 @@ def by_distance(evaluation: Evaluation) -> Figure | None:
     for column, name in enumerate(Predictions._fields):
         axes.plot(places, scores[filled, column], marker="o", markersize=4, color=_COLORS[name], label=name)
     axes.set_xticks(places, [f"{distance:.3g}" for distance in upper[filled]], fontsize=8)
-    axes.set_xlabel(f"distance to the nearest neighbour, up to (about {round(counts[filled].mean()):,} rows each)")
+    each = counted(round(counts[filled].mean()), "row")
+    axes.set_xlabel(f"distance to the nearest neighbour, up to (about {each} each)")
     name = "acc" if "acc_base" in evaluation.scores else "mse"
     axes.set_ylabel(_SCORES[name])
     if name == "acc":
@@ -161,7 +163,7 @@ def flips(evaluation: Evaluation) -> Figure | None:
     axes.set(xlim=(0, 2), ylim=(2, 0))
     axes.set_xticks([0.5, 1.5], ["resmem right", "resmem wrong"])
     axes.set_yticks([0.5, 1.5], ["base right", "base wrong"], rotation=90, va="center")
-    axes.set_xlabel(f"gain {evaluation.gain:+.2%} ± {evaluation.gain_error:.2%} of {evaluation.rows:,} rows")
+    axes.set_xlabel(f"gain {evaluation.gain:+.2%} ± {evaluation.gain_error:.2%} of {counted(evaluation.rows, 'row')}")
     axes.tick_params(length=0)
     axes.grid(False)
     for spine in axes.spines.values():

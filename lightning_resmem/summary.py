@@ -35,7 +35,9 @@ def evaluation_summary(evaluation: Evaluation, stats: dict[str, Any]) -> list[Ta
         evaluation: Of one dataloader.
         stats: `memory.stats()`.
     """
-    table = _table(f"ResMem: {evaluation.prefix}{evaluation.suffix}, {evaluation.rows:,} rows")
+    table = _table(
+        f"ResMem: {evaluation.prefix}{evaluation.suffix}, {counted(evaluation.rows, 'row')}", *Predictions._fields
+    )
     for index, (stem, (base, knn, resmem)) in enumerate(score_rows(evaluation.scores)):
         error = f" ± {evaluation.gain_error:.4f}" if index == 0 else ""
         table.add_row(_long(stem), f"{base:.4f}", f"{knn:.4f}", f"{resmem:.4f}", f"{resmem - base:+.4f}{error}")
@@ -58,9 +60,10 @@ def memory_summary(stats: dict[str, Any], seconds: float, tuning: TuningResult |
     if tuning is None:
         return [f"ResMem {filled}"]
     params = tuning.params
-    table = _table(f"ResMem: tuned on {tuning.rows:,} {'memorized' if tuning.leave_one_out else 'validation'} rows")
+    kind = "memorized row" if tuning.leave_one_out else "validation row"
+    table = _table(f"ResMem: tuned on {counted(tuning.rows, kind)}", "base", "resmem")
     gain = f"{tuning.score - tuning.base_score:+.4f} ± {tuning.gain_error:.4f}"
-    table.add_row(_long(tuning.score_name), f"{tuning.base_score:.4f}", "", f"{tuning.score:.4f}", gain)
+    table.add_row(_long(tuning.score_name), f"{tuning.base_score:.4f}", f"{tuning.score:.4f}", gain)
     chosen = (
         f"k={params.k}, sigma={params.sigma:.4g}, softmax_temperature={params.softmax_temperature:g}, "
         f"strength={params.strength:g}"
@@ -78,10 +81,15 @@ def chosen_flip_rate(tuning: TuningResult) -> float | None:
     return next((row["negative_flip_rate"] for row in rows if "negative_flip_rate" in row), None)
 
 
-def _table(title: str) -> Table:
+def counted(number: int, noun: str) -> str:
+    """A number of things: "1 row", "2,000 rows"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _table(title: str, *predictions: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    for name in (*Predictions._fields, "gain"):
+    for name in (*predictions, "gain"):
         table.add_column(name, justify="right")
     return table
 
@@ -92,13 +100,13 @@ def _flips(right: float, wrong: float) -> str:
 
 def _describe(stats: dict[str, Any]) -> str:
     """The memory in a line."""
-    words = [f"{stats['rows']:,} rows", size(stats["bytes"])]
+    words = [counted(stats["rows"], "row"), size(stats["bytes"])]
     if "index" in stats:
         words.append(f"index {stats['index']}")
     if stats.get("recall") is not None:
         words.append(f"recall {stats['recall']:.3f}")
     if "shards" in stats:
-        words.append(f"{num_shards(stats)} shards")
+        words.append(counted(num_shards(stats), "shard"))
     return "memory: " + ", ".join(words)
 
 

@@ -132,6 +132,15 @@ def test_lines_show_scores_by_distance():
         np.testing.assert_allclose(line.get_ydata(), scores)
 
 
+def test_one_row_is_no_rows():
+    one = functional.neighborhoods(torch.zeros(1), torch.ones(1, 3))
+    found = evaluation(rows=1, neighborhoods=one)
+    assert plots.by_distance(found).axes[0].get_xlabel().endswith("(about 1 row each)")
+    assert plots.flips(found).axes[0].get_xlabel().endswith(" of 1 row")
+    single = dataclasses.replace(tuning(GRID), rows=1)
+    assert plots.tuning_map(single).axes[0].get_title(loc="left") == "Tuning on 1 validation row"
+
+
 def test_empty_groups_of_distances_are_left_out():
     same = functional.neighborhoods(torch.tensor([0.0, 0.0, 0.0, 1.0]), torch.eye(4)[:, :3], num_bins=4)
     axes = plots.by_distance(evaluation(neighborhoods=same)).axes[0]

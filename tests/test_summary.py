@@ -1,6 +1,8 @@
 """Summaries say what was measured, and only that."""
 
+import dataclasses
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -44,6 +46,22 @@ def test_after_memorizing():
     ):
         assert words in text
     assert "memory: 45,000 rows, 3.0 MiB, index exact, filled in 12.3 s" in text
+
+
+def test_tuning_knows_no_knn():
+    (header,) = [line for line in printed(memory_summary(STATS, 1.0, tuned())).splitlines() if "base" in line]
+    assert header.replace("┃", " ").split() == ["base", "resmem", "gain"]
+
+
+@pytest.mark.parametrize(("leave_one_out", "kind"), [(False, "validation"), (True, "memorized")])
+def test_one_row_is_no_rows(leave_one_out, kind):
+    one = dataclasses.replace(tuned(), rows=1, leave_one_out=leave_one_out)
+    stats = {**STATS, "rows": 1, "shards": [{"shard": 0}]}
+    text = printed(memory_summary(stats, 1.0, one))
+    assert f"tuned on 1 {kind} row\n" in re.sub(" +\n", "\n", text)
+    assert "memory: 1 row, 3.0 MiB, index exact, 1 shard, filled" in text
+    single = dataclasses.replace(evaluation({"acc_base": 1.0, "acc_knn": 1.0, "acc_resmem": 1.0}), rows=1)
+    assert "dataloader_idx_1, 1 row\n" in re.sub(" +\n", "\n", printed(evaluation_summary(single, stats)))
 
 
 def test_without_tuning_there_is_no_table():
