@@ -23,7 +23,7 @@ from lightning_resmem.batches import BatchReader, ForwardFn, IdsFn, TargetsFn
 from lightning_resmem.errors import EmptyMemoryError, InputError, MemoryPassError, ResMemWarning, StorageError
 from lightning_resmem.evaluation import Evaluation
 from lightning_resmem.fingerprint import check_fingerprint
-from lightning_resmem.memorize import Memorizer, choose_tuner
+from lightning_resmem.memorization import Memorizer, choose_tuner
 from lightning_resmem.memory import storage
 from lightning_resmem.memory.base import ResidualMemory
 from lightning_resmem.memory.local import LocalMemory

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_resmem.callback import ResMemCallback
 from lightning_resmem.errors import InputError, ResMemError
 from lightning_resmem.inspection import write_report
-from lightning_resmem.memorize import memorize
+from lightning_resmem.memorization import memorize
 from lightning_resmem.memory import storage
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.module import ResMemModule
@@ -187,6 +187,7 @@ def _run_lightning() -> None:
 
         before_test = before_predict = before_validate
 
+    _check_command([*ResMemCLI.subcommands(), "inspect"])
     # As `python -m` does, so that the YAML may name the user's own modules.
     sys.path.insert(0, str(Path.cwd()))
     ResMemCLI(
@@ -194,6 +195,17 @@ def _run_lightning() -> None:
         parser_kwargs={"prog": "resmem", "description": _DESCRIPTION},
         save_config_kwargs={"overwrite": True},
     )
+
+
+def _check_command(known: list[str]) -> None:
+    """End with an error unless the first word is a subcommand: LightningCLI's own message would leave out `inspect`."""
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    if word not in known and not word.startswith("-"):
+        choices = ", ".join(known)
+        problem = f"{word!r} is no subcommand" if word else "a subcommand is missing"
+        argparse.ArgumentParser(prog="resmem", usage=f"resmem {{{','.join(known)}}} ...").error(
+            f"{problem}: give one of {choices}, or --help."
+        )
 
 
 def _inspect(arguments: list[str]) -> None:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_resmem.errors import InputError
-from lightning_resmem.explain import Explanation, class_name
+from lightning_resmem.explanation import Explanation, class_name
 from lightning_resmem.params import checked_k
 from lightning_resmem.pictures import Picture, find_picture
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_resmem.arguments import check_memory
 from lightning_resmem.errors import InputError
-from lightning_resmem.explain import fetch_neighbors, per_neighbor, row_residuals
+from lightning_resmem.explanation import fetch_neighbors, per_neighbor, row_residuals
 from lightning_resmem.functional import combine, neighbor_weights
 from lightning_resmem.memory.base import Neighbors, ResidualMemory
 from lightning_resmem.memory.checks import as_ids, as_tensor, check_shapes

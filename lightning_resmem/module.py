@@ -14,7 +14,7 @@ from lightning_resmem.arguments import check_memory, check_type, wrong_type
 from lightning_resmem.batches import BatchReader, ForwardFn, TargetsFn, borrow_transfer_hooks
 from lightning_resmem.errors import InputError
 from lightning_resmem.evaluation import Evaluation
-from lightning_resmem.explain import Explanation, explain, find_images
+from lightning_resmem.explanation import Explanation, explain, find_images
 from lightning_resmem.fingerprint import check_fingerprint, fingerprint
 from lightning_resmem.head import Captured, HeadTap
 from lightning_resmem.memory.base import Predictions, ResidualMemory

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset
 
-from lightning_resmem.explain import entries
+from lightning_resmem.explanation import entries
 
 Picture = npt.NDArray[np.uint8]
 # A row of two dimensions is taken for an image if it has at least so many pixels either way.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.errors import InputError
-from lightning_resmem.explain import fetch_neighbors
+from lightning_resmem.explanation import fetch_neighbors
 from lightning_resmem.functional import FLOOR, combine
 from lightning_resmem.memory.base import Neighbors, ResidualMemory
 from lightning_resmem.metrics_functional import is_right

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning_resmem.arguments import check_type
 from lightning_resmem.errors import InputError, StorageError
 from lightning_resmem.evaluation import Evaluation, Flip
-from lightning_resmem.explain import fetch_neighbors
+from lightning_resmem.explanation import fetch_neighbors
 from lightning_resmem.memory.base import Predictions, ResidualMemory
 from lightning_resmem.pictures import Picture
 from lightning_resmem.summary import score_rows

@@ -112,6 +112,20 @@ def test_the_command_is_installed():
     assert scripts == {"resmem": f"{main.__module__}:{main.__name__}"}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspct", "x"], "'inspct' is no subcommand"),
+        (["Fit"], "'Fit' is no subcommand"),
+        ([], "a subcommand is missing"),
+    ],
+)
+def test_what_is_no_subcommand_lists_all_of_them(resmem, arguments, message):
+    status, out, err = resmem(*arguments)
+    assert (status, out) == (2, "")
+    assert f"error: {message}: give one of fit, validate, test, predict, memorize, tune, inspect, or --help." in err
+
+
 # -- the subcommands of LightningCLI, with the config that ships
 
 

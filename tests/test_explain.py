@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from lightning_resmem import InputError, LocalMemory, Multiclass, ResMemParams, SparseConfig, explain, memorize
-from lightning_resmem.explain import find_images
+from lightning_resmem.explanation import find_images
 from lightning_resmem.gate import Gate
 from lightning_resmem.tasks import TASKS
 from tests import oracle

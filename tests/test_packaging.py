@@ -1,7 +1,9 @@
 """What holds for the package as a whole: its imports, names and version, the pins, and what is in its files."""
 
+import ast
 import importlib.metadata
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -57,7 +59,7 @@ def pins() -> dict[str, str]:
 def test_import_loads_no_optional_library() -> None:
     code = (
         f"import json, sys, lightning; before = [m for m in {OPTIONAL} if m in sys.modules]\n"
-        f"import lightning_resmem; after = [m for m in {OPTIONAL} if m in sys.modules]\n"
+        f"from lightning_resmem import *; after = [m for m in {OPTIONAL} if m in sys.modules]\n"
         "print(json.dumps([before, after]))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -71,6 +73,20 @@ def test_every_public_name_resolves() -> None:
     assert lightning_resmem.__all__
     assert len(set(lightning_resmem.__all__)) == len(lightning_resmem.__all__)
     assert [name for name in lightning_resmem.__all__ if not hasattr(lightning_resmem, name)] == []
+
+
+def test_no_module_hides_a_public_name() -> None:
+    modules = {module.name for module in pkgutil.iter_modules(lightning_resmem.__path__)}
+    assert modules & set(lightning_resmem.__all__) == set()
+
+
+@pytest.mark.slow
+def test_a_shard_starts_without_lightning() -> None:
+    names = {"lightning", "torchmetrics", "ray", "torch"}
+    code = f"import sys, lightning_resmem.memory.pool; print({names} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert set(ast.literal_eval(done.stdout)) == {"ray", "torch"}
 
 
 def test_version_is_that_of_pyproject() -> None:
