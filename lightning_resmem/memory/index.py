@@ -118,12 +118,12 @@ class ExactIndex:
             return
         # Distances do not change when everything is moved by the mean, and the scores lose fewer digits. It takes a
         # copy of every block at every search, though, so it is done only where the mean is far from zero.
-        center, chunks = self._mean(), self.keys.split(_CHUNK)
-        squared = torch.cat([(chunk.float() - center).square().sum(dim=1) for chunk in chunks])
+        center = self._mean()
+        squared = rough.squared_norms(self.keys, center)
         if bool(center.square().sum() > 16 * squared.mean()):
             self._center = center
         else:
-            squared = torch.cat([chunk.float().square().sum(dim=1) for chunk in chunks])
+            squared = rough.squared_norms(self.keys)
         self._squared_norms = squared
 
     def _mean(self) -> Tensor:

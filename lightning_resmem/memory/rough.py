@@ -9,6 +9,8 @@ from torch import Tensor
 # Keys of one matrix product and queries compared with them: their scores stay in a core's cache.
 _PIECE = 4096
 _QUERIES = 256
+# Keys that are squared at once.
+_CHUNK = 16384
 # Pieces whose scores are held at once (16 MiB).
 _PIECES = 8
 # The smallest score of every group of this many keys decides whether the group is looked at.
@@ -74,7 +76,7 @@ class Screen:
 
     def __init__(self, keys: Tensor, center: Tensor) -> None:
         self._keys, self._center = keys, center
-        self._squared_norms = torch.cat([(part.float() - center).square().sum(dim=1) for part in keys.split(_PIECE)])
+        self._squared_norms = squared_norms(keys, center)
         self._largest = self._squared_norms.max()
         self._cached = self._widened(0, -(-len(keys) // _PIECE)) if _bytes(keys) <= _CACHED_BYTES else None
 
@@ -191,6 +193,17 @@ def _padded(positions: Tensor, counts: Tensor, least: int) -> Tensor:
         torch.arange(len(counts)) * width - counts.cumsum(0) + counts
     ).repeat_interleave(counts)
     return torch.full((len(counts) * width,), -1).index_copy_(0, places, positions).view(len(counts), width)
+
+
+def squared_norms(keys: Tensor, center: Tensor | None = None) -> Tensor:
+    """Of keys `(N, D)`, less `center` if it is given: shape `(N,)`, float32."""
+    squared = torch.empty(len(keys), device=keys.device)
+    # Into one tensor: small results between large temporary ones would keep the memory of the latter from being used
+    # again, and in the end as much as the keys take.
+    for part, out in zip(keys.split(_CHUNK), squared.split(_CHUNK), strict=True):
+        rows = part.float() if center is None else part.float() - center
+        torch.sum(rows.square(), dim=1, out=out)
+    return squared
 
 
 def _split(numbers: Tensor) -> Tensor:
