@@ -197,7 +197,7 @@ def _padded(positions: Tensor, counts: Tensor, least: int) -> Tensor:
 
 def squared_norms(keys: Tensor, center: Tensor | None = None) -> Tensor:
     """Of keys `(N, D)`, less `center` if it is given: shape `(N,)`, float32."""
-    squared = torch.empty(len(keys), device=keys.device)
+    squared = torch.empty(len(keys), dtype=torch.float32, device=keys.device)
     # Into one tensor: small results between large temporary ones would keep the memory of the latter from being used
     # again, and in the end as much as the keys take.
     for part, out in zip(keys.split(_CHUNK), squared.split(_CHUNK), strict=True):
