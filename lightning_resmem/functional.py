@@ -4,11 +4,13 @@ Shapes: `B` queries, `N` rows in the memory, `k` neighbours, `C` classes. Half-p
 float32 stays float32 and float64 stays float64. All formulas are those of https://arxiv.org/abs/2302.01576.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = [
     "argmax",
+    "ascending",
     "combine",
     "log_predictions",
     "negative_log_likelihood",
@@ -41,6 +43,29 @@ def argmax(rows: Tensor) -> Tensor:
     if rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64):
         return torch.as_tensor(rows.detach().numpy().argmax(axis=-1))
     return rows.argmax(dim=-1)
+
+
+def ascending(distances: Tensor) -> tuple[Tensor, Tensor]:
+    """`distances.sort(dim=1, stable=True)`; on CPUs several times faster.
+
+    Args:
+        distances: Shape `(B, n)`, at least 0, none NaN.
+
+    Returns:
+        Sorted distances and the columns they come from, both `(B, n)`.
+
+    Example:
+        >>> ascending(torch.tensor([[2.0, 0.5, 2.0]]))
+        (tensor([[0.5000, 2.0000, 2.0000]]), tensor([[1, 0, 2]]))
+    """
+    if distances.device.type != "cpu" or distances.dtype != torch.float32:
+        values, columns = distances.sort(dim=1, stable=True)
+        return values, columns
+    # The bits of numbers that are not negative have their order; a column behind them makes every key different, and
+    # NumPy sorts integers with vector instructions.
+    keys = (distances.detach().contiguous().view(torch.int32).long() << 32) | torch.arange(distances.shape[1])
+    keys = torch.from_numpy(np.sort(keys.numpy(), axis=1))
+    return (keys >> 32).int().view(torch.float32), keys & 0xFFFFFFFF
 
 
 def probabilities(outputs: Tensor, softmax_temperature: float = 1.0) -> Tensor:

@@ -407,3 +407,16 @@ def test_negative_log_likelihood_is_minus_the_log_prediction_of_the_target(seed,
     nll = negative_log_likelihood(combined, base, targets)
     assert nll.shape == (7,)
     np.testing.assert_allclose(nll, -log_predictions(combined, base)[torch.arange(7), targets], rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ascending_is_a_stable_sort(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    distances = torch.randint(0, 5, (50, 33), generator=generator).to(dtype) / 3
+    distances[:, 4], distances[7] = torch.inf, torch.inf
+    distances[9, :5] = torch.tensor([1e-45, 0.0, 3e38, 1e-38, 1e-45], dtype=dtype)
+    for unsorted in (distances, distances.t(), distances[:0], distances[:, :0]):
+        values, columns = functional.ascending(unsorted)
+        expected, order = unsorted.sort(dim=1, stable=True)
+        assert torch.equal(values, expected)
+        assert torch.equal(columns, order)

@@ -46,7 +46,7 @@ def phase_two(spread: RayMemory) -> list[list[str]]:
     for k in (1, 10, 50, 200, 1000):
         neighbors = spread.search(queries, k)
         ids, weights = neighbors.ids.numpy(), np.ones((1024, k), np.float32)
-        parts = spread._ask("weighted_sums", ids, weights, 1.0)
+        parts = spread._ask("weighted_sums", (ids, weights), 1.0)
         naive = 1024 * k * CLASSES * 4
         table.append([str(k), f"{(ids.nbytes + weights.nbytes) / 2**10:,.0f}", f"{parts[0].nbytes / 2**10:,.0f}"])
         table[-1].append(f"{naive / 2**10:,.0f}")

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_resmem.functional import ascending
 from lightning_resmem.memory import rough
 
 # Queries whose candidates are held at once.
@@ -234,7 +235,7 @@ def measure(keys: Tensor, queries: Tensor, positions: Tensor, in_order: bool = F
             wide.copy_(part)
         wide = wide.view(*block.shape, width).sub_(queries[first : first + rows, None])
         torch.linalg.vector_norm(wide, dim=2, out=distances[first : first + rows])
-    distances, order = distances.masked_fill_(positions < 0, torch.inf).sort(dim=1, stable=True)
+    distances, order = ascending(distances.masked_fill_(positions < 0, torch.inf))
     return distances, positions.gather(1, order)
 
 

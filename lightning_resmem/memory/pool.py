@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from lightning_resmem.errors import InputError, ResMemError, ResMemWarning, ShardUnavailableError
 from lightning_resmem.memory.pool_config import PoolConfig
 from lightning_resmem.memory.requests import Request, first_line
-from lightning_resmem.memory.shard import RowsLostError, Shard
+from lightning_resmem.memory.shard import SEARCHES, RowsLostError, Shard
 from lightning_resmem.memory.sharding import assign
 
 _log = logging.getLogger("lightning_resmem")
@@ -128,27 +128,27 @@ class Pool:
         nodes = _reserve(config, timeout)
         copies = [itertools.count() for _ in range(config.num_shards)]
         actors: list[list[Any]] = [[None] * config.replicas for _ in range(config.num_shards)]
+        # Ray's annotations do not know of the groups.
+        actor = cast(Any, ray.remote)(concurrency_groups={SEARCHES: max(1, int(config.cpus_per_shard))})(Shard)
         # Shard 0 first: if there is a pool of that name, the others are not started.
         for shard, node in sorted(zip(assign(nodes, config.num_shards), nodes, strict=True)):
             replica = next(copies[shard])
             try:
-                actors[shard][replica] = (
-                    ray.remote(Shard)
-                    .options(
-                        name=_actor_name(config.name, shard, replica),
-                        namespace=config.namespace,
-                        lifetime="detached" if config.detached else None,
-                        num_cpus=config.cpus_per_shard,
-                        num_gpus=config.gpus_per_shard,
-                        max_restarts=-1,
-                        max_task_retries=-1,
-                        max_concurrency=_CONCURRENCY,
-                        # Soft: when its node is gone, an actor is started again wherever there is room.
-                        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
-                    )
-                    .remote(config, shard, replica)
-                )
+                actors[shard][replica] = actor.options(
+                    name=_actor_name(config.name, shard, replica),
+                    namespace=config.namespace,
+                    lifetime="detached" if config.detached else None,
+                    num_cpus=config.cpus_per_shard,
+                    num_gpus=config.gpus_per_shard,
+                    max_restarts=-1,
+                    max_task_retries=-1,
+                    max_concurrency=_CONCURRENCY,
+                    # Soft: when its node is gone, an actor is started again wherever there is room.
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
+                ).remote(config, shard, replica)
             except ValueError as error:
+                if "already" not in str(error):
+                    raise
                 raise InputError(
                     f"name={config.name!r} is a pool that is there already: RayMemory.connect({config.name!r}) finds "
                     "it, and its shutdown() ends it. Or choose another name."

@@ -194,6 +194,12 @@ class RayMemory(ResidualMemory):
 
     # -- answers
 
+    @property
+    def num_outputs(self) -> int:
+        self.build()
+        assert self._shape is not None
+        return self._shape[1]
+
     def search(self, queries: Tensor, k: int) -> Neighbors:
         return self.search_async(queries, k).result()
 
@@ -220,9 +226,9 @@ class RayMemory(ResidualMemory):
         device = neighbors.distances.device
         with torch.no_grad():
             weights = neighbor_weights(neighbors.distances, self.params.sigma)
-        held = _held(neighbors.ids.cpu().numpy()), _held(weights.cpu().numpy())
+        held = _held(neighbors.ids.cpu().numpy(), weights.cpu().numpy())
         temperature = self.params.softmax_temperature
-        answers = [part for part in self._ask("weighted_sums", *held, temperature) if part is not None]
+        answers = [part for part in self._ask("weighted_sums", held, temperature) if part is not None]
         if not answers:
             zeros = torch.zeros(len(weights), self._shape[1], device=device)
             return zeros, zeros.clone()
@@ -539,10 +545,10 @@ class PendingSearch:
         return Neighbors(distances.to(self._device), ids.to(self._device))
 
 
-def _held(array: np.ndarray[Any, Any]) -> Any:
-    """An array for all shards: in the object store once, if it is large."""
-    if array.nbytes <= _INLINE_BYTES:
-        return array
+def _held(*arrays: np.ndarray[Any, Any]) -> Any:
+    """Arrays for all shards: in the object store, once, if they are large."""
+    if sum(array.nbytes for array in arrays) <= _INLINE_BYTES:
+        return arrays
     import ray
 
-    return ray.put(array)
+    return ray.put(arrays)

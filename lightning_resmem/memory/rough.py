@@ -13,8 +13,9 @@ _QUERIES = 256
 _CHUNK = 16384
 # Pieces whose scores are held at once (16 MiB).
 _PIECES = 8
-# The smallest score of every group of this many keys decides whether the group is looked at.
-_GROUP = 64
+# The smallest score of every group of so many keys decides whether the group is looked at. Larger ones are faster, but
+# there have to be clearly more groups than candidates.
+_GROUPS = (64, 32, 16)
 # Columns beside the keys.
 _EXTRA = 5
 # Keys in bfloat16 that are kept from search to search.
@@ -38,8 +39,8 @@ def is_worthwhile(queries: Tensor, keys: Tensor, wanted: int) -> bool:
     return (
         keys.device.type == "cpu"
         and (len(queries) >= _MIN_QUERIES or _bytes(keys) <= _CACHED_BYTES)
-        and len(keys) >= max(_PIECE, 2 * _GROUP * wanted)
-        and 4 * wanted <= 3 * _PIECES * _PIECE // _GROUP
+        and len(keys) >= max(_PIECE, 2 * _GROUPS[-1] * wanted)
+        and 2 * _GROUPS[-1] * wanted <= _PIECES * _PIECE
         and _multiplies_bfloat16()
     )
 
@@ -107,7 +108,9 @@ class Screen:
         rows[:, -2] = squared.sqrt() * -_UP
         rows[:, -1] = torch.linalg.vector_norm(rows[:, :-5].float() / 2 + queries, dim=1) * -_UP
 
-        blocks = [_Block(block, wanted) for block in rows.split(_QUERIES)]
+        first_keys = min(len(self._keys), _PIECES * _PIECE)
+        group = next((size for size in _GROUPS if first_keys >= 2 * size * wanted), _GROUPS[-1])
+        blocks = [_Block(block, wanted, group) for block in rows.split(_QUERIES)]
         pieces = -(-len(self._keys) // _PIECE)
         scores = torch.empty(min(_PIECES, pieces) * _QUERIES * _PIECE, dtype=torch.bfloat16)
         for first in range(0, pieces, _PIECES):
@@ -144,8 +147,8 @@ class Screen:
 class _Block:
     """A few queries, and the keys that are near them so far."""
 
-    def __init__(self, rows: Tensor, wanted: int) -> None:
-        self._rows, self._wanted = rows, wanted
+    def __init__(self, rows: Tensor, wanted: int, group: int) -> None:
+        self._rows, self._wanted, self._group = rows, wanted, group
         self._best = torch.empty(len(rows), 0, dtype=torch.int16)  # minima of groups, of different keys therefore
         self._pairs: list[Tensor] = []  # query << _POSITION_BITS | position
         self._scores: list[Tensor] = []
@@ -153,11 +156,12 @@ class _Block:
 
     def compare(self, chunk: Tensor, buffer: Tensor, start: int) -> bool:
         """Look at keys `(pieces, 4096, width)`, the first at position `start`; false if too many of them are near."""
-        pieces, count, groups = len(chunk), len(self._rows), _PIECE // _GROUP
+        pieces, count, size = len(chunk), len(self._rows), self._group
+        groups = _PIECE // size
         scores = buffer[: pieces * count * _PIECE].view(pieces, count, _PIECE)
         for keys, out in zip(chunk, scores, strict=True):
             torch.mm(self._rows, keys.T, out=out)
-        bits = scores.view(torch.int16).view(-1, _GROUP)
+        bits = scores.view(torch.int16).view(-1, size)
         # (b, groups of all pieces): what is found is then ascending by query and position
         minima = bits.amin(dim=1).view(pieces, count, groups).transpose(0, 1).reshape(count, -1)
         seen = torch.cat([self._best, minima], dim=1)
@@ -170,8 +174,8 @@ class _Block:
         member = bits.index_select(0, (group // groups * count + query) * groups + group % groups)
         near = _up_to(member, self.limit.index_select(0, query))
         self._scores.append(member.view(-1).index_select(0, near))
-        first = (query << _POSITION_BITS) + (start + group * _GROUP)
-        self._pairs.append(first.index_select(0, near // _GROUP) + near % _GROUP)
+        first = (query << _POSITION_BITS) + (start + group * size)
+        self._pairs.append(first.index_select(0, near // size) + near % size)
         return True
 
     def found(self) -> tuple[Tensor, Tensor]:

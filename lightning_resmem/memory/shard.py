@@ -34,6 +34,10 @@ _COPIED_ROWS = 65536
 # How long a chunk of them may take.
 _COPY_SECONDS = 60.0
 
+# The calls that compute: no more at a time than there are CPUs, and always in the same threads, whose caches and memory
+# are warm.
+SEARCHES = "searches"
+
 Array = npt.NDArray[Any]
 
 
@@ -149,8 +153,10 @@ class Shard:
 
     # -- questions
 
-    def search(self, queries: Array, k: int, known: int) -> tuple[Array, Array]:
-        """The nearest rows of this shard: distances and ids, both `(B, min(k, rows))`."""
+    @ray.method(concurrency_group=SEARCHES)
+    def search(self, held: tuple[Array], k: int, known: int) -> tuple[Array, Array]:
+        """The nearest rows of this shard to queries `(B, D)`: distances and ids, both `(B, min(k, rows))`."""
+        [queries] = held
         with self._reading(known) as memory:
             started = time.perf_counter()
             if not len(memory):
@@ -160,8 +166,14 @@ class Shard:
         self._histogram.observe(self._seconds[-1])
         return found.distances.numpy(), found.ids.numpy()
 
-    def weighted_sums(self, ids: Array, weights: Array, softmax_temperature: float, known: int) -> Array | None:
-        """This shard's part of the residual and the label sum, `(2, B, C)`; None if it has no rows."""
+    @ray.method(concurrency_group=SEARCHES)
+    def weighted_sums(self, held: tuple[Array, Array], softmax_temperature: float, known: int) -> Array | None:
+        """This shard's part of the residual and the label sum over rows of these ids and weights, both `(B, k)`.
+
+        Returns:
+            Shape `(2, B, C)`; None if it has no rows.
+        """
+        ids, weights = held
         with self._reading(known) as memory:
             if not len(memory):
                 return None

@@ -1,10 +1,12 @@
-"""Which shard a row belongs to, where shards go, and how their answers become one. Pure functions; nothing of ours."""
+"""Which shard a row belongs to, where shards go, and how their answers become one. Pure functions."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from lightning_resmem.functional import ascending
 
 # Sorts behind every id.
 _NO_ID = torch.iinfo(torch.int64).max
@@ -63,7 +65,7 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tenso
     """
     distances = torch.cat([distances for distances, _ in parts], dim=1)
     ids = torch.cat([ids for _, ids in parts], dim=1)
-    distances, order = distances.sort(dim=1, stable=True)
+    distances, order = ascending(distances)
     ids = ids.gather(1, order)
     ties = distances[:, 1:] == distances[:, :-1]
     ranks = ids.masked_fill(ids < 0, _NO_ID)

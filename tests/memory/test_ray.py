@@ -465,7 +465,7 @@ def test_phase_two_moves_two_rows_of_outputs_for_a_query_whatever_k(two: RayMemo
     two.build()
     for k in (1, 100):
         neighbors = two.search(data.queries, k)
-        parts = two._ask("weighted_sums", neighbors.ids.numpy(), np.ones((7, k), np.float32), 1.0)
+        parts = two._ask("weighted_sums", (neighbors.ids.numpy(), np.ones((7, k), np.float32)), 1.0)
         assert [part.nbytes for part in parts] == [2 * 7 * CLASSES * 4] * 2
 
 

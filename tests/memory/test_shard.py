@@ -66,13 +66,13 @@ def check(shard: Shard, rows: dict[str, torch.Tensor], kept: list[int], known: i
     memory.add(**{name: tensor[kept] for name, tensor in rows.items()})
     queries = rows["embeddings"][:5] + 0.1
     expected = memory.search(queries, 7)
-    distances, found = shard.search(queries.numpy(), 7, known)
+    distances, found = shard.search((queries.numpy(),), 7, known)
     assert found.tolist() == expected.ids.tolist()
     assert distances.tolist() == expected.distances.tolist()
     assert shard.ids(known).tolist() == kept
     weights = torch.full((5, 7), 1 / 7)
     for sums, wanted in zip(
-        shard.weighted_sums(found, weights.numpy(), 1.3, known),
+        shard.weighted_sums((found, weights.numpy()), 1.3, known),
         memory.weighted_sums(expected.ids, weights, 1.3),
         strict=True,
     ):
@@ -94,8 +94,8 @@ def test_what_was_acknowledged_is_there_after_a_restart(url: str, rows: dict[str
     shard.apply("d", "clear", safetensors.torch.save({}), 3)
     again = Shard(config(url), 0, 0)
     assert again.state()["rows"] == 0
-    assert again.search(rows["embeddings"][:2].numpy(), 3, 4)[1].shape == (2, 0)
-    assert again.weighted_sums(rows["ids"][:2, None].numpy(), rows["outputs"][:2, :1].numpy(), 1.0, 4) is None
+    assert again.search((rows["embeddings"][:2].numpy(),), 3, 4)[1].shape == (2, 0)
+    assert again.weighted_sums((rows["ids"][:2, None].numpy(), rows["outputs"][:2, :1].numpy()), 1.0, 4) is None
     again.apply("e", "add", part(rows, 5, 60), 4)
     check(Shard(config(url), 0, 0), rows, list(range(5, 60)), 5)
 
@@ -147,8 +147,8 @@ def test_rows_that_are_gone_are_missed(tmp_path: Path, rows: dict[str, torch.Ten
     again = Shard(config(str(tmp_path / "pool")), 0, 0)
     queries = rows["embeddings"][:2].numpy()
     for ask in (
-        lambda: again.search(queries, 3, 1),
-        lambda: again.weighted_sums(queries, queries, 1.0, 1),
+        lambda: again.search((queries,), 3, 1),
+        lambda: again.weighted_sums((queries, queries), 1.0, 1),
         lambda: again.ids(1),
         lambda: again.fetch(rows["ids"].numpy(), 1),
         lambda: again.stored(0, 1, (), 1),
@@ -169,7 +169,7 @@ def test_damaged_rows_are_told_to_whoever_asks(tmp_path: Path, rows: dict[str, t
     file.write_bytes(file.read_bytes()[:-4] + b"abcd")
     again = Shard(config(str(tmp_path / "pool")), 0, 0)
     with pytest.raises(RowsLostError, match="is damaged"):
-        again.search(rows["embeddings"][:2].numpy(), 3, 0)
+        again.search((rows["embeddings"][:2].numpy(),), 3, 0)
 
 
 def test_readers_share_and_a_writer_is_alone(tmp_path: Path, rows: dict[str, torch.Tensor]) -> None:
