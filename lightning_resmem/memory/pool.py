@@ -75,7 +75,25 @@ def reach(address: str | None, hosts: Collection[str] = (), cpus: float = 1, sta
                 logging_level=logging.WARNING,
             )
             _log.info("No Ray cluster is running: started a local one with %d CPUs.", count)
-    return str(ray.get_runtime_context().gcs_address)
+    connected = str(ray.get_runtime_context().gcs_address)
+    if address and not _is_same(address, connected):
+        raise InputError(
+            f"address={address!r}, but this process is connected to the Ray cluster at {connected}, and it can be in "
+            "one only: leave address out, or call ray.shutdown() before."
+        )
+    return connected
+
+
+def _is_same(address: str, connected: str) -> bool:
+    """Whether two addresses `HOST:PORT` are one; also where that cannot be told, as for "auto"."""
+    try:
+        first, second = (
+            (socket.gethostbyname(host.strip("[]")), port)
+            for host, _, port in (name.rpartition(":") for name in (address, connected))
+        )
+    except OSError:
+        return True
+    return "://" in address or ":" not in address or first == second
 
 
 class Write(NamedTuple):

@@ -346,6 +346,13 @@ def test_no_room(ray_address: str, tmp_path: Path) -> None:
 # -- sharing
 
 
+def test_another_cluster_than_the_one_that_the_process_is_in(ray_address: str, data: Data) -> None:
+    host, _, port = ray_address.rpartition(":")
+    memory = RayMemory(1, address=f"{host}:{int(port) + 1}")
+    with pytest.raises(InputError, match=rf"address='{host}:\d+', but this process is connected .* at {ray_address}"):
+        data.add_to(memory, torch.arange(3))
+
+
 def test_a_named_pool_is_found_until_it_is_shut_down(ray_address: str, data: Data, tmp_path: Path) -> None:
     memory = RayMemory(2, name="shared", storage_path=tmp_path, request_timeout_s=SECONDS)
     data.add_to(memory, torch.arange(ROWS))

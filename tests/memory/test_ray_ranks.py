@@ -14,16 +14,22 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 SCRIPT = Path(__file__).parent / "ray_ranks.py"
 
 
-@pytest.mark.parametrize("cluster", [False, True])
-def test_ranks_fill_and_ask_the_same_shards(
-    cluster: bool, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# Ray is asked for by a fixture, never within a test: what a test starts is ended with it.
+def test_ranks_fill_and_ask_the_same_shards_of_a_running_cluster(
+    ray_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if cluster:
-        monkeypatch.setenv("RAY_ADDRESS", request.getfixturevalue("ray_address"))
-    else:
-        # As a user starts it: Ray changes the environment of a process that has used it.
-        for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
-            monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", ray_address)
+    check_ranks(tmp_path)
+
+
+def test_ranks_fill_and_ask_the_same_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As a user starts it: Ray changes the environment of a process that has used it.
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    check_ranks(tmp_path)
+
+
+def check_ranks(tmp_path: Path) -> None:
     finished = run_script(SCRIPT, "fit", tmp_path, seconds=240.0)
     assert finished.code == 0, finished.output[-4000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
