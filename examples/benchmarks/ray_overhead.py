@@ -3,7 +3,9 @@
 Two shards on this machine, 20,000 rows of width 128, 100 classes, k = 50.
 """
 
+import os
 import statistics
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -115,4 +117,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # OpenMP's threads would spin for a while after every operation of the LocalMemory, on the shards' cores. It is
+        # read when torch is loaded.
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
     main()
