@@ -112,7 +112,7 @@ class Screen:
         group = next((size for size in _GROUPS if first_keys >= 2 * size * wanted), _GROUPS[-1])
         blocks = [_Block(block, wanted, group) for block in rows.split(_QUERIES)]
         pieces = -(-len(self._keys) // _PIECE)
-        scores = torch.empty(min(_PIECES, pieces) * _QUERIES * _PIECE, dtype=torch.bfloat16)
+        scores = torch.empty(min(_PIECES, pieces) * min(_QUERIES, len(rows)) * _PIECE, dtype=torch.bfloat16)
         for first in range(0, pieces, _PIECES):
             last = min(first + _PIECES, pieces)
             chunk = self._widened(first, last) if self._cached is None else self._cached[first:last]
