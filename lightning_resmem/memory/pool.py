@@ -147,7 +147,7 @@ class Pool:
         copies = [itertools.count() for _ in range(config.num_shards)]
         actors: list[list[Any]] = [[None] * config.replicas for _ in range(config.num_shards)]
         # Ray's annotations do not know of the groups.
-        actor = cast(Any, ray.remote)(concurrency_groups={SEARCHES: max(1, int(config.cpus_per_shard))})(Shard)
+        actor = cast(Any, ray.remote)(concurrency_groups={SEARCHES: 1})(Shard)
         # Shard 0 first: if there is a pool of that name, the others are not started.
         for shard, node in sorted(zip(assign(nodes, config.num_shards), nodes, strict=True)):
             replica = next(copies[shard])

@@ -34,8 +34,8 @@ _COPIED_ROWS = 65536
 # How long a chunk of them may take.
 _COPY_SECONDS = 60.0
 
-# The calls that compute: no more at a time than there are CPUs, and always in the same threads, whose caches and memory
-# are warm.
+# The calls that compute: one at a time, as each uses all CPUs of the shard, and always in the same thread, whose memory
+# is warm.
 SEARCHES = "searches"
 
 Array = npt.NDArray[Any]
