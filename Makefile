@@ -10,7 +10,7 @@ DEMO := $(VENV)/.installed-demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench docs clean distclean
+.PHONY: help demo test test-cluster bench docs clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -18,11 +18,14 @@ help: ## this list
 demo: $(DEMO) ## a network before and after ResMem, on real data that ships with scikit-learn
 	$(BIN)/python examples/digits.py
 
-test: $(FULL) ## lint, format check, types, then all tests, doctests and documented examples (about ten minutes)
+test: $(FULL) ## lint, format check, types, then all tests, doctests and documented examples but those of test-cluster
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-cluster: $(FULL) ## Ray with several nodes, ranks and applications: shards, nodes and drivers die (about four minutes)
+	$(BIN)/python -m pytest -m cluster --numprocesses 2 --dist loadfile
 
 bench: $(FULL) ## every script in examples/benchmarks/
 	@set -e; for script in $(sort $(filter-out examples/benchmarks/_%,$(wildcard examples/benchmarks/*.py))); do \
