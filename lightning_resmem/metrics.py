@@ -413,9 +413,7 @@ class PredictionMetrics(nn.Module):
             self._users.update(*given)
         except Exception as error:
             shapes = " and ".join(f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)}" for tensor in given)
-            error.add_note(
-                f"One of the metrics given to ResMem ({', '.join(map(str, self._users))}) did not accept {shapes}."
-            )
+            error.add_note(f"One of {self._named_users()} did not accept {shapes}.")
             raise
 
     def compute(self) -> dict[str, Tensor]:
@@ -424,7 +422,19 @@ class PredictionMetrics(nn.Module):
         if not isinstance(self._task, Regression):
             scores["f1"] = self.f1.compute()
             scores["ece"] = self.reliability.compute().calibration_error
-        return scores if self._users is None else scores | self._users.compute()
+        if self._users is None:
+            return scores
+        try:
+            return scores | self._users.compute()
+        except Exception as error:
+            error.add_note(
+                f"One of {self._named_users()} has no result for what it was given: is it made for this task and so "
+                "many outputs? The memory is as it was."
+            )
+            raise
+
+    def _named_users(self) -> str:
+        return f"the metrics given to ResMem ({', '.join(map(str, self._users or ()))})"
 
     def reset(self) -> None:
         """Forget all rows."""

@@ -224,6 +224,13 @@ def test_an_own_metric_that_does_not_fit():
     assert any("(mine)" in note and f"({ROWS}, {CLASSES})" in note for note in raised.value.__notes__)
 
 
+def test_an_own_metric_that_has_no_result_for_what_it_took():
+    metrics = updated(ResMemMetrics(Multiclass(), CLASSES, {"mine": BinaryAUROC()}), *answers(Multiclass()))
+    with pytest.raises(IndexError) as raised:
+        metrics.compute()
+    assert any("(mine) has no result" in note for note in raised.value.__notes__)
+
+
 @pytest.mark.parametrize("kind", [NeighborhoodAccuracy, Reliability])
 @pytest.mark.parametrize("num_bins", [0, -1, 2.5, "10"])
 def test_numbers_of_bins_are_checked(kind, num_bins):

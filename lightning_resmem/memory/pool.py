@@ -427,7 +427,7 @@ def _latest_cluster() -> str | None:
 def _join(address: str) -> None:
     try:
         ray.init(address=address, logging_level=logging.WARNING)
-    except ConnectionError as error:
+    except (ConnectionError, ValueError) as error:  # ValueError: no address at all
         raise InputError(
             f"address={address!r}: no Ray cluster can be joined there ({first_line(error)}). Start one with `ray start "
             "--head --port=6379`, and export RAY_AUTH_MODE=token before Python starts if it wants tokens."

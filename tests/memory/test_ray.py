@@ -346,6 +346,15 @@ def test_no_room(ray_address: str, tmp_path: Path) -> None:
 # -- sharing
 
 
+def test_what_is_no_address() -> None:
+    code = (
+        "import torch; from lightning_resmem import RayMemory\n"
+        "RayMemory(1, address='nonsense').add(torch.eye(2), torch.eye(2), torch.arange(2))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert "InputError: address='nonsense': no Ray cluster can be joined there" in done.stderr
+
+
 def test_another_cluster_than_the_one_that_the_process_is_in(ray_address: str, data: Data) -> None:
     host, _, port = ray_address.rpartition(":")
     memory = RayMemory(1, address=f"{host}:{int(port) + 1}")
