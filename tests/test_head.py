@@ -326,6 +326,7 @@ EMBEDDINGS = {
 )
 @pytest.mark.parametrize(("layer", "shape", "pooled"), EMBEDDINGS.values(), ids=EMBEDDINGS)
 def test_embedding_of_another_module(layer, shape, pooled, wrap, unwrap):
+    layer.reset_parameters()  # made before the random generator was seeded
     model, x = Stages(layer, wrap, unwrap), torch.randn(shape)
     tap = HeadTap.find(model, lambda: model(x), embedding="mark")
     assert (tap.head, tap.embedding) == ("fc", "mark")
