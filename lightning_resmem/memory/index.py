@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -86,7 +87,7 @@ class ExactIndex:
         if not self._is_rough or not rough.is_worthwhile(queries, self.keys, wanted):
             return self._search_precisely(queries, k)
         if self._screen is None:
-            self._screen = rough.Screen(self.keys, self._mean())
+            self._screen = rough.Screen(self.keys, self._mean)
         found = self._screen.candidates(queries, wanted)
         self._tried += len(queries)
         if found is None:
@@ -119,7 +120,7 @@ class ExactIndex:
             return
         # Distances do not change when everything is moved by the mean, and the scores lose fewer digits. It takes a
         # copy of every block at every search, though, so it is done only where the mean is far from zero.
-        center = self._mean()
+        center = self._mean
         squared = rough.squared_norms(self.keys, center)
         if bool(center.square().sum() > 16 * squared.mean()):
             self._center = center
@@ -127,6 +128,7 @@ class ExactIndex:
             squared = rough.squared_norms(self.keys)
         self._squared_norms = squared
 
+    @cached_property
     def _mean(self) -> Tensor:
         total = torch.stack([chunk.sum(dim=0, dtype=torch.float32) for chunk in self.keys.split(_CHUNK)]).sum(dim=0)
         return total / len(self.keys)

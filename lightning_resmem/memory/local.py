@@ -105,6 +105,10 @@ class LocalMemory(ResidualMemory):
         return self._ids.finish()
 
     @property
+    def num_outputs(self) -> int:
+        return self._built_values().num_outputs
+
+    @property
     def device(self) -> torch.device:
         return self._device
 

@@ -87,13 +87,15 @@ def reach(address: str | None, hosts: Collection[str] = (), cpus: float = 1, sta
 def _is_same(address: str, connected: str) -> bool:
     """Whether two addresses `HOST:PORT` are one; also where that cannot be told, as for "auto"."""
     try:
-        first, second = (
-            (socket.gethostbyname(host.strip("[]")), port)
-            for host, _, port in (name.rpartition(":") for name in (address, connected))
-        )
+        first, second = ((socket.gethostbyname(host), port) for host, port in map(_host_and_port, (address, connected)))
     except OSError:
         return True
     return "://" in address or ":" not in address or first == second
+
+
+def _host_and_port(address: str) -> tuple[str, str]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), port
 
 
 class Write(NamedTuple):
@@ -416,9 +418,9 @@ def _latest_cluster() -> str | None:
     noted = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster"
     try:
         address = noted.read_text().strip()
-        host, _, port = address.rpartition(":")
+        host, port = _host_and_port(address)
         # What a Ray that was killed has noted stays, and joining it would be tried for a minute.
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
     except (OSError, ValueError):
         return None
     return address

@@ -133,12 +133,12 @@ class Screen:
         parts = zip(
             wide, self._keys[start:end].split(_PIECE), self._squared_norms[start:end].split(_PIECE), strict=True
         )
-        for piece, keys, squared_norms in parts:
+        for piece, keys, squares in parts:
             keys, count = keys.float() - self._center, len(keys)
             piece[:count, :-5] = keys
-            piece[:count, -5:-3], piece[:count, -3] = _split(squared_norms), 1
+            piece[:count, -5:-3], piece[:count, -3] = _split(squares), 1
             piece[:count, -2] = torch.linalg.vector_norm(keys - piece[:count, :-5], dim=1) * (2 * _UP)
-            piece[:count, -1] = squared_norms.sqrt() * (2 * _UP)
+            piece[:count, -1] = squares.sqrt() * (2 * _UP)
             piece[count:] = 0
             piece[count:, -5] = 1e38  # never near
         return wide
