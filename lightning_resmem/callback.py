@@ -173,20 +173,21 @@ class ResMemCallback(Callback):
         with Ranks(trainer).together("looking where the memory will be saved"):
             if directory is not None and trainer.is_global_zero:
                 storage.check_target(directory)
-        self._memorizer(trainer).rehearse(trainer, pl_module, self._memory_loaders(trainer), self._metrics)
+        self._memorizer(trainer).rehearse(
+            trainer, pl_module, self._memory_loaders(trainer), self._limit_batches(trainer), self._metrics
+        )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._base, started = pl_module, time.monotonic()
         if trainer.val_dataloaders is None and trainer.enable_validation:  # no epoch was validated
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        own_loader = self._memory_dataloader is not None and not _is_fast_dev_run(trainer)
         with self._chosen_weights(trainer, pl_module):
             self.tuning = self._memorizer(trainer).run(
                 trainer,
                 pl_module,
                 self._memory_loaders(trainer),
                 trainer.val_dataloaders,
-                None if own_loader else _limit(trainer.limit_train_batches, [trainer.num_training_batches]),
+                self._limit_batches(trainer),
                 _limit(trainer.limit_val_batches, trainer.num_val_batches),
             )
         self._memorized, seconds = True, time.monotonic() - started
@@ -324,6 +325,12 @@ class ResMemCallback(Callback):
 
     def _memory_loaders(self, trainer: L.Trainer) -> Any:
         return trainer.train_dataloader if self._memory_dataloader is None else self._memory_dataloader
+
+    def _limit_batches(self, trainer: L.Trainer) -> int | None:
+        """How many batches of training rows a rank memorizes, None for all of them."""
+        if self._memory_dataloader is not None and not _is_fast_dev_run(trainer):
+            return None
+        return _limit(trainer.limit_train_batches, [trainer.num_training_batches])
 
     def _found_base(self) -> L.LightningModule | None:
         """The base, if there is one; the memory is then there as well, if it was filled or saved."""

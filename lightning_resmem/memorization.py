@@ -121,7 +121,12 @@ class Memorizer:
     show_progress: bool = False
 
     def rehearse(
-        self, trainer: L.Trainer, model: L.LightningModule, loaders: Any, metrics: MetricCollection | None = None
+        self,
+        trainer: L.Trainer,
+        model: L.LightningModule,
+        loaders: Any,
+        limit_batches: int | None = None,
+        metrics: MetricCollection | None = None,
     ) -> None:
         """Find out with two rows what would fail in `run` or afterwards.
 
@@ -129,12 +134,14 @@ class Memorizer:
             trainer: With its strategy set up.
             model: On its device.
             loaders: The training rows.
+            limit_batches: As for `run`.
             metrics: Users' own, which will see such rows.
         """
         reading = self._reading(trainer, model)
-        parts = self._plan(reading, loaders)
+        parts = self._plan(reading, loaders, limit_batches)
+        all_rows = _count_rows(reading.ranks, parts)
         with reading.ranks.together("rehearsing the memory pass on two rows"):
-            self._sample(reading, parts, metrics)
+            self._sample(reading, parts, all_rows, metrics)
 
     def run(
         self,
@@ -182,16 +189,15 @@ class Memorizer:
 
     def _fill(self, reading: Pass, model: L.LightningModule, parts: list[Part]) -> None:
         memory = self.memory
-        rows = sum(part.num_rows or 0 for part in parts)
-        all_rows = sum(count for count in reading.ranks.gather_objects(rows) if isinstance(count, int))
+        all_rows = _count_rows(reading.ranks, parts)
         with reading.ranks.together("rehearsing the memory pass on two rows"):
-            sample = self._sample(reading, parts)
+            sample = self._sample(reading, parts, all_rows)
             if all_rows and sample is not None:
                 shape = sample.embeddings.shape[1], sample.outputs.shape[1]
                 needed = memory.estimate_bytes(all_rows, *shape)
                 words = check_capacity(needed, available_bytes(), copies=reading.num_local_processes)
                 rank_zero_info(f"ResMem: memorizing {all_rows} training rows takes about {words}.")
-            memory.reserve(rows)
+            memory.reserve(sum(part.num_rows or 0 for part in parts))
         if reading.ranks.group is not None:
             with reading.ranks.together("reaching the memory"):
                 memory.join(reading.ranks.group)
@@ -211,8 +217,10 @@ class Memorizer:
             reading.tap = HeadTap(model, **names)
         memory.provenance.update({"fingerprint": fingerprint(model), **names})
 
-    def _sample(self, reading: Pass, parts: list[Part], metrics: MetricCollection | None = None) -> Chunk | None:
-        """Two rows, checked; None if reading them would use them up."""
+    def _sample(
+        self, reading: Pass, parts: list[Part], all_rows: int | None, metrics: MetricCollection | None = None
+    ) -> Chunk | None:
+        """Two of `all_rows`, checked; None if reading them would use them up."""
         chunk = reading.rehearse(parts)
         if chunk is None:
             return None
@@ -221,6 +229,7 @@ class Memorizer:
         check_finite("outputs", chunk.outputs, chunk.ids)
         task, outputs = self.memory.task, chunk.outputs.cpu()
         targets = task.check_targets(chunk.targets.cpu(), outputs.shape[1], chunk.ids)
+        self.memory.rehearse(all_rows, chunk.embeddings.shape[1])
         # Users' metrics may draw random numbers, and warn of classes that two rows lack.
         with isolate_rng(include_cuda=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -281,6 +290,14 @@ def choose_tuner(tuner: Tuner | Literal["auto"] | None, memory: ResidualMemory) 
     if tuner is not None:
         tuner.check(memory.task)
     return tuner
+
+
+def _count_rows(ranks: Ranks, parts: list[Part]) -> int | None:
+    """How many rows all ranks will read, None if that is not known."""
+    counts = [part.num_rows for part in parts if part.num_rows is not None]
+    gathered = ranks.gather_objects(sum(counts) if len(counts) == len(parts) else None)
+    known = [count for count in gathered if isinstance(count, int)]
+    return sum(known) if len(known) == len(gathered) else None
 
 
 class _Job(L.LightningModule):

@@ -3,6 +3,7 @@
 import dataclasses
 import random
 import signal
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from lightning_resmem import (
     HeadError,
     InputError,
     LocalMemory,
+    RayMemory,
     ResMemCallback,
     ResMemParams,
     ResMemWarning,
@@ -999,6 +1001,30 @@ def test_a_directory_that_cannot_be_saved_to_is_refused_before_training(root):
 @pytest.mark.parametrize("loader", ["x", 3, torch.zeros(3)])
 def test_what_is_no_loader_is_refused_before_training(root, loader):
     assert steps_before(InputError, ResMemCallback(memory_dataloader=loader), root, "is not a loader of batches") == 0
+
+
+@pytest.mark.parametrize(
+    ("index", "match"),
+    [
+        ("IVF121,Flat", "'IVF121,Flat' has 121 lists, .* only 120 rows"),
+        ("PQ7", "'PQ7' cannot be built for keys of width"),
+    ],
+)
+@pytest.mark.parametrize("kind", [LocalMemory, RayMemory])
+def test_an_index_that_cannot_be_built_is_refused_before_training(root, kind, index, match):
+    assert steps_before(InputError, ResMemCallback(kind(index=index)), root, match) == 0
+
+
+def test_rows_that_a_limit_leaves_out_train_no_index(root):
+    callback = ResMemCallback(LocalMemory(index="IVF40,Flat"))
+    with pytest.raises(InputError, match="only 32 rows"):
+        trainer(root, callback, limit_train_batches=2).fit(make(CallsSelf), datamodule=Data())
+
+
+def test_without_faiss_an_index_of_its_kind_is_refused_before_training(root, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    callback = ResMemCallback(LocalMemory(index="HNSW8"))
+    assert steps_before(InputError, callback, root, r"lightning-resmem\[cpu\]") == 0
 
 
 def test_a_dataset_is_no_loader(root):

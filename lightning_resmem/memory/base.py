@@ -196,6 +196,17 @@ class ResidualMemory(nn.Module, ABC):
     def clear(self) -> None:
         """Forget all rows, their provenance and measured params; the configuration stays."""
 
+    def rehearse(self, rows: int | None, width: int) -> None:
+        """Find out what `build` would refuse, before there are any rows.
+
+        Args:
+            rows: `N`, None if it is not known yet.
+            width: `D`.
+
+        Raises:
+            InputError: If no index can be built of such rows.
+        """
+
     def reserve(self, rows: int) -> None:
         """Expect `rows` more rows, so that memory is allocated once."""
 

@@ -33,6 +33,10 @@ _RECALL_ROWS, _RECALL_K = 256, 10
 _LOW_RECALL = 0.9
 _GPU_MAX_K = 2048
 _GPU_TEMPORARY_BYTES = 256 * 2**20
+# What an index may be described as.
+_FACTORIES = 'a FAISS factory string such as "HNSW32" or "IVF1024,Flat"'
+# A width that nearly all descriptions fit.
+_ANY_WIDTH = 64
 # Multiplications of one query (rows x width) up to which a CPU searches exactly: some 20 ms on one core.
 _EXACT_WORK = 2**30
 
@@ -51,7 +55,8 @@ class FaissIndex:
             nearest rows is found, measured on 256 stored rows.
 
     Raises:
-        InputError: If a number is out of its range.
+        InputError: If a number is out of its range, or FAISS is installed and does not understand `factory`, or such an
+            index has no such setting.
     """
 
     factory: str
@@ -67,6 +72,10 @@ class FaissIndex:
                 raise InputError(f"{name}={value!r}: give a whole number of at least {least}.")
         if self.min_recall is not None and not 0 < self.min_recall <= 1:
             raise InputError(f"min_recall={self.min_recall!r}: give a share above 0 and at most 1, e.g. 0.95.")
+        if not isinstance(self.factory, str):
+            raise InputError(f"factory={self.factory!r}: give {_FACTORIES}.")
+        if importlib.util.find_spec("faiss") is not None:  # without it `check` refuses, before anything is memorized
+            _check_factory(self)
 
 
 class FaissSearch:
@@ -213,18 +222,11 @@ class FaissSearch:
             )
 
     def _get(self, parameter: str) -> int | None:
-        if parameter == "nprobe":
-            inverted = self._faiss.try_extract_index_ivf(self._searched)
-            return None if inverted is None else int(inverted.nprobe)
-        graph = getattr(self._faiss.downcast_index(self._searched), "hnsw", None)
-        return None if graph is None else int(graph.efSearch)
+        return _effort(self._faiss, self._searched, parameter)
 
     def _set(self, parameter: str, value: int | None) -> None:
         if value is None:
             return
-        if self._get(parameter) is None:
-            argument = {"nprobe": "nprobe", "efSearch": "ef_search"}[parameter]
-            raise InputError(f"{argument}={value} does nothing for index={self.config.factory!r}: leave it out.")
         space = self._faiss.GpuParameterSpace() if self._searched is not self.index else self._faiss.ParameterSpace()
         space.set_index_parameter(self._searched, parameter, value)
 
@@ -268,12 +270,65 @@ def _trained(faiss: ModuleType, keys: Tensor, config: FaissIndex) -> Any:
 
 def _made(faiss: ModuleType, width: int, config: FaissIndex) -> Any:
     try:
-        return faiss.index_factory(width, config.factory)
+        index = faiss.index_factory(width, config.factory)
     except RuntimeError as error:
         raise InputError(
             f"index={config.factory!r} cannot be built for keys of width {width}: "
-            f'{_reason(error)}. Give "auto", "exact" or a FAISS factory string such as "HNSW32" or "IVF1024,Flat".'
+            f'{_reason(error)}. Give "auto", "exact" or {_FACTORIES}.'
         ) from error
+    _check_settings(faiss, index, config)
+    return index
+
+
+def check(config: FaissIndex, rows: int | None, width: int, device: torch.device) -> None:
+    """Raise an error for an index that cannot be built.
+
+    Args:
+        config: What is to be built.
+        rows: `N`, None if it is not known yet.
+        width: `D`.
+        device: Where the keys will be.
+
+    Raises:
+        InputError: As for `FaissSearch`, or if there are fewer rows than lists to train.
+    """
+    faiss = _import_faiss(config)
+    _check_device(faiss, device, config)
+    inverted = faiss.try_extract_index_ivf(_made(faiss, width, config))
+    # The lists of a multi-index (IMI2x8) come of a product of quantizers, which few rows suffice to train.
+    if rows is not None and inverted is not None and inverted.quantizer_trains_alone != "\1" and rows < inverted.nlist:
+        raise InputError(
+            f"index={config.factory!r} has {inverted.nlist} lists, and there are only {rows} rows to train them on: "
+            'use fewer lists, or index="exact".'
+        )
+
+
+def _check_factory(config: FaissIndex) -> None:
+    """Raise an error for a factory string or a setting that does not work for keys of any width."""
+    faiss = _import_faiss(config)
+    try:
+        _check_settings(faiss, faiss.index_factory(_ANY_WIDTH, config.factory), config)
+    except RuntimeError as error:
+        if "could not parse" in str(error):  # other errors may come of the width
+            raise InputError(
+                f'index={config.factory!r} is not understood: give "auto", "exact" or {_FACTORIES}.'
+            ) from error
+
+
+def _check_settings(faiss: ModuleType, index: Any, config: FaissIndex) -> None:
+    for argument, parameter in (("nprobe", "nprobe"), ("ef_search", "efSearch")):
+        value = getattr(config, argument)
+        if value is not None and _effort(faiss, index, parameter) is None:
+            raise InputError(f"{argument}={value} does nothing for index={config.factory!r}: leave it out.")
+
+
+def _effort(faiss: ModuleType, index: Any, parameter: str) -> int | None:
+    """The search parameter `nprobe` or `efSearch` of an index, None if it has no such one."""
+    if parameter == "nprobe":
+        inverted = faiss.try_extract_index_ivf(index)
+        return None if inverted is None else int(inverted.nprobe)
+    graph = getattr(faiss.downcast_index(index), "hnsw", None)
+    return None if graph is None else int(graph.efSearch)
 
 
 def _lists(faiss: ModuleType, index: Any) -> int:

@@ -112,6 +112,10 @@ class LocalMemory(ResidualMemory):
     def device(self) -> torch.device:
         return self._device
 
+    def rehearse(self, rows: int | None, width: int) -> None:
+        if isinstance(self._wanted_index, FaissIndex):
+            faiss_index.check(self._wanted_index, rows, width, self._device)
+
     def reserve(self, rows: int) -> None:
         self._reserved = rows
         self._keys.reserve(rows)

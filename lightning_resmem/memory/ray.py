@@ -279,6 +279,9 @@ class RayMemory(ResidualMemory):
             "resmem/coverage": covered / max(1, sum(self._shard_rows)),
         }
 
+    def rehearse(self, rows: int | None, width: int) -> None:
+        self._template.rehearse(rows, width)
+
     def estimate_bytes(self, rows: int, width: int, num_outputs: int) -> dict[str, int]:
         # The shards hold the rows: this process only those on their way.
         return {"underway": min(BYTES_UNDERWAY, rows * (width + num_outputs + 4) * 4)}

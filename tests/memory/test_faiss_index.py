@@ -114,10 +114,7 @@ def test_threads_are_those_of_torch() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("Nonsense", "'Nonsense' cannot be built"),
         ("IVF5000,Flat", "cannot be trained on 200 keys"),
-        (FaissIndex("Flat", nprobe=3), "nprobe=3 does nothing for index='Flat'"),
-        (FaissIndex("IVF4,Flat", ef_search=3), "ef_search=3 does nothing"),
         ("PQ3", "'PQ3' cannot be built for keys of width 4"),
     ],
 )
@@ -126,6 +123,62 @@ def test_what_faiss_cannot_do_names_the_index(config: str | FaissIndex, message:
     memory.add(torch.randn(200, 4), torch.randn(200, 2), torch.zeros(200).long())
     with pytest.raises(InputError, match=message):
         memory.build()
+
+
+@pytest.mark.parametrize("factory", ["exakt", "Exact", "HNSW 32", "IVF,Flat", "IVF4096,Flt", ""])
+def test_what_faiss_does_not_understand_is_refused_where_it_is_written(factory: str) -> None:
+    with pytest.raises(InputError, match=f"index='{factory}' is not understood: give .* or a FAISS factory string"):
+        FaissIndex(factory)
+
+
+@pytest.mark.parametrize(
+    ("factory", "settings", "message"),
+    [
+        ("Flat", {"nprobe": 3}, "nprobe=3 does nothing for index='Flat'"),
+        ("IVF4,Flat", {"ef_search": 3}, "ef_search=3 does nothing for index='IVF4,Flat'"),
+        (5, {}, "factory=5"),
+    ],
+)
+def test_settings_that_an_index_does_not_have(factory: str, settings: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        FaissIndex(factory, **settings)
+
+
+def test_settings_that_an_index_of_this_width_does_not_have() -> None:
+    with pytest.raises(InputError, match="nprobe=3 does nothing for index='PQ3'"):
+        LocalMemory(index=FaissIndex("PQ3", nprobe=3)).rehearse(None, 6)
+
+
+@pytest.mark.parametrize(
+    "factory", ["Flat", "PQ3", "PQ48", "OPQ32,IVF4096,PQ32", "IVF65536_HNSW32,Flat", "IMI2x8,Flat"]
+)
+def test_what_fits_some_width_is_let_through(factory: str) -> None:
+    assert FaissIndex(factory).factory == factory
+
+
+@pytest.mark.parametrize(
+    ("factory", "rows", "message"),
+    [
+        ("IVF256,Flat", 255, "'IVF256,Flat' has 256 lists, and there are only 255 rows"),
+        ("PCA2,IVF256_HNSW8,SQ8", 255, "has 256 lists"),
+        ("IVF256,Flat", 256, None),
+        ("IVF256,Flat", None, None),
+        ("IMI2x5,Flat", 200, None),  # 1,024 lists of two quantizers with 32 centroids each
+        ("HNSW8", 1, None),
+        ("PQ3", None, "width 4"),
+    ],
+)
+def test_a_rehearsal_refuses_what_building_would(factory: str, rows: int | None, message: str | None) -> None:
+    memory = LocalMemory(index=factory)
+    if message is None:
+        memory.rehearse(rows, 4)
+    else:
+        with pytest.raises(InputError, match=message):
+            memory.rehearse(rows, 4)
+    if rows is not None:
+        memory.add(torch.randn(rows, 4), torch.randn(rows, 2), torch.zeros(rows).long())
+        with pytest.raises(InputError) if message else warnings.catch_warnings(action="ignore"):
+            memory.build()
 
 
 @pytest.mark.parametrize(
@@ -155,6 +208,8 @@ def test_without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(InputError, match=r"lightning-resmem\[cpu\]"):
         FaissSearch(torch.randn(10, 4), FaissIndex("Flat"))
+    with pytest.raises(InputError, match=r"lightning-resmem\[cpu\]"):
+        LocalMemory(index="Flat").rehearse(None, 4)
 
 
 def test_gpu_limits_are_told_early() -> None:

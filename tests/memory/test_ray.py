@@ -324,6 +324,7 @@ def test_empty_memory(two: RayMemory) -> None:
         ({"storage_path": 3}, "storage_path=3"),
         ({"storage_path": "simplecache::nosuch://rows"}, "storage_path='simplecache::nosuch://rows' .* nosuch"),
         ({"index": ""}, "index=''"),
+        ({"index": "exakt"}, "index='exakt' is not understood"),
         ({"values": "half"}, "values='half'"),
         ({"key_dtype": torch.int8}, "key_dtype"),
         ({"task": "multiclass"}, "task='multiclass'"),
