@@ -93,6 +93,7 @@ class LocalMemory(ResidualMemory):
         self._last_id = -1
         self._ordered = True  # ids arrived in ascending order so far
         self._reserved = 0
+        self._unverified: tuple[str | os.PathLike[str], dict[str, Any]] | None = None  # directory and manifest
         self._index: ExactIndex | FaissSearch | None = None
         self._table: tuple[ExactIndex | FaissSearch, Tensor] | None = None  # where each id is, of an index
 
@@ -274,11 +275,16 @@ class LocalMemory(ResidualMemory):
             The residual sum and the label sum, both `(B, C)`, on the device of the ids.
         """
         values = self._built_values()
-        # A trainer's autocast would sum in half precision.
-        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
-            positions, weights = self._positions(ids.to(self._device)), weights.to(self._device)
-            residual = values.residual_sum(positions, weights, softmax_temperature)
-            return residual.to(ids.device), values.label_sum(positions, weights).to(ids.device)
+        try:
+            # A trainer's autocast would sum in half precision.
+            with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+                positions, weights = self._positions(ids.to(self._device)), weights.to(self._device)
+                residual = values.residual_sum(positions, weights, softmax_temperature)
+                return residual.to(ids.device), values.label_sum(positions, weights).to(ids.device)
+        except (IndexError, RuntimeError):  # ids or classes that cannot be?
+            if self._unverified is not None:
+                storage.verify(*self._unverified)  # names the file that is damaged
+            raise
 
     def fetch(self, ids: Tensor) -> Values:
         ids = as_ids(ids)
@@ -366,7 +372,8 @@ class LocalMemory(ResidualMemory):
             directory: As given to `save`.
             device: Where the rows go.
             mmap: Map the files into memory instead of reading them: opens at once, rows are read when they are
-                looked at, and several processes share them. Checksums are not checked then. For the CPU.
+                looked at, and several processes share them. The files' sizes are checked then, and checksums only when
+                an answer fails. For the CPU.
 
         Raises:
             StorageError: If the directory is missing, incomplete, damaged or of another format version.
@@ -375,6 +382,7 @@ class LocalMemory(ResidualMemory):
         memory = cls(saved.task, saved.params, saved.index, saved.config, saved.tensors["keys"].dtype)
         memory.provenance, memory.tunable = saved.provenance, saved.tunable
         memory._hold(saved.tensors, saved.values)
+        memory._unverified = (directory, saved.manifest) if mmap else None
         memory.to(device)
         if isinstance(saved.index, FaissIndex):
             memory._index = faiss_index.load(directory, saved.manifest, memory._keys.finish(), saved.index)

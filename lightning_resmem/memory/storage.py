@@ -284,6 +284,12 @@ def _mapped(file: Path) -> dict[str, Tensor]:
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     header = json.loads(data[8:start].tobytes())
     header.pop("__metadata__", None)
+    size = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if len(data) != size:
+        raise StorageError(
+            f"{file} is damaged: it has {len(data)} bytes, its header says {size}. Restore it from a backup, or "
+            "memorize again."
+        )
     tensors = {}
     for name, entry in header.items():
         first, last = entry["data_offsets"]

@@ -71,11 +71,37 @@ def test_other_shape_shows_both_sides(saved: Path, mmap: bool) -> None:
         LocalMemory.load(saved, mmap=mmap)
 
 
-def test_truncated_file_cannot_be_mapped(saved: Path) -> None:
-    file = saved / "keys.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(StorageError, match=r"keys.safetensors cannot be read"):
+@pytest.mark.parametrize("name", ["keys", "ids", "outputs", "targets"])
+@pytest.mark.parametrize("missing", [1, 100, -8])
+def test_a_file_of_another_size_is_not_mapped(saved: Path, name: str, missing: int) -> None:
+    file = saved / f"{name}.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-missing] if missing > 0 else whole + bytes(-missing))
+    message = rf"{name}.safetensors is damaged: it has {len(whole) - missing} bytes, its header says {len(whole)}"
+    with pytest.raises(StorageError, match=message):
         LocalMemory.load(saved, mmap=True)
+
+
+@pytest.mark.parametrize("size", [0, 4, 50])
+def test_a_file_without_its_header_is_not_mapped(saved: Path, size: int) -> None:
+    file = saved / "targets.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(StorageError, match=r"targets.safetensors cannot be read"):
+        LocalMemory.load(saved, mmap=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "name"), [("dense", "targets"), ("dense", "ids"), ("sparse", "targets"), ("sparse", "classes")]
+)
+def test_a_mapped_file_whose_rows_cannot_be_is_named(tmp_path: Path, values: str, name: str) -> None:
+    memory = LocalMemory(params=ResMemParams(k=200), values=values)
+    memory.add(torch.randn(200, 4), torch.randn(200, 5), torch.randint(5, (200,)))
+    file = memory.save(tmp_path / "memory") / f"{name}.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-80] + b"\xff" * 80)  # as a disk may leave it: of the right size
+    loaded = LocalMemory.load(tmp_path / "memory", mmap=True)
+    with pytest.raises(StorageError, match=rf"{name}.safetensors is damaged: its sha256 is"):
+        loaded(torch.zeros(1, 4))
 
 
 @pytest.mark.parametrize(
