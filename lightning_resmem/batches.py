@@ -105,7 +105,7 @@ class BatchReader:
             try:
                 return model(*args, **kwargs)
             except Exception as error:
-                given = [type(value).__name__ for value in args] + [f"{name}=" for name in kwargs]
+                given = [*map(_in_short, args), *(f"{name}={_in_short(value)}" for name, value in kwargs.items())]
                 error.add_note(
                     f"ResMem called {type(model).__name__}({', '.join(given)}) for a batch that is a "
                     f"{type(batch).__name__}. If the model wants something else of a batch, give "
@@ -157,6 +157,11 @@ def _state(metric: Metric) -> dict[str, Any]:
         value = state[name]
         state[name] = value.clone() if isinstance(value, Tensor) else list(value)
     return state
+
+
+def _in_short(value: Any) -> str:
+    shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+    return type(value).__name__ + shape
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_resmem.batches import TRANSFER_HOOKS, BatchReader
 from lightning_resmem.errors import InputError
-from lightning_resmem.head import HeadTap
+from lightning_resmem.head import HeadTap, check_returned
 from lightning_resmem.loaders import Part
 from lightning_resmem.modes import evaluation_mode
 from lightning_resmem.progress import progress_bar
@@ -169,8 +169,10 @@ class Pass:
                 self._capturing.callback(setattr, self, "_tapped", False)
                 self._tapped = True
             self.tap.clear()
-            self._reader.run(model, batch)
+            returned = self._reader.run(model, batch)
             captured = self.tap.take()
+        if self._head is not None and index == 0 and self._reader.returns_outputs(model):
+            check_returned(model, self._head, captured, returned)
         targets = self._reader.targets(batch)
         count = len(captured.embedding)
         if not targets.ndim or len(targets) != count:

@@ -181,6 +181,12 @@ class HeadTap:
                 else f"{name} was not computed before the head {self.head!r} was called: name a module that runs "
                 "earlier in the same forward."
             )
+        if embedding.ndim < 2:
+            raise InputError(
+                f"{name} has shape {tuple(embedding.shape)}, expected (B, D): the batch dimension is missing. Inputs of "
+                "the model need one, too: for a single row give x[None], or "
+                "torch.utils.data.default_collate([dataset[0]])."
+            )
         if embedding.ndim != 2:
             raise HeadError(
                 f"{name} has shape {tuple(embedding.shape)}, expected (B, D): one vector for every row. Name a module "
@@ -193,6 +199,28 @@ class HeadTap:
             )
         # Copies: the model may go on in place.
         return Captured(embedding.detach().clone(), output.detach().clone())
+
+
+def check_returned(model: nn.Module, head: str, captured: Captured, returned: Any) -> None:
+    """Raise an error if a head that was named by the user is not the last layer, as far as widths can tell.
+
+    Args:
+        model: Holds the head.
+        head: Its name.
+        captured: What it saw of a batch.
+        returned: What the model returned for this batch.
+    """
+    (rows, width), embedding_width = captured.output.shape, captured.embedding.shape[1]
+    widths = {t.shape[1] for t in _tensors(returned) if t.ndim == 2 and len(t) == rows and t.is_floating_point()}
+    if not widths or width in widths:
+        return
+    fitting = [n for n, m in _named_modules(model).items() if isinstance(m, nn.Linear) and m.out_features in widths]
+    way_out = f"head={fitting[-1]!r}" if fitting else "that module"
+    raise HeadError(
+        f"head={head!r} makes outputs of width {width} from an embedding of width {embedding_width}, but the model "
+        f"returns width {' and '.join(map(str, sorted(widths)))}: the head is the module whose output is the logits. "
+        f"Name {way_out}, or none to have it found. If the model changes the width of its logits, give a forward_fn."
+    )
 
 
 def check_diverged(outputs: Tensor) -> None:

@@ -14,7 +14,7 @@ from lightning_resmem.arguments import check_memory, check_type, wrong_type
 from lightning_resmem.batches import BatchReader, ForwardFn, TargetsFn, borrow_transfer_hooks
 from lightning_resmem.errors import InputError
 from lightning_resmem.evaluation import Evaluation
-from lightning_resmem.explanation import Explanation, explain, find_images
+from lightning_resmem.explanation import Explanation, entries, explain, find_images
 from lightning_resmem.fingerprint import check_fingerprint, fingerprint
 from lightning_resmem.head import Captured, HeadTap
 from lightning_resmem.memory.base import Predictions, ResidualMemory
@@ -120,11 +120,18 @@ class ResMemModule(L.LightningModule):
         """
         _check_batch(batch)
         batch = self.transfer_batch_to_device(batch, self.device, 0)
-        captured = self._captured(batch)
         try:
             targets = self._reader.targets(batch)
         except InputError:  # a batch to predict has none
             targets = None
+        if targets is not None and not targets.ndim:
+            shapes = [tuple(entry.shape) for entry in entries(batch) if isinstance(entry, Tensor) and entry.ndim]
+            raise InputError(
+                f"batch has one number for its target (shapes: {', '.join(map(str, shapes))}), so it is a single row "
+                "and the batch dimension is missing: give next(iter(dataloader)), or for one row "
+                "torch.utils.data.default_collate([dataset[0]])."
+            )
+        captured = self._captured(batch)
         explanation = explain(self.memory, captured.embedding, captured.output, top, targets)
         return dataclasses.replace(explanation, images=find_images(batch))
 

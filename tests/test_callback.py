@@ -998,6 +998,15 @@ def test_a_directory_that_cannot_be_saved_to_is_refused_before_training(root):
     assert (root / "mine" / "thesis.tex").read_text() == "years of work"
 
 
+def test_a_head_that_is_not_the_last_layer_is_refused_before_training(root):
+    assert (
+        steps_before(
+            HeadError, ResMemCallback(head="body"), root, "head='body' makes outputs of width 5 .* head='head'"
+        )
+        == 0
+    )
+
+
 @pytest.mark.parametrize("loader", ["x", 3, torch.zeros(3)])
 def test_what_is_no_loader_is_refused_before_training(root, loader):
     assert steps_before(InputError, ResMemCallback(memory_dataloader=loader), root, "is not a loader of batches") == 0

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from torch.utils.data import default_collate
 
 from lightning_resmem import InputError, LocalMemory, Multiclass, ResMemParams, SparseConfig, explain, memorize
 from lightning_resmem.explanation import find_images
@@ -199,6 +200,23 @@ def test_module_explains_a_batch_without_targets(tmp_path):
     found = resmem.explain(data_for(kind).test[0][:4])
     assert len(found) == 4
     assert found.targets is None
+
+
+def test_a_single_row_is_told_from_a_batch(tmp_path):
+    kind = ZOO[0]
+    data = data_for(kind)
+    resmem = memorize(trainer(tmp_path), make(kind), data, memory=memory_for(kind))
+    row = data.test_dataloader().dataset[0]
+    for batch in (row, (row[0], int(row[1]))):
+        with pytest.raises(
+            InputError, match=r"one number for its target \(shapes: \(4,\)\).*batch dimension is missing"
+        ):
+            resmem.explain(batch)
+    for ask in (resmem.explain, resmem.predictions):
+        with pytest.raises(InputError, match="batch dimension is missing") as caught:
+            ask(row[0])
+        assert "Tensor of shape (4,)" in caught.value.__notes__[0]
+    assert len(resmem.explain(default_collate([row]))) == 1
 
 
 # -- tables and pictures

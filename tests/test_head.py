@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections import OrderedDict, namedtuple
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 from lightning_resmem.errors import HeadError, InputError
-from lightning_resmem.head import Captured, HeadTap
+from lightning_resmem.head import Captured, HeadTap, check_returned
 from lightning_resmem.modes import evaluation_mode
 
 
@@ -419,12 +420,41 @@ def test_nothing_is_kept_after_the_block():
         tap.take()
 
 
-@pytest.mark.parametrize("shape", [TOKENS, (8,)])
-def test_the_input_of_the_head_has_to_be_a_vector_a_row(shape):
+def test_the_input_of_the_head_has_to_be_a_vector_a_row():
     model = nn.Sequential(nn.Linear(8, 3))
     tap = HeadTap(model, "0")
     with pytest.raises(HeadError, match=r"input of the head '0' has shape .*\(B, D\).*embedding="), tap.capture():
-        model(torch.randn(shape))
+        model(torch.randn(TOKENS))
+
+
+def test_a_row_is_no_batch():
+    model = nn.Sequential(nn.Linear(8, 3))
+    tap, message = HeadTap(model, "0"), r"head '0' has shape \(8,\), expected \(B, D\): the batch dimension is missing"
+    with pytest.raises(InputError, match=message), tap.capture():
+        model(torch.randn(8))
+
+
+@pytest.mark.parametrize(
+    ("head", "returned", "message"),
+    [
+        ("0", lambda y: y, r"head='0' makes outputs of width 6 from an embedding of width 8, .* width 3: .*head='2'"),
+        ("1", lambda y: {"logits": y}, "head='1' makes outputs of width 6 from an embedding of width 6"),
+        ("0", lambda y: y[:, :2], "Name that module"),
+        ("0", lambda y: y[:, 0], None),  # what has no width tells nothing
+        ("0", lambda y: y.argmax(dim=1, keepdim=True), None),
+        ("0", lambda y: y.sum(dim=0, keepdim=True), None),
+        ("2", lambda y: y.softmax(dim=1), None),
+        ("2", lambda y: (torch.zeros(4, 7), y), None),
+    ],
+)
+def test_a_head_that_is_not_the_last_layer(head, returned, message):
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    tap = HeadTap(model, head)
+    with tap.capture():
+        result = returned(model(torch.randn(4, 8)))
+        captured = tap.take()
+    with pytest.raises(HeadError, match=message) if message else nullcontext():
+        check_returned(model, head, captured, result)
 
 
 @pytest.mark.parametrize("returned", [lambda x: (x, x), lambda x: x[:, None], lambda x: x[:, 0], lambda x: {"x": x}])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_resmem.errors import EmptyMemoryError, InputError
 from lightning_resmem.functional import combine
-from lightning_resmem.memory.checks import as_tensor
+from lightning_resmem.memory.checks import as_tensor, check_batched
 from lightning_resmem.memory.values import Values
 from lightning_resmem.params import ResMemParams, checked_k
 from lightning_resmem.tasks import Multiclass, Task, check_finite
@@ -324,6 +324,7 @@ class ResidualMemory(nn.Module, ABC):
         """
         params = self.params
         queries, outputs = as_tensor("queries", queries), as_tensor("outputs", outputs)
+        check_batched("queries", queries, "(B, D)")
         if outputs.ndim != 2 or outputs.shape[:1] != queries.shape[:1]:
             raise InputError(
                 f"outputs has shape {tuple(outputs.shape)} for queries of shape {tuple(queries.shape)}: "
@@ -394,6 +395,7 @@ class ResidualMemory(nn.Module, ABC):
         """Queries and k as `search` needs them; raises an error that names the argument."""
         k = checked_k(k)
         queries = as_tensor("queries", queries)
+        check_batched("queries", queries, f"(B, {width})")
         if queries.ndim != 2 or queries.shape[1] != width:
             raise InputError(
                 f"queries has shape {tuple(queries.shape)}, expected (B, {width}): the memory's keys have width "

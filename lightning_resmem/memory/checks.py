@@ -11,9 +11,23 @@ from lightning_resmem.tasks import Task, check_finite
 
 
 def as_tensor(name: str, value: Any) -> Tensor:
-    """A tensor as it is, an array or nested lists of numbers as a tensor; raises an error for anything else."""
-    if isinstance(value, Tensor):
-        return value
+    """A tensor as it is, an array or nested lists of real numbers as a tensor; raises an error for anything else."""
+    tensor = value if isinstance(value, Tensor) else _made_tensor(name, value)
+    if tensor.is_complex():
+        raise InputError(f"{name} has dtype {tensor.dtype}, expected real numbers: give its .real, for example.")
+    return tensor
+
+
+def check_batched(name: str, tensor: Tensor, expected: str) -> None:
+    """Raise an error for a single row `(D,)` in the place of a batch of them; `expected` is the shape of a batch."""
+    if tensor.ndim == 1:
+        raise InputError(
+            f"{name} has shape {tuple(tensor.shape)}, expected {expected}: the batch dimension is missing. For a "
+            f"single row give {name}[None]."
+        )
+
+
+def _made_tensor(name: str, value: Any) -> Tensor:
     try:
         if value is None:
             raise TypeError("None holds no numbers")
@@ -32,7 +46,7 @@ def as_ids(ids: Any) -> Tensor:
     tensor = as_tensor("ids", ids)
     if tensor.ndim == 1 and not len(tensor):
         return tensor.to(torch.int64)  # an empty list has no dtype of its own
-    if tensor.ndim != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+    if tensor.ndim != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
         hint = " For a mask over the rows give memory.ids[mask]." if tensor.dtype == torch.bool else ""
         raise InputError(
             f"ids has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected (n,) and int64.{hint}"

@@ -92,6 +92,14 @@ def test_bad_queries() -> None:
         memory.search(torch.zeros(2, 2), 0)
     with pytest.raises(InputError, match="queries has NaN"):
         memory.search(torch.full((1, 2), torch.nan), 1)
+    for ask in (lambda rows: memory.search(rows, 1), lambda rows: memory.predict(rows, torch.zeros(1, 3))):
+        with pytest.raises(
+            InputError, match=r"queries has shape \(2,\), .* batch dimension is missing.*queries\[None\]"
+        ):
+            ask(torch.zeros(2))
+        for rows in (torch.zeros(1, 2, dtype=torch.complex64), np.zeros((1, 2), np.complex64), [[1j, 0]]):
+            with pytest.raises(InputError, match=r"queries has dtype torch.complex64"):
+                ask(rows)
 
 
 @pytest.mark.parametrize("k", ["5", None, 2.5, float("nan"), True, np.float64(2), torch.tensor([1, 2])])
