@@ -183,8 +183,8 @@ class HeadTap:
             )
         if embedding.ndim < 2:
             raise InputError(
-                f"{name} has shape {tuple(embedding.shape)}, expected (B, D): the batch dimension is missing. Inputs of "
-                "the model need one, too: for a single row give x[None], or "
+                f"{name} has shape {tuple(embedding.shape)}, expected (B, D): the batch dimension is missing. Inputs "
+                "of the model need one, too: for a single row give x[None], or "
                 "torch.utils.data.default_collate([dataset[0]])."
             )
         if embedding.ndim != 2:

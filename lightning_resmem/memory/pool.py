@@ -4,18 +4,21 @@ import itertools
 import logging
 import math
 import os
+import re
 import socket
 import tempfile
 import threading
 import time
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util import list_named_actors
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -29,7 +32,7 @@ _log = logging.getLogger("lightning_resmem")
 
 # Calls that a shard works on at the same time.
 _CONCURRENCY = 16
-# How long a cluster on this machine may take to accept a connection.
+# How long a cluster may take to accept a connection.
 _CONNECT_SECONDS = 5.0
 # How long shards may take to delete what they kept when they are ended.
 _CLOSE_SECONDS = 10.0
@@ -418,18 +421,24 @@ def _latest_cluster() -> str | None:
     noted = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster"
     try:
         address = noted.read_text().strip()
-        host, port = _host_and_port(address)
-        # What a Ray that was killed has noted stays, and joining it would be tried for a minute.
-        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+        _knock(address)  # what a Ray that was killed has noted stays
     except (OSError, ValueError):
         return None
     return address
 
 
+def _knock(address: str) -> None:
+    """Raise an error if nothing listens at `HOST:PORT`: Ray would try to join it for more than a minute."""
+    host, port = _host_and_port(address)
+    socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+
+
 def _join(address: str) -> None:
     try:
+        if "://" not in address and ":" in address:  # not "auto"
+            _knock(address)
         ray.init(address=address, logging_level=logging.WARNING)
-    except (ConnectionError, ValueError) as error:  # ValueError: no address at all
+    except (OSError, OverflowError, ValueError) as error:  # no answer; a port, or an address, that there cannot be
         raise InputError(
             f"address={address!r}: no Ray cluster can be joined there ({first_line(error)}). Start one with `ray start "
             "--head --port=6379`, and export RAY_AUTH_MODE=token before Python starts if it wants tokens."
@@ -455,14 +464,27 @@ def _reserve(config: PoolConfig, timeout: float) -> list[str]:
                 f"There is no room for {config.num_shards} shards x {config.replicas} replicas with placement="
                 f"{config.placement!r} within {timeout:g} s. Asked: {count} x {bundle}"
                 f"{', each on a node of its own' if config.placement == 'STRICT_SPREAD' else ''}. The cluster has: "
-                f"{existing}; free are CPU {free.get('CPU', 0):g}, GPU {free.get('GPU', 0):g}. Use fewer shards, "
-                "less for each (cpus_per_shard, gpus_per_shard), another placement, or add nodes."
+                f"{existing}; free are CPU {free.get('CPU', 0):g}, GPU {free.get('GPU', 0):g}. {_others()}Use fewer "
+                "shards, less for each (cpus_per_shard, gpus_per_shard), another placement, or add nodes."
             )
         nodes = placement_group_table(group)["bundles_to_node_id"]
         return [nodes[place] for place in range(count)]
     finally:
         # Only asked for: actors that live in a group die with it, and cannot move when a node is gone.
         remove_placement_group(group)
+
+
+def _others() -> str:
+    """What to do about the pools that the cluster has already, of this process and of others."""
+    names = (re.fullmatch(r"(.+)/\d+\.\d+", actor["name"]) for actor in list_named_actors(all_namespaces=True))
+    pools = Counter(name[1] for name in names if name)
+    if not pools:
+        return ""
+    held = ", ".join(f"{name!r} ({count} actor{'s' * (count > 1)})" for name, count in sorted(pools.items()))
+    return (
+        f"Other pools of RayMemory hold a part of it: {held}. The shutdown() of a memory frees what its pool holds, "
+        "RayMemory.connect(name).shutdown() that of a process which has ended. "
+    )
 
 
 def _actor_name(pool: str, shard: int, replica: int) -> str:

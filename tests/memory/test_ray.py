@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -344,16 +345,44 @@ def test_no_room(ray_address: str, tmp_path: Path) -> None:
         memory.add(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([0]))
 
 
+def test_no_room_beside_other_pools(ray_address: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"cpus_per_shard": 0.001, "storage_path": tmp_path, "request_timeout_s": SECONDS}
+    first, second = RayMemory(2, **options), RayMemory(1, name="mine", **options)
+    for memory in (first, second):
+        memory.shards.open()
+    crowded = RayMemory(1, cpus_per_shard=15.9999, storage_path=tmp_path, request_timeout_s=1.0)
+    with pytest.raises(ShardUnavailableError, match=r"shutdown\(\) of a memory frees") as caught:
+        crowded.shards.open()
+    assert f"{first.shards.name!r} (2 actors)" in str(caught.value)
+    assert "'mine' (1 actor)" in str(caught.value)
+    for memory in (first, second):
+        ended(memory)
+
+
 # -- sharing
 
 
-def test_what_is_no_address() -> None:
-    code = (
-        "import torch; from lightning_resmem import RayMemory\n"
-        "RayMemory(1, address='nonsense').add(torch.eye(2), torch.eye(2), torch.arange(2))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS, check=False)
-    assert "InputError: address='nonsense': no Ray cluster can be joined there" in done.stderr
+@pytest.mark.parametrize(
+    "address",
+    ["nonsense", "127.0.0.1:{free}", "localhost:{free}", "[::1]:{free}", "127.0.0.1:99999", "localhost:redis"],
+)
+def test_what_is_no_address(address: str) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))  # a port that nobody listens at
+        address = address.format(free=listener.getsockname()[1])
+        code = f"""if True:
+            import time, ray, torch
+            from lightning_resmem import RayMemory
+            started = time.monotonic()
+            try:
+                RayMemory(1, address={address!r}).add(torch.eye(2), torch.eye(2), torch.arange(2))
+            finally:
+                print("seconds", time.monotonic() - started)
+        """
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=False)
+    assert f"InputError: address={address!r}: no Ray cluster can be joined there" in done.stderr
+    assert "ray start --head --port=6379" in done.stderr
+    assert float(done.stdout.split()[-1]) < 30  # Ray itself takes more than 80
 
 
 def test_another_cluster_than_the_one_that_the_process_is_in(ray_address: str, data: Data) -> None:
