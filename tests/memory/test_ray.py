@@ -400,9 +400,16 @@ def test_a_named_pool_is_found_until_it_is_shut_down(ray_address: str, data: Dat
     memory.publish()
     with pytest.raises(InputError, match=r"RayMemory.connect\('shared'\)"):
         RayMemory(2, name="shared", storage_path=tmp_path, request_timeout_s=SECONDS).shards.open()
+    actors = [psutil.Process(shard["pid"]) for shard in memory.stats()["shards"]]
     del memory
-    with pytest.raises(ShardUnavailableError, match=r"name='shared' .* request_timeout_s=1e-06"):
-        RayMemory.connect("shared", request_timeout_s=1e-6)
+    for actor in actors:
+        actor.suspend()
+    try:
+        with pytest.raises(ShardUnavailableError, match=r"name='shared' .* request_timeout_s=0.2"):
+            RayMemory.connect("shared", request_timeout_s=0.2)
+    finally:
+        for actor in actors:
+            actor.resume()
     for wrong in ({"request_timeout_s": 0}, {"on_shard_loss": "ignore"}, {"namespace": ""}):
         with pytest.raises(InputError, match=next(iter(wrong))):
             RayMemory.connect("shared", **wrong)
