@@ -118,7 +118,7 @@ def test_installed_versions_are_the_pinned_ones() -> None:
 def test_all_never_brings_both_builds_of_faiss() -> None:
     extras = project()["optional-dependencies"]
     (everything,) = map(Requirement, extras["all"])
-    assert everything.extras == {"cpu", "ray", "serve", "wandb", "cli", "plots"}
+    assert everything.extras == {"cpu", "fast", "ray", "serve", "wandb", "cli", "plots"}
 
 
 def test_files_name_no_machine_path_and_no_registry() -> None:

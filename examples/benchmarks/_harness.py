@@ -4,8 +4,10 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -40,6 +42,13 @@ def use_threads(count: int) -> None:
     torch.set_num_threads(count)
     faiss.omp_set_num_threads(count)
     threadpool_limits(count)
+
+
+@contextmanager
+def without_numba() -> Iterator[None]:
+    """What is first searched here does without the compiled loop, then and later."""
+    with patch("lightning_resmem.memory.rough._fused", lambda: None):
+        yield
 
 
 def features_file() -> Path | None:

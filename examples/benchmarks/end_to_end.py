@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from _harness import features, report, seconds, thread_counts, use_threads
+from _harness import features, report, seconds, thread_counts, use_threads, without_numba
 from sklearn.neighbors import KNeighborsRegressor
 
 from lightning_resmem import LocalMemory, ResMemParams
@@ -23,13 +23,16 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     outputs = torch.randn(len(keys), CLASSES, generator=generator)
     targets = torch.randint(CLASSES, (len(keys),), generator=generator)
-    memory = LocalMemory(params=ResMemParams(k=K, sigma=SIGMA))
-    memory.add(keys, outputs, targets)
+    memory, plain = (LocalMemory(params=ResMemParams(k=K, sigma=SIGMA)) for _ in range(2))
+    for each in (memory, plain):
+        each.add(keys, outputs, targets)
+    with without_numba():
+        plain(queries)
     residuals = memory.task.residuals(outputs, targets).numpy()
     table = []
     for threads in thread_counts():
         use_threads(threads)
-        contestants = {"ours": lambda: memory(queries)}
+        contestants = {"ours": lambda: memory(queries), "ours, without Numba": lambda: plain(queries)}
         for algorithm in ("brute", "kd_tree"):
             learner = KNeighborsRegressor(
                 K, weights=lambda away: np.exp((away.min(axis=1, keepdims=True) - away) / SIGMA), algorithm=algorithm

@@ -3,7 +3,7 @@
 
 import faiss
 import torch
-from _harness import features, report, seconds, thread_counts, use_threads
+from _harness import features, report, seconds, thread_counts, use_threads, without_numba
 from sklearn.neighbors import NearestNeighbors
 
 from lightning_resmem.memory.index import ExactIndex
@@ -30,11 +30,14 @@ def main() -> None:
         sizes.append((*shapes, f"random, {count} queries x {rows:,} x {width}"))
     table = []
     for keys, queries, title in sizes:
-        exact, flat = ExactIndex(keys), faiss.IndexFlatL2(keys.shape[1])
+        exact, plain, flat = ExactIndex(keys), ExactIndex(keys), faiss.IndexFlatL2(keys.shape[1])
+        with without_numba():
+            plain.search(queries, K)
         flat.add(keys.numpy())
         norms = keys.square().sum(dim=1)
         contestants = {
             "ours": lambda: exact.search(queries, K),
+            "ours, without Numba": lambda: plain.search(queries, K),
             "FAISS Flat": lambda: flat.search(queries.numpy(), K),
             "addmm + topk": lambda: addmm_topk(keys, norms, queries),
             "cdist + topk": lambda: cdist_topk(keys, queries),

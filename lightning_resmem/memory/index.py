@@ -57,7 +57,7 @@ class ExactIndex:
     cancellation error. A query whose candidates could have missed a neighbour by rounding (huge norms, tiny distances,
     many equal keys) is searched again over all keys that could matter. Of equally near keys those at the lowest
     positions are found, so results do not depend on how the work is divided. CPUs that multiply bfloat16 natively find
-    candidates that way (see `rough`), and leave to float32 the queries for which that does not suffice.
+    candidates that way (see `rough` and `fused`), and leave to float32 the queries for which that does not suffice.
 
     Args:
         keys: Shape `(N, D)`, floating point; half precision is searched in float32, block by block.

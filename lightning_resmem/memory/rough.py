@@ -1,6 +1,8 @@
 """Candidates of an exact search from products in bfloat16, on CPUs that multiply it natively."""
 
 import functools
+from collections.abc import Iterator
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ _PIECES = 8
 # The smallest score of every group of so many keys decides whether the group is looked at. Larger ones are faster, but
 # there have to be clearly more groups than candidates.
 _GROUPS = (64, 32, 16)
-# Columns beside the keys.
+# The last columns of widened rows; before them comes an empty one if the rows had an odd width else.
 _EXTRA = 5
 # Keys in bfloat16 that are kept from search to search.
 _CACHED_BYTES = 128 * 2**20
@@ -52,9 +54,27 @@ def _multiplies_bfloat16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+@functools.cache
+def _fused() -> ModuleType | None:
+    """The compiled loop, where Numba is installed. AMX multiplies so fast that torch, which uses it, is left to it."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if not capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+        return None
+    try:
+        from lightning_resmem.memory import fused
+    except ImportError:  # no Numba, or one that does not fit the NumPy here
+        return None
+    return fused if fused.is_usable() else None
+
+
+def _width(keys: Tensor) -> int:
+    """Of widened rows: even."""
+    return (keys.shape[1] + _EXTRA + 1) // 2 * 2
+
+
 def _bytes(keys: Tensor) -> int:
     """Of all keys in bfloat16, with what goes with them."""
-    return -(-len(keys) // _PIECE) * _PIECE * (keys.shape[1] + _EXTRA) * 2
+    return -(-len(keys) // _PIECE) * _PIECE * _width(keys) * 2
 
 
 class Screen:
@@ -79,7 +99,9 @@ class Screen:
         self._keys, self._center = keys, center
         self._squared_norms = squared_norms(keys, center)
         self._largest = self._squared_norms.max()
-        self._cached = self._widened(0, -(-len(keys) // _PIECE)) if _bytes(keys) <= _CACHED_BYTES else None
+        self._fused = _fused()
+        self._pieces = -(-len(keys) // _PIECE)
+        self._cached = self._prepared(0, self._pieces) if _bytes(keys) <= _CACHED_BYTES else None
 
     def candidates(self, queries: Tensor, wanted: int) -> tuple[Tensor, Tensor] | None:
         """The keys that may be among the nearest, and how near any other key can be at most.
@@ -89,45 +111,71 @@ class Screen:
             wanted: How many candidates a query has at least.
 
         Returns:
-            Positions, ascending, shape `(B, n)`, padded with -1, and squared distances `(B,)`: a key that is no
-            candidate is farther; -inf for a query with too many candidates, of which none is returned. None where
+            Positions, ascending, shape `(B, n)`, padded with -1, and squared distances `(B,)`: no key that is no
+            candidate is nearer; -inf for a query with too many candidates, of which none is returned. None where
             squares could overflow, or too many keys are equally near to tell them apart.
         """
         queries = queries - self._center
         squared, largest = queries.square().sum(dim=1), self._largest
         if not bool(torch.maximum(largest, squared.max()) < _SQUARES[1]) or not bool(largest > _SQUARES[0]):
             return None
-        width = queries.shape[1] + _EXTRA
+        width = _width(queries)
         # Rounding while the product adds up, in float32.
         slack = 8 * torch.finfo(torch.float32).eps * width**0.5 * (squared.sqrt() + largest.sqrt()).square()
         # Over all |z|, 2 error - (|x| - |z|)^2 is at most about 8u |x|^2, u being the rounding.
         raised = ((squared * (1 + 12 * _ROUNDING) + slack) * (1 + 2 * _ROUNDING)).bfloat16()
-        rows = queries.new_empty(len(queries), width, dtype=torch.bfloat16)
-        rows[:, :-5] = queries * -2
+        rows = queries.new_zeros(len(queries), width, dtype=torch.bfloat16)
+        rounded = rows[:, : queries.shape[1]]
+        rounded.copy_(queries * -2)
         rows[:, -5:-3], rows[:, -3] = 1, raised
         rows[:, -2] = squared.sqrt() * -_UP
-        rows[:, -1] = torch.linalg.vector_norm(rows[:, :-5].float() / 2 + queries, dim=1) * -_UP
+        rows[:, -1] = torch.linalg.vector_norm(rounded.float() / 2 + queries, dim=1) * -_UP
+        found = self._search(rows, wanted) if self._fused is None else self._search_fused(rows, wanted)
+        if found is None:
+            return None
+        positions, limits = found
+        return positions, limits - (raised.float() - squared + slack)
 
-        first_keys = min(len(self._keys), _PIECES * _PIECE)
+    def _search_fused(self, rows: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+        """Positions of candidates `(B, n)` and limits of scores `(B,)`."""
+        assert self._fused is not None
+        scan = self._fused.Scan(rows, wanted)
+        for start, keys in self._chunks(self._pieces if self._cached is not None else _PIECES):
+            scan.compare(keys, start)
+        found: tuple[Tensor, Tensor] = scan.found()
+        return found
+
+    def _search(self, rows: Tensor, wanted: int) -> tuple[Tensor, Tensor] | None:
+        """The same without the compiled loop; None if too many scores are alike."""
+        first = min(self._pieces, _PIECES)
+        first_keys = min(len(self._keys), first * _PIECE)
         group = next((size for size in _GROUPS if first_keys >= 2 * size * wanted), _GROUPS[-1])
         blocks = [_Block(block, wanted, group) for block in rows.split(_QUERIES)]
-        pieces = -(-len(self._keys) // _PIECE)
-        scores = torch.empty(min(_PIECES, pieces) * min(_QUERIES, len(rows)) * _PIECE, dtype=torch.bfloat16)
-        for first in range(0, pieces, _PIECES):
-            last = min(first + _PIECES, pieces)
-            chunk = self._widened(first, last) if self._cached is None else self._cached[first:last]
+        scores = torch.empty(first * min(_QUERIES, len(rows)) * _PIECE, dtype=torch.bfloat16)
+        for start, keys in self._chunks(_PIECES):
             for block in blocks:
-                if not block.compare(chunk, scores, first * _PIECE):
+                if not block.compare(keys, scores, start):
                     return None
         found, counts = zip(*(block.found() for block in blocks), strict=True)
         limits = torch.cat([block.limit for block in blocks])[:, 0].view(torch.bfloat16).float()
-        limits -= raised.float() - squared + slack
         count = torch.cat(counts)
         return _padded(torch.cat(found), count, wanted), limits.masked_fill(count == 0, -torch.inf)
 
+    def _chunks(self, pieces: int) -> Iterator[tuple[int, Tensor]]:
+        """So many pieces at once: the position of the first key, and what `_prepared` returns."""
+        for first in range(0, self._pieces, pieces):
+            last = min(first + pieces, self._pieces)
+            yield first * _PIECE, self._prepared(first, last) if self._cached is None else self._cached[first:last]
+
+    def _prepared(self, first: int, last: int) -> Tensor:
+        """Some pieces of the keys, widened and, for the compiled loop, packed."""
+        wide = self._widened(first, last)
+        return wide if self._fused is None else self._fused.packed(wide, self._fused.KEYS)
+
     def _widened(self, first: int, last: int) -> Tensor:
-        """Some pieces of the keys and what goes with them, shape `(last - first, 4096, D + 5)`; the end is no keys."""
-        wide = torch.empty(last - first, _PIECE, self._keys.shape[1] + _EXTRA, dtype=torch.bfloat16)
+        """Some pieces of the keys and what goes with them, shape `(last - first, 4096, W)`; the end is no keys."""
+        width = self._keys.shape[1]
+        wide = torch.empty(last - first, _PIECE, _width(self._keys), dtype=torch.bfloat16)
         start, end = first * _PIECE, min(last * _PIECE, len(self._keys))
         # Piece by piece: it stays in the cache.
         parts = zip(
@@ -135,9 +183,10 @@ class Screen:
         )
         for piece, keys, squares in parts:
             keys, count = keys.float() - self._center, len(keys)
-            piece[:count, :-5] = keys
+            piece[:, width:-5] = 0
+            piece[:count, :width] = keys
             piece[:count, -5:-3], piece[:count, -3] = _split(squares), 1
-            piece[:count, -2] = torch.linalg.vector_norm(keys - piece[:count, :-5], dim=1) * (2 * _UP)
+            piece[:count, -2] = torch.linalg.vector_norm(keys - piece[:count, :width], dim=1) * (2 * _UP)
             piece[:count, -1] = squares.sqrt() * (2 * _UP)
             piece[count:] = 0
             piece[count:, -5] = 1e38  # never near
