@@ -59,7 +59,7 @@ def is_usable() -> bool:
 
 
 def packed(wide: Tensor, together: int) -> Tensor:
-    """Rows as a tile reads them.
+    """A view of rows in the order that a tile reads them in.
 
     Args:
         wide: Bfloat16, shape `(..., n, W)`, n a multiple of `together`, W even.
@@ -68,7 +68,7 @@ def packed(wide: Tensor, together: int) -> Tensor:
     Returns:
         Pairs of bfloat16 as int32, shape `(..., n / together, W / 2, together)`.
     """
-    return wide.view(torch.int32).unflatten(-2, (-1, together)).transpose(-1, -2).contiguous()
+    return wide.view(torch.int32).unflatten(-2, (-1, together)).transpose(-1, -2)
 
 
 class Scan:
@@ -83,7 +83,7 @@ class Scan:
         tiles = -(-len(rows) // QUERIES)
         filled = torch.zeros(tiles * QUERIES, rows.shape[1], dtype=torch.bfloat16)
         filled[: len(rows)] = rows
-        self._rows, self._wanted, self._count = packed(filled, QUERIES).numpy(), wanted, len(rows)
+        self._rows, self._wanted, self._count = packed(filled, QUERIES).contiguous().numpy(), wanted, len(rows)
         self._limits = np.full((tiles, QUERIES), _NO_LIMIT, np.float32)
         self._limits.reshape(-1)[len(rows) :] = -np.inf
         self._found = np.empty((tiles * QUERIES, 2 * wanted + KEYS), np.int64)

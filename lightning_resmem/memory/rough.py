@@ -11,8 +11,9 @@ from torch import Tensor
 # Keys of one matrix product and queries compared with them: their scores stay in a core's cache.
 _PIECE = 4096
 _QUERIES = 256
-# Keys that are squared at once.
+# Keys that are squared at once, and numbers that are rounded at once.
 _CHUNK = 16384
+_ROUNDED = 2**18
 # Pieces whose scores are held at once (16 MiB).
 _PIECES = 8
 # The smallest score of every group of so many keys decides whether the group is looked at. Larger ones are faster, but
@@ -88,7 +89,7 @@ class Screen:
     Cauchy-Schwarz inequality. So `s + |x|^2 - raised` never exceeds the squared distance, and as rounding the result is
     monotone, a key whose rounded s lies above a bfloat16 limit is farther than `limit + |x|^2 - raised`. `raised` is
     so much above |x|^2 that every s is positive: then the bits of bfloat16, read as int16, have the order of the
-    numbers, and comparing them is fast.
+    numbers, and comparing them is fast. The compiled loop compares them before they are rounded.
 
     Args:
         keys: Shape `(N, D)`, on the CPU. Up to 128 MiB of them are kept in bfloat16, more are rounded at every search.
@@ -101,7 +102,9 @@ class Screen:
         self._largest = self._squared_norms.max()
         self._fused = _fused()
         self._pieces = -(-len(keys) // _PIECE)
-        self._cached = self._prepared(0, self._pieces) if _bytes(keys) <= _CACHED_BYTES else None
+        self._cached = self._room(self._pieces) if _bytes(keys) <= _CACHED_BYTES else None
+        if self._cached is not None:
+            self._prepare(0, self._cached)
 
     def candidates(self, queries: Tensor, wanted: int) -> tuple[Tensor, Tensor] | None:
         """The keys that may be among the nearest, and how near any other key can be at most.
@@ -162,35 +165,55 @@ class Screen:
         return _padded(torch.cat(found), count, wanted), limits.masked_fill(count == 0, -torch.inf)
 
     def _chunks(self, pieces: int) -> Iterator[tuple[int, Tensor]]:
-        """So many pieces at once: the position of the first key, and what `_prepared` returns."""
-        for first in range(0, self._pieces, pieces):
-            last = min(first + pieces, self._pieces)
-            yield first * _PIECE, self._prepared(first, last) if self._cached is None else self._cached[first:last]
+        """So many pieces at once: the position of the first key, and what `_prepare` writes, over the last ones."""
+        starts = range(0, self._pieces, pieces)
+        if self._cached is not None:
+            for first, part in zip(starts, self._cached.split(pieces), strict=True):
+                yield first * _PIECE, part
+            return
+        room = self._room(min(pieces, self._pieces))
+        for first in starts:
+            yield first * _PIECE, self._prepare(first, room[: self._pieces - first])
 
-    def _prepared(self, first: int, last: int) -> Tensor:
-        """Some pieces of the keys, widened and, for the compiled loop, packed."""
-        wide = self._widened(first, last)
-        return wide if self._fused is None else self._fused.packed(wide, self._fused.KEYS)
+    def _room(self, pieces: int) -> Tensor:
+        """Memory for so many."""
+        width = _width(self._keys)
+        if self._fused is None:
+            return torch.empty(pieces, _PIECE, width, dtype=torch.bfloat16)
+        together = self._fused.KEYS
+        return torch.empty(pieces, _PIECE // together, width // 2, together, dtype=torch.int32)
 
-    def _widened(self, first: int, last: int) -> Tensor:
-        """Some pieces of the keys and what goes with them, shape `(last - first, 4096, W)`; the end is no keys."""
-        width = self._keys.shape[1]
-        wide = torch.empty(last - first, _PIECE, _width(self._keys), dtype=torch.bfloat16)
-        start, end = first * _PIECE, min(last * _PIECE, len(self._keys))
-        # Piece by piece: it stays in the cache.
-        parts = zip(
-            wide, self._keys[start:end].split(_PIECE), self._squared_norms[start:end].split(_PIECE), strict=True
-        )
-        for piece, keys, squares in parts:
-            keys, count = keys.float() - self._center, len(keys)
-            piece[:, width:-5] = 0
-            piece[:count, :width] = keys
-            piece[:count, -5:-3], piece[:count, -3] = _split(squares), 1
-            piece[:count, -2] = torch.linalg.vector_norm(keys - piece[:count, :width], dim=1) * (2 * _UP)
-            piece[:count, -1] = squares.sqrt() * (2 * _UP)
-            piece[count:] = 0
-            piece[count:, -5] = 1e38  # never near
-        return wide
+    def _prepare(self, first: int, out: Tensor) -> Tensor:
+        """Write pieces of the keys, widened and, for the compiled loop, packed; returns `out`."""
+        if self._fused is None:
+            for index, piece in enumerate(out, first):
+                self._widen(index, piece)
+            return out
+        wide = torch.empty(_PIECE, _width(self._keys), dtype=torch.bfloat16)
+        for index, piece in enumerate(out, first):
+            self._widen(index, wide)
+            piece.copy_(self._fused.packed(wide, self._fused.KEYS))
+        return out
+
+    def _widen(self, index: int, out: Tensor) -> None:
+        """Write a piece of the keys, and what goes with them, into `out` `(4096, W)`; behind the last key comes none."""
+        keys = self._keys[index * _PIECE : (index + 1) * _PIECE]
+        squared = self._squared_norms[index * _PIECE : (index + 1) * _PIECE]
+        count, width = keys.shape
+        errors = torch.empty(count)
+        rows = max(1, _ROUNDED // width)
+        shifted = torch.empty(min(rows, count), width)
+        for part, rounded, error in zip(
+            keys.split(rows), out[:count, :width].split(rows), errors.split(rows), strict=True
+        ):
+            difference = torch.sub(part, self._center, out=shifted[: len(part)])
+            rounded.copy_(difference)
+            torch.linalg.vector_norm(difference.sub_(rounded), dim=1, out=error)
+        out[:count, width:-5] = 0
+        out[:count, -5:-3], out[:count, -3] = _split(squared), 1
+        out[:count, -2], out[:count, -1] = errors * (2 * _UP), squared.sqrt() * (2 * _UP)
+        out[count:] = 0
+        out[count:, -5] = 1e38  # never near
 
 
 class _Block:
