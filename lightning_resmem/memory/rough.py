@@ -196,7 +196,7 @@ class Screen:
         return out
 
     def _widen(self, index: int, out: Tensor) -> None:
-        """Write a piece of the keys, and what goes with them, into `out` `(4096, W)`; behind the last key comes none."""
+        """Write a piece of the keys, and what goes with them, into `out` `(4096, W)`; behind the last come no keys."""
         keys = self._keys[index * _PIECE : (index + 1) * _PIECE]
         squared = self._squared_norms[index * _PIECE : (index + 1) * _PIECE]
         count, width = keys.shape
