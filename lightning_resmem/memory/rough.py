@@ -100,7 +100,7 @@ class Screen:
         self._keys, self._center = keys, center
         self._squared_norms = squared_norms(keys, center)
         self._largest = self._squared_norms.max()
-        self._fused = _fused()
+        self._fused = _fused() if len(keys) < 2**32 else None  # it keeps 32 bits of a position
         self._pieces = -(-len(keys) // _PIECE)
         self._cached = self._room(self._pieces) if _bytes(keys) <= _CACHED_BYTES else None
         if self._cached is not None:
