@@ -4,6 +4,7 @@ import itertools
 import logging
 import math
 import os
+import random
 import re
 import socket
 import tempfile
@@ -130,7 +131,7 @@ class Pool:
         self._nodes = [["unknown"] * config.replicas for _ in actors]
         self._answered = [time.monotonic()] * len(actors)
         self._left_out: set[int] = set()
-        self._turn = itertools.count()
+        self._random = random.Random()  # its own: users seed the global one, and all ranks alike
         self._lock = threading.Lock()
         self._job = ray.get_runtime_context().get_job_id()
 
@@ -269,10 +270,10 @@ class Pool:
         for shard, replicas in enumerate(self.everywhere("ping")):
             self._nodes[shard] = [node for node, _ in replicas]
 
-    def replicas_in_turn(self, shard: int) -> list[int]:
-        """The replicas of a shard that answer as far as is known, another one first each time."""
-        count, turn = self.config.replicas, next(self._turn)
-        return [r for r in ((turn + i) % count for i in range(count)) if not self.is_down(shard, r)]
+    def replicas_in_any_order(self, shard: int) -> list[int]:
+        """The replicas of a shard that answer as far as is known, shuffled: each gets its share of the requests."""
+        count = self.config.replicas
+        return [r for r in self._random.sample(range(count), count) if not self.is_down(shard, r)]
 
     def is_down(self, shard: int, replica: int) -> bool:
         """Whether a replica has failed and not come back."""

@@ -38,7 +38,7 @@ class Request:
         self._untried: dict[int, list[int]] = {}
         for shard, given in enumerate(arguments):
             if given is not None:
-                self._untried[shard] = pool.replicas_in_turn(shard)
+                self._untried[shard] = pool.replicas_in_any_order(shard)
                 if self._untried[shard] or not partial:
                     self._try_next(shard)
 
@@ -97,7 +97,8 @@ class Request:
         else:
             self._pool.answered(shard)
             for late in [ref for ref, where in self._pending.items() if where[0] == shard]:
-                del self._pending[late]
+                # Until it answers a ping: Ray keeps requests to an actor that it starts again, without an error.
+                self._pool.mark_down(*self._pending.pop(late))
                 late.future()  # whatever it is, Ray must not report it as an error that nobody looked at
 
     def _failed(self, shard: int, replica: int, reason: str, is_final: bool = False, lost_rows: bool = False) -> None:

@@ -43,7 +43,12 @@ class World:
         self.directory = directory
         self.cluster = Cluster(
             initialize_head=True,
-            head_node_args={"num_cpus": 0, "object_store_memory": 100 * 2**20, "_system_config": HEALTH},
+            head_node_args={
+                "num_cpus": 0,
+                "object_store_memory": 100 * 2**20,
+                "include_dashboard": False,
+                "_system_config": HEALTH,
+            },
         )
         self.nodes = [self.add_node() for _ in range(2)]
         ray.init(address=self.cluster.address, log_to_driver=False, logging_level="ERROR")
@@ -79,6 +84,10 @@ class World:
             and torch.allclose(memory(self.queries), self.expected, atol=1e-6)
             and torch.equal(memory.ids, torch.arange(ROWS))
         )
+
+    def is_noticed(self, dead: Any) -> bool:
+        """Whether the cluster knows that a node is dead."""
+        return not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == dead.node_id)
 
 
 def pids(memory: RayMemory) -> list[int]:
@@ -207,26 +216,43 @@ def rows_lost(world: World) -> dict[str, Any]:
 
 
 def node_dies_with_replicas(world: World) -> dict[str, Any]:
-    """Two copies on two nodes; one node dies, and nobody waits."""
+    """Two copies on two nodes; a node dies while queries are under way, and the other one while nobody asks."""
     memory = world.memory(2, replicas=2, placement="SPREAD", cpus_per_shard=1)
     world.fill(memory)
     memory.build()
+    seconds, wrong = [], 0
+
+    def ask(times: int) -> None:
+        nonlocal wrong
+        for _ in range(times):
+            started = time.monotonic()
+            wrong += not torch.allclose(memory(world.queries), world.expected, atol=1e-6)
+            seconds.append(round(time.monotonic() - started, 3))
+
+    ask(40)
     homes: dict[int, set[str]] = {}
     for shard in memory.stats()["shards"]:
         homes.setdefault(shard["shard"], set()).add(shard["node"])
-    for _ in range(10):
-        memory(world.queries)
-    slowest, wrong, deadline = 0.0, 0, time.monotonic() + 10.0
+    found: dict[str, Any] = {"nodes of each shard": [len(nodes) for nodes in homes.values()]}
+    found["searches of each replica"] = [shard["searches"] for shard in memory.stats()["shards"]]
+
+    # All the while: before it dies, until that is noticed, and afterwards.
     threading.Timer(0.5, world.cluster.remove_node, (world.nodes[1], False)).start()
-    while time.monotonic() < deadline:
-        started = time.monotonic()
-        wrong += not torch.allclose(memory(world.queries), world.expected, atol=1e-6)
-        slowest = max(slowest, time.monotonic() - started)
-    found = {"nodes of each shard": [len(nodes) for nodes in homes.values()], "slowest": slowest, "wrong": wrong}
+    while not world.is_noticed(world.nodes[1]):
+        ask(1)
+    ask(40)
     found["metrics"] = memory.metrics()
-    memory.shutdown()
+    found["asked"], seconds = seconds, []
+
     world.nodes[1] = world.add_node()
-    return found
+    processes = [Path(f"/proc/{s['pid']}") for s in memory.stats()["shards"] if s["node"] == world.nodes[0].node_id]
+    world.cluster.remove_node(world.nodes[0], False)
+    until(lambda: world.is_noticed(world.nodes[0]) and not any(process.exists() for process in processes))
+    ask(40)
+    found["asked afterwards"] = seconds
+    world.nodes[0] = world.add_node()
+    memory.shutdown()  # which waits for replicas that have no place
+    return found | {"wrong": wrong}
 
 
 def node_dies_and_its_shard_moves(world: World) -> dict[str, Any]:
@@ -236,10 +262,17 @@ def node_dies_and_its_shard_moves(world: World) -> dict[str, Any]:
     memory.build()
     before = [shard["node"] for shard in memory.stats()["shards"]]
     dying = next(node for node in world.nodes if node.node_id == before[1])
-    threading.Timer(0.3, world.cluster.remove_node, (dying, False)).start()
-    deadline, wrong = time.monotonic() + 8.0, 0
-    while time.monotonic() < deadline:
+    process, wrong = Path(f"/proc/{pids(memory)[1]}"), 0
+
+    def ask() -> None:
+        nonlocal wrong
         wrong += not torch.allclose(memory(world.queries), world.expected, atol=1e-6)
+
+    threading.Timer(0.3, world.cluster.remove_node, (dying, False)).start()
+    while process.exists():
+        ask()
+    for _ in range(50):  # the first of which waits for the shard
+        ask()
     after = [shard["node"] for shard in memory.stats()["shards"]]
     world.nodes[world.nodes.index(dying)] = world.add_node()
     found = {"wrong": wrong, "moved": after[1] == before[0] != before[1], "right": world.is_right(memory)}
