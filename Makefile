@@ -24,8 +24,8 @@ test: $(FULL) ## lint, format check, types, then all tests, doctests and documen
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-test-cluster: $(FULL) ## Ray with several nodes, ranks and applications: shards, nodes and drivers die (about six minutes)
-	$(BIN)/python -m pytest -m cluster
+test-cluster: $(FULL) ## Ray with several nodes, ranks and applications: shards, nodes and drivers die (about four minutes)
+	$(BIN)/python -m pytest -m cluster --numprocesses 2 --dist loadfile
 
 bench: $(FULL) ## every script in examples/benchmarks/
 	@set -e; for script in $(sort $(filter-out examples/benchmarks/_%,$(wildcard examples/benchmarks/*.py))); do \

@@ -2,6 +2,7 @@
 
 import os
 import random
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -73,6 +74,16 @@ def _threads_for_torch() -> Iterator[None]:
     torch.set_num_threads(min(4, os.cpu_count() or 1))
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _rays_of_their_own() -> Iterator[None]:
+    """A directory where Ray keeps sockets, and notes the cluster to join: no other process of pytest finds it there."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", directory)  # a short path: those of sockets may have 107 bytes
+        patch.setenv("RAY_worker_niceness", "0")  # 15 by default: on a busy machine actors would hardly start
+        patch.delenv("RAY_ADDRESS", raising=False)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -219,7 +230,6 @@ def ray_address() -> Iterator[str]:
         include_dashboard=False,
         log_to_driver=False,
         logging_level="WARNING",
-        _system_config={"worker_niceness": 0},  # 15 by default: on a busy machine actors would hardly start
     )
     yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
+    ray.shutdown(wait_for_processes=True)

@@ -33,7 +33,7 @@ def main(mode: str, directory: Path) -> None:
 
     options: dict[str, Any] = {"storage_path": directory / "shards", "request_timeout_s": SECONDS}
     if mode == "room":
-        options |= {"gpus_per_shard": 1, "request_timeout_s": 3.0}
+        options |= {"gpus_per_shard": 1000, "request_timeout_s": 3.0}
     memory, tuner = RayMemory(2, **options), GridTuner(k=[3, 9], sigma=[0.5, 1.0])
     callback = ResMemCallback(memory=memory, tuner=tuner)
     callbacks: list[Any] = [callback, ModelCheckpoint(directory / "checkpoints")]

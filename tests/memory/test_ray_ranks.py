@@ -24,8 +24,7 @@ def test_ranks_fill_and_ask_the_same_shards_of_a_running_cluster(
 
 def test_ranks_fill_and_ask_the_same_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # As a user starts it: Ray changes the environment of a process that has used it.
-    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     check_ranks(tmp_path)
 
 
@@ -47,19 +46,23 @@ def check_ranks(tmp_path: Path) -> None:
     assert finished.left == []
 
 
+def test_without_room_both_ranks_say_so(ray_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", ray_address)
+    check_failure(tmp_path, "room", "There is no room for 2 shards")
+
+
 @pytest.mark.parametrize(
     ("mode", "message"),
-    [
-        ("fail", "OSError: row 51 cannot be read"),
-        ("hosts", "ray start --head --port=6379"),
-        ("room", "There is no room for 2 shards"),
-    ],
+    [("fail", "OSError: row 51 cannot be read"), ("hosts", "ray start --head --port=6379")],
 )
 def test_what_fails_on_one_rank_fails_on_both_at_once(
     mode: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    check_failure(tmp_path, mode, message)
+
+
+def check_failure(tmp_path: Path, mode: str, message: str) -> None:
     finished = run_script(SCRIPT, mode, tmp_path, seconds=120.0)
     assert finished.code != 0
     assert message in finished.output
