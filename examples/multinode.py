@@ -72,7 +72,8 @@ def tell(text: str) -> None:
 
 def start_cluster() -> Cluster:
     """Three nodes, which this process and those that it starts join by RAY_ADDRESS."""
-    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "_system_config": HEALTH_CHECKS})
+    head = {**NODE, "include_dashboard": False, "_system_config": HEALTH_CHECKS}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(2):
         cluster.add_node(**NODE)
     cluster.wait_for_nodes()
