@@ -292,14 +292,14 @@ def _scan(keys, order, start, rows, limits, found, counts, wanted):
                 if mask == 0:
                     continue
                 query = tile * QUERIES + row
-                entries, count = found[query], counts[query]
+                count = counts[query]
                 while mask != 0:
                     key = _lowest_bit(mask)
                     mask &= mask - np.uint64(1)
-                    entries[count] = np.int64(bits[row, key]) << 32 | first + key
+                    found[query, count] = np.int64(bits[row, key]) << 32 | first + key
                     count += 1
                 if count > 2 * wanted:
-                    count, limit = _keep(entries, count, wanted)
+                    count, limit = _keep(found[query], count, wanted)
                     limits[tile, row] = _as_float(limit >> 32)
                 counts[query] = count
 
