@@ -1024,6 +1024,11 @@ def test_an_index_that_cannot_be_built_is_refused_before_training(root, kind, in
     assert steps_before(InputError, ResMemCallback(kind(index=index)), root, match) == 0
 
 
+def test_an_address_where_no_cluster_answers_is_refused_before_training(root):
+    callback = ResMemCallback(RayMemory(address="127.0.0.1:1"))
+    assert steps_before(InputError, callback, root, "address='127.0.0.1:1': no Ray cluster can be joined there") == 0
+
+
 def test_rows_that_a_limit_leaves_out_train_no_index(root):
     callback = ResMemCallback(LocalMemory(index="IVF40,Flat"))
     with pytest.raises(InputError, match="only 32 rows"):

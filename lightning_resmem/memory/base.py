@@ -406,5 +406,5 @@ class ResidualMemory(nn.Module, ABC):
                 f"k={k} for {len(queries)} queries takes {len(queries) * k * 12 / 2**30:.1f} GiB, but the memory has "
                 f"only {len(self)} rows: ask for at most so many neighbours."
             )
-        check_finite("queries", queries)
+        check_finite("queries", queries.float())  # as they are compared
         return queries, k

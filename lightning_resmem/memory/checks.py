@@ -57,6 +57,7 @@ def as_ids(ids: Any) -> Tensor:
 def check_shapes(embeddings: Tensor, outputs: Tensor, targets: Tensor, shape: tuple[int, int] | None) -> None:
     """Raise an error unless rows have one length and the widths `(D, C)` of the memory's rows, if it has any."""
     for name, tensor, expected in (("embeddings", embeddings, "(N, D)"), ("outputs", outputs, "(N, C)")):
+        check_batched(name, tensor, expected)
         if tensor.ndim != 2 or not tensor.shape[1]:
             raise InputError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}.")
         if not tensor.is_floating_point():
@@ -110,7 +111,7 @@ def checked_rows(
     check_shapes(embeddings, outputs, targets, shape)
     count = len(embeddings)
     ids = checked_ids(torch.arange(next_id, next_id + count) if ids is None else ids, count)
-    check_finite("embeddings", embeddings.detach(), ids)
+    check_finite("embeddings", embeddings.detach().float(), ids)  # as they are kept and compared
     check_finite("outputs", outputs.detach(), ids)
     return embeddings.detach(), outputs.detach(), task.check_targets(targets.detach(), outputs.shape[1], ids), ids
 
@@ -142,7 +143,7 @@ def checked_changes(
     }
     check_shapes(**{**checked, **changes}, shape=shape)
     for name in changes.keys() & {"embeddings", "outputs"}:
-        check_finite(name, changes[name], ids)
+        check_finite(name, changes[name].float() if name == "embeddings" else changes[name], ids)
     if "targets" in changes:
         changes["targets"] = task.check_targets(changes["targets"], shape[1], ids)
     return ids, changes

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.errors import ShardUnavailableError
-from lightning_resmem.memory.pool_config import PoolConfig
+from lightning_resmem.memory.pool_config import PoolConfig, check_answers
 from lightning_resmem.memory.sharding import split
 
 if TYPE_CHECKING:  # Ray takes a second to import: it is imported when a cluster is needed
@@ -44,6 +44,10 @@ class ShardClient:
         self.leads = True
         self._pool: Pool | None = None
         self._underway: deque[Write] = deque()
+
+    def rehearse(self) -> None:
+        """Raise an error if the address is one where nothing listens."""
+        check_answers(self._address)
 
     def open(self, hosts: Collection[str] = ()) -> tuple[str, str, str]:
         """Reach the pool, or make it.

@@ -54,8 +54,12 @@ _PAIRS = ir.VectorType(_BFloat(), 2 * _LANES)
 
 
 def is_usable() -> bool:
-    """Whether Numba compiles here, and not only pretends to (`NUMBA_DISABLE_JIT`)."""
-    return not numba.config.DISABLE_JIT
+    """Whether Numba compiles here; raises whatever keeps it from that, such as a damaged cache or a full disk."""
+    if numba.config.DISABLE_JIT:
+        return False
+    scan = Scan(torch.ones(1, 2, dtype=torch.bfloat16), 1)
+    scan.compare(packed(torch.ones(1, KEYS, 2, dtype=torch.bfloat16), KEYS).contiguous(), 0)
+    return len(scan.found()[0]) == 1
 
 
 def packed(wide: Tensor, together: int) -> Tensor:

@@ -24,7 +24,7 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lightning_resmem.errors import InputError, ResMemError, ResMemWarning, ShardUnavailableError
-from lightning_resmem.memory.pool_config import PoolConfig
+from lightning_resmem.memory.pool_config import PoolConfig, check_answers, host_and_port, knock, no_cluster
 from lightning_resmem.memory.requests import Request, first_line
 from lightning_resmem.memory.shard import SEARCHES, RowsLostError, Shard
 from lightning_resmem.memory.sharding import assign
@@ -33,8 +33,6 @@ _log = logging.getLogger("lightning_resmem")
 
 # Calls that a shard works on at the same time.
 _CONCURRENCY = 16
-# How long a cluster may take to accept a connection.
-_CONNECT_SECONDS = 5.0
 # How long shards may take to delete what they kept when they are ended.
 _CLOSE_SECONDS = 10.0
 # What a Ray that is started here keeps for objects in flight.
@@ -91,15 +89,10 @@ def reach(address: str | None, hosts: Collection[str] = (), cpus: float = 1, sta
 def _is_same(address: str, connected: str) -> bool:
     """Whether two addresses `HOST:PORT` are one; also where that cannot be told, as for "auto"."""
     try:
-        first, second = ((socket.gethostbyname(host), port) for host, port in map(_host_and_port, (address, connected)))
+        first, second = ((socket.gethostbyname(host), port) for host, port in map(host_and_port, (address, connected)))
     except OSError:
         return True
     return "://" in address or ":" not in address or first == second
-
-
-def _host_and_port(address: str) -> tuple[str, str]:
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), port
 
 
 class Write(NamedTuple):
@@ -422,28 +415,18 @@ def _latest_cluster() -> str | None:
     noted = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster"
     try:
         address = noted.read_text().strip()
-        _knock(address)  # what a Ray that was killed has noted stays
+        knock(address)  # what a Ray that was killed has noted stays
     except (OSError, ValueError):
         return None
     return address
 
 
-def _knock(address: str) -> None:
-    """Raise an error if nothing listens at `HOST:PORT`: Ray would try to join it for more than a minute."""
-    host, port = _host_and_port(address)
-    socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
-
-
 def _join(address: str) -> None:
+    check_answers(address)
     try:
-        if "://" not in address and ":" in address:  # not "auto"
-            _knock(address)
         ray.init(address=address, logging_level=logging.WARNING)
-    except (OSError, OverflowError, ValueError) as error:  # no answer; a port, or an address, that there cannot be
-        raise InputError(
-            f"address={address!r}: no Ray cluster can be joined there ({first_line(error)}). Start one with `ray start "
-            "--head --port=6379`, and export RAY_AUTH_MODE=token before Python starts if it wants tokens."
-        ) from error
+    except (OSError, ValueError) as error:  # no answer, or an address that there cannot be
+        raise no_cluster(address, error) from error
 
 
 def _reserve(config: PoolConfig, timeout: float) -> list[str]:

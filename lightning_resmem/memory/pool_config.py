@@ -1,6 +1,7 @@
 """What a pool of shards is made with, checked. Knows nothing of Ray."""
 
 import os
+import socket
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,9 @@ from lightning_resmem.memory.faiss_index import FaissIndex
 from lightning_resmem.memory.sparse import SparseConfig
 from lightning_resmem.memory.values import DenseConfig
 from lightning_resmem.tasks import Task
+
+# How long a cluster may take to accept a connection.
+_CONNECT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -88,3 +92,34 @@ def check_address(address: str | None) -> None:
             f"address={address!r} is one of Ray Client, which cannot share actors with other processes: run the script "
             "on a node of the cluster (`ray job submit`), with its address HOST:6379 or none."
         )
+
+
+def check_answers(address: str | None) -> None:
+    """Raise an error if it is a `HOST:PORT` where nothing listens."""
+    if address is None or "://" in address or ":" not in address:  # "auto", say
+        return
+    try:
+        knock(address)
+    except (OSError, OverflowError, ValueError) as error:  # no answer, or a port that there cannot be
+        raise no_cluster(address, error) from error
+
+
+def knock(address: str) -> None:
+    """Raise an OSError if nothing listens at `HOST:PORT`: Ray would try to join it for more than a minute."""
+    host, port = host_and_port(address)
+    socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+
+
+def no_cluster(address: str, error: Exception) -> InputError:
+    """The error for an address where no cluster can be joined."""
+    reason = str(error).partition("\n")[0]
+    return InputError(
+        f"address={address!r}: no Ray cluster can be joined there ({reason}). Start one with `ray start --head "
+        "--port=6379`, and export RAY_AUTH_MODE=token before Python starts if it wants tokens."
+    )
+
+
+def host_and_port(address: str) -> tuple[str, str]:
+    """The two parts of an address."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), port

@@ -280,6 +280,7 @@ class RayMemory(ResidualMemory):
         }
 
     def rehearse(self, rows: int | None, width: int) -> None:
+        self._shards.rehearse()
         self._template.rehearse(rows, width)
 
     def estimate_bytes(self, rows: int, width: int, num_outputs: int) -> dict[str, int]:

@@ -1,12 +1,16 @@
 """Candidates of an exact search from products in bfloat16, on CPUs that multiply it natively."""
 
 import functools
+import importlib.util
+import logging
 from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
+
+_log = logging.getLogger("lightning_resmem")
 
 # Keys of one matrix product and queries compared with them: their scores stay in a core's cache.
 _PIECE = 4096
@@ -61,11 +65,20 @@ def _fused() -> ModuleType | None:
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if not capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
         return None
+    if importlib.util.find_spec("numba") is None:
+        return None
     try:
         from lightning_resmem.memory import fused
-    except ImportError:  # no Numba, or one that does not fit the NumPy here
+
+        return fused if fused.is_usable() else None
+    except Exception as error:  # whatever it is, the same search works without
+        _log.warning(
+            "Exact search does without Numba, which does not work here (%s: %s). If its cache is damaged or has no "
+            "room, delete it, or set NUMBA_CACHE_DIR to another directory.",
+            type(error).__name__,
+            error,
+        )
         return None
-    return fused if fused.is_usable() else None
 
 
 def _width(keys: Tensor) -> int:

@@ -92,6 +92,12 @@ def test_bad_queries() -> None:
         memory.search(torch.zeros(2, 2), 0)
     with pytest.raises(InputError, match="queries has NaN"):
         memory.search(torch.full((1, 2), torch.nan), 1)
+    with pytest.raises(InputError, match="queries has NaN or infinite"):
+        memory.search(torch.full((1, 2), 1e300, dtype=torch.float64), 1)
+    with pytest.raises(InputError, match="embeddings has NaN or infinite"):
+        memory.add(torch.full((1, 2), 1e300, dtype=torch.float64), torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(InputError, match=r"embeddings has shape \(2,\), .*batch dimension is missing"):
+        memory.add(torch.zeros(2), torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64))
     for ask in (lambda rows: memory.search(rows, 1), lambda rows: memory.predict(rows, torch.zeros(1, 3))):
         with pytest.raises(
             InputError, match=r"queries has shape \(2,\), .* batch dimension is missing.*queries\[None\]"

@@ -1,13 +1,15 @@
 """Candidates in bfloat16: none that matters is missing, whatever the keys; and the exact search that uses them."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_resmem import memory
 from lightning_resmem.memory import rough
 from lightning_resmem.memory.index import ExactIndex
 from tests import oracle
@@ -133,17 +135,34 @@ def test_any_number_of_queries_and_threads(queries: int, threads: int) -> None:
     assert (found[0][:, None, :] == nearest[:, :, None]).any(dim=2).all()
 
 
-def test_a_broken_numba_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lightning_resmem.memory.fused", None)  # importing it raises
-    monkeypatch.delattr(memory, "fused", raising=False)
-    rough._fused.cache_clear()
-    try:
-        assert rough._fused() is None
-        keys = randn(9000, 4)
-        distances, _ = ExactIndex(keys).search(keys[:3], 1)
-        assert not distances.any()
-    finally:
-        rough._fused.cache_clear()
+DAMAGED = """
+import logging, sys
+import torch
+from lightning_resmem.memory.index import ExactIndex
+logging.basicConfig(level=logging.WARNING)
+keys = torch.randn(9000, 4)
+print(float(ExactIndex(keys).search(keys[:3], 1)[0].max()))
+"""
+
+
+@pytest.mark.slow
+def test_a_damaged_cache_of_numba_is_done_without(tmp_path: Path) -> None:
+    if rough._fused() is None:
+        pytest.skip("needs Numba and AVX-512 BF16")
+
+    def search() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", DAMAGED]
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+
+    assert "Numba" not in search().stderr
+    compiled = [*tmp_path.rglob("*.nbc")]
+    assert compiled
+    for file in compiled:
+        file.write_bytes(file.read_bytes()[:100])
+    finished = search()
+    assert float(finished.stdout) == 0.0
+    assert "delete it, or set NUMBA_CACHE_DIR" in finished.stderr
 
 
 @pytest.fixture
