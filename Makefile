@@ -22,6 +22,7 @@ test: $(FULL) ## lint, format check, types, then all tests, doctests and documen
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-cluster: $(FULL) ## Ray with several nodes, ranks and applications: shards, nodes and drivers die (about four minutes)

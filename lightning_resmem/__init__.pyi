@@ -1,6 +1,7 @@
 """ResMem for PyTorch Lightning: a k-nearest-neighbour memory of training residuals, added at prediction time."""
 
 from .callback import ResMemCallback
+from .cluster.memory import RayMemory
 from .errors import (
     EmptyMemoryError,
     HeadError,
@@ -12,24 +13,23 @@ from .errors import (
     StaleMemoryError,
     StorageError,
 )
-from .evaluation import Evaluation, Flip
-from .explanation import Explanation, explain
-from .gate import Gate
-from .head import HeadTap
-from .influence import Influence, Ranking, label_errors, usefulness
+from .explanation.influence import Influence, Ranking, influence, label_errors, usefulness
+from .explanation.neighbors import Explanation, explain
 from .memorization import memorize
-from .memory.base import Neighbors, Predictions, ResidualMemory
-from .memory.faiss_index import FaissIndex
+from .memory.answers import Neighbors, Predictions
+from .memory.interface import ResidualMemory
 from .memory.local import LocalMemory
-from .memory.ray import RayMemory
-from .memory.sparse import SparseConfig, SparseValues
-from .memory.values import DenseConfig, DenseValues, Values
-from .metrics import NegativeFlipRate, NeighborhoodAccuracy, PositiveFlipRate, ResMemMetrics
+from .memory.search.faiss_index import FaissIndex
+from .memory.values.dense import DenseConfig, DenseValues, Values
+from .memory.values.sparse import SparseConfig, SparseValues
+from .metrics.evaluation import Evaluation, Flip
+from .metrics.metrics import NegativeFlipRate, NeighborhoodAccuracy, PositiveFlipRate, ResMemMetrics
+from .model.head import HeadTap
 from .module import ResMemModule
-from .params import ResMemParams
+from .params import Gate, ResMemParams
 from .predictor import ResMemPredictor
 from .tasks import Multiclass, Multilabel, Regression, Task
-from .tuning import GridTuner, Tuner, TuningResult
+from .tuning.tuner import GridTuner, Tuner, TuningResult
 
 __version__: str
 
@@ -77,6 +77,7 @@ __all__ = [
     "TuningResult",
     "Values",
     "explain",
+    "influence",
     "label_errors",
     "memorize",
     "usefulness",

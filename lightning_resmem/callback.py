@@ -18,23 +18,22 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_resmem.arguments import check_memory
-from lightning_resmem.batches import BatchReader, ForwardFn, IdsFn, TargetsFn
+from lightning_resmem.collection.ranks import Ranks, check_strategy
 from lightning_resmem.errors import EmptyMemoryError, InputError, MemoryPassError, ResMemWarning, StorageError
-from lightning_resmem.evaluation import Evaluation
-from lightning_resmem.fingerprint import check_fingerprint
 from lightning_resmem.memorization import Memorizer, choose_tuner
-from lightning_resmem.memory import storage
-from lightning_resmem.memory.base import ResidualMemory
+from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.memory.local import LocalMemory
-from lightning_resmem.metrics import UserMetrics, as_collection
+from lightning_resmem.memory.storage import disk
+from lightning_resmem.metrics.evaluation import Evaluation
+from lightning_resmem.metrics.metrics import UserMetrics, as_collection
+from lightning_resmem.model.batches import BatchReader, ForwardFn, IdsFn, TargetsFn
+from lightning_resmem.model.fingerprint import check_fingerprint
 from lightning_resmem.module import ResMemModule
 from lightning_resmem.progress import shows_progress, working
-from lightning_resmem.ranks import Ranks, check_strategy
-from lightning_resmem.reporting import Report
+from lightning_resmem.reporting.report import Report
+from lightning_resmem.reporting.wandb_report import finish_forked_run
 from lightning_resmem.routing import Routing
-from lightning_resmem.tuning import Tuner, TuningResult
-from lightning_resmem.wandb_report import finish_forked_run
+from lightning_resmem.tuning.tuner import Tuner, TuningResult
 
 
 class ResMemCallback(Callback):
@@ -172,7 +171,7 @@ class ResMemCallback(Callback):
         directory = self._save_directory(trainer)
         with Ranks(trainer).together("looking where the memory will be saved"):
             if directory is not None and trainer.is_global_zero:
-                storage.check_target(directory)
+                disk.check_target(directory)
         self._memorizer(trainer).rehearse(
             trainer, pl_module, self._memory_loaders(trainer), self._limit_batches(trainer), self._metrics
         )
@@ -364,7 +363,7 @@ class ResMemCallback(Callback):
             self._directory = directory if directory is not None and directory.is_dir() else None
         elif len(self._memory) and self._directory.is_dir():
             # What this process loaded after one fit is replaced by the next.
-            saved = storage.read_manifest(self._directory).get("provenance")
+            saved = disk.read_manifest(self._directory).get("provenance")
             self._memory = self._memory if saved == self._memory.provenance else LocalMemory()
 
     def _save_directory(self, trainer: L.Trainer) -> Path | None:

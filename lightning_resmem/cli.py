@@ -15,12 +15,12 @@ from torch import Tensor
 
 from lightning_resmem.callback import ResMemCallback
 from lightning_resmem.errors import InputError, ResMemError
-from lightning_resmem.inspection import write_report
 from lightning_resmem.memorization import memorize
-from lightning_resmem.memory import storage
 from lightning_resmem.memory.local import LocalMemory
+from lightning_resmem.memory.storage import disk
 from lightning_resmem.module import ResMemModule
-from lightning_resmem.tuning import GridTuner, Tuner
+from lightning_resmem.reporting.inspection import write_report
+from lightning_resmem.tuning.tuner import GridTuner, Tuner
 
 _DIRECTORY = "resmem"
 _DESCRIPTION = (
@@ -130,7 +130,7 @@ def _use_saved(trainer: L.Trainer) -> None:
     """Let callbacks answer from the memory that another command saved to their `dirpath`."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         path = callback._dirpath if isinstance(callback, ResMemCallback) else None
-        if path is not None and (storage.as_path(path) / storage.MANIFEST).is_file():
+        if path is not None and (disk.as_path(path) / disk.MANIFEST).is_file():
             callback.load_state_dict({"directory": path})  # read when it is needed
 
 

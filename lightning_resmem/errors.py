@@ -1,5 +1,7 @@
 """What can go wrong, by kind. Every error of this package derives from `ResMemError`."""
 
+import reprlib
+
 
 class ResMemError(Exception):
     """Base class of all errors raised by lightning_resmem."""
@@ -35,3 +37,26 @@ class MemoryPassError(ResMemError, RuntimeError):
 
 class ResMemWarning(UserWarning):
     """Something works, but probably not as intended; the message says what to do."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says: Ray's have many."""
+    return str(error).strip().partition("\n")[0]
+
+
+def check_type(name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
+    """Raise an error unless an argument is of a kind.
+
+    Args:
+        name: Of the argument.
+        value: That was given.
+        kind: That it has to be an instance of.
+        wanted: What to give instead, for the message: "a memory, such as LocalMemory()".
+    """
+    if not isinstance(value, kind):
+        raise wrong_type(name, value, wanted)
+
+
+def wrong_type(name: str, value: object, wanted: str) -> InputError:
+    """The error for an argument of a wrong type."""
+    return InputError(f"{name} is a {type(value).__name__}, {reprlib.repr(value)}: give {wanted}.")

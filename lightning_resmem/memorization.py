@@ -16,22 +16,29 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import MetricCollection
 
-from lightning_resmem.arguments import check_memory, check_type
-from lightning_resmem.batches import TRANSFER_HOOKS, BatchReader, ForwardFn, IdsFn, TargetsFn, borrow_transfer_hooks
-from lightning_resmem.capacity import available_bytes, check_capacity, size
-from lightning_resmem.collection import Chunk, Pass
-from lightning_resmem.errors import InputError, ResMemWarning
-from lightning_resmem.fingerprint import fingerprint
-from lightning_resmem.head import HeadTap, check_diverged
-from lightning_resmem.loaders import Part, check_agreement, plan
-from lightning_resmem.memory.base import Predictions, ResidualMemory
+from lightning_resmem.collection.loaders import Part, check_agreement, plan
+from lightning_resmem.collection.memory_pass import Chunk, Pass
+from lightning_resmem.collection.ranks import Ranks, check_strategy
+from lightning_resmem.errors import InputError, ResMemWarning, check_type
+from lightning_resmem.memory.answers import Predictions
+from lightning_resmem.memory.capacity import available_bytes, check_capacity, size
+from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.memory.local import LocalMemory
-from lightning_resmem.metrics import ResMemMetrics
+from lightning_resmem.metrics.metrics import ResMemMetrics
+from lightning_resmem.model.batches import (
+    TRANSFER_HOOKS,
+    BatchReader,
+    ForwardFn,
+    IdsFn,
+    TargetsFn,
+    borrow_transfer_hooks,
+)
+from lightning_resmem.model.fingerprint import fingerprint
+from lightning_resmem.model.head import HeadTap, check_diverged
 from lightning_resmem.module import ResMemModule, describe
 from lightning_resmem.progress import shows_progress, working
-from lightning_resmem.ranks import Ranks, check_strategy
 from lightning_resmem.tasks import check_finite
-from lightning_resmem.tuning import GridTuner, Tuner, TuningResult
+from lightning_resmem.tuning.tuner import GridTuner, Tuner, TuningResult
 
 # Rows below which a memory without validation rows is not tuned on its own.
 _LEAST_ROWS = 50

@@ -7,23 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 
-from lightning_resmem.arguments import check_memory, check_type, wrong_type
-from lightning_resmem.batches import BatchReader, ForwardFn, TargetsFn, borrow_transfer_hooks
-from lightning_resmem.errors import InputError
-from lightning_resmem.evaluation import Evaluation
-from lightning_resmem.explanation import Explanation, entries, explain, find_images
-from lightning_resmem.fingerprint import check_fingerprint, fingerprint
-from lightning_resmem.head import Captured, HeadTap
-from lightning_resmem.memory.base import Predictions, ResidualMemory
+from lightning_resmem.collection.loaders import evaluation_loaders
+from lightning_resmem.collection.ranks import Ranks
+from lightning_resmem.errors import InputError, check_type, wrong_type
+from lightning_resmem.explanation.neighbors import Explanation, explain
+from lightning_resmem.explanation.pictures import entries, find_images
+from lightning_resmem.memory.answers import Predictions
+from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.memory.local import LocalMemory
-from lightning_resmem.metrics import UserMetrics, as_collection
-from lightning_resmem.modes import evaluation_mode
-from lightning_resmem.ranks import Ranks
-from lightning_resmem.scoreboard import Answer, Scoreboard
-from lightning_resmem.wandb_report import download_memory
+from lightning_resmem.metrics.evaluation import Evaluation
+from lightning_resmem.metrics.metrics import UserMetrics, as_collection
+from lightning_resmem.metrics.scoreboard import Answer, Scoreboard
+from lightning_resmem.model.batches import BatchReader, ForwardFn, TargetsFn, borrow_transfer_hooks
+from lightning_resmem.model.fingerprint import check_fingerprint, fingerprint
+from lightning_resmem.model.head import Captured, HeadTap
+from lightning_resmem.model.modes import evaluation_mode
+from lightning_resmem.reporting.wandb_report import download_memory
 
 
 class ResMemModule(L.LightningModule):
@@ -267,8 +268,3 @@ def _check_batch(batch: Any) -> None:
 def describe(tap: HeadTap) -> dict[str, str]:
     """The names of head and embedding, for a memory's provenance."""
     return {"head": tap.head} if tap.embedding is None else {"head": tap.head, "embedding": tap.embedding}
-
-
-def evaluation_loaders(trainer: L.Trainer) -> list[Any]:
-    """The loaders that the trainer's current validate or test run reads."""
-    return CombinedLoader(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders).flattened

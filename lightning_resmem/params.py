@@ -5,11 +5,71 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lightning_resmem.errors import InputError
-from lightning_resmem.gate import Gate
-from lightning_resmem.tasks import Task
+from lightning_resmem.tasks import Multiclass, Multilabel, Task
+
+# Base probabilities stay this far from 0 and 1, so that their logits are finite.
+_MARGIN = 1e-6
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Scales the strength of each prediction by `2 * sigmoid(bias + distance * far + confidence * sure)`.
+
+    `far` is `log(1 + d / sigma)` for the distance `d` to the nearest neighbour, `sure` the logit of the base's largest
+    probability (in multilabel tasks of each label's; 0 in regression). Without effect, as `Gate()` is, the factor is
+    1; it lies between 0 and 2.
+
+    Args:
+        bias: The same for all rows.
+        distance: Below 0, the memory counts less where its nearest row is far away.
+        confidence: Below 0, the memory counts less where the base is sure.
+
+    Raises:
+        InputError: If a value is not a finite number.
+
+    Example:
+        >>> gate = Gate(distance=-1.0)
+        >>> probabilities = torch.tensor([[0.5, 0.5], [0.5, 0.5]])
+        >>> gate.factors(Multiclass(), probabilities, distances=torch.tensor([0.0, 3.0]), sigma=1.0)
+        tensor([[1.0000],
+                [0.4000]])
+    """
+
+    bias: float = 0.0
+    distance: float = 0.0
+    confidence: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("bias", "distance", "confidence"):
+            value = getattr(self, name)
+            try:
+                if isinstance(value, str | bytes | bool):
+                    raise TypeError
+                number = float(value)
+            except (TypeError, ValueError, OverflowError, RuntimeError):
+                raise InputError(f"{name}={value!r} is not a number: give one, 0 has no effect.") from None
+            if not math.isfinite(number):
+                raise InputError(f"{name}={value!r} is not finite: give a number, 0 has no effect.")
+            object.__setattr__(self, name, number)
+
+    def factors(self, task: Task, base: Tensor, distances: Tensor, sigma: float) -> Tensor:
+        """What to multiply `strength` by.
+
+        Args:
+            task: Of the memory.
+            base: Base predictions, shape `(B, C)`.
+            distances: To the nearest neighbour, shape `(B,)`; `inf` where there is none.
+            sigma: The kernel width, a distance.
+
+        Returns:
+            Shape `(B, 1)`, or `(B, C)` in multilabel tasks; between 0 and 2.
+        """
+        coefficients = base.new_tensor([self.bias, self.distance, self.confidence])
+        return gate_factors(coefficients, *gate_features(task, base, distances, sigma))
 
 
 @dataclass(frozen=True)
@@ -121,3 +181,21 @@ def _checked_gate(gate: object) -> Gate | None:
 def _is_text_or_bool(value: object) -> bool:
     """Whether `float()` or `operator.index()` would take this, though it is no number."""
     return isinstance(value, str | bytes | bool) or str(getattr(value, "dtype", "")).endswith("bool")
+
+
+def gate_features(task: Task, base: Tensor, distances: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    """What a gate looks at: `far` `(B, 1)` and `sure` `(B, 1)` or `(B, C)`."""
+    # A row without neighbours has no residual either: any finite number will do.
+    distances = distances.to(base).where(distances.to(base).isfinite(), 0)
+    far = torch.log1p(distances / sigma)[:, None]
+    if isinstance(task, Multiclass):
+        return far, torch.logit(base.amax(dim=1, keepdim=True), eps=_MARGIN)
+    if isinstance(task, Multilabel):
+        return far, torch.logit(torch.maximum(base, 1 - base), eps=_MARGIN)
+    return far, torch.zeros_like(far)
+
+
+def gate_factors(coefficients: Tensor, far: Tensor, sure: Tensor) -> Tensor:
+    """The factors, for coefficients `(3,)` and `gate_features`."""
+    bias, distance, confidence = coefficients
+    return 2 * torch.sigmoid(bias + distance * far + confidence * sure)

@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_resmem.batches import ForwardFn
 from lightning_resmem.errors import InputError
-from lightning_resmem.memory.base import Predictions, ResidualMemory
+from lightning_resmem.memory.answers import Predictions
+from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.memory.local import LocalMemory
+from lightning_resmem.model.batches import ForwardFn
 from lightning_resmem.module import ResMemModule
 from lightning_resmem.tasks import Multiclass
 

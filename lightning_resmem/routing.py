@@ -7,16 +7,16 @@ import lightning.pytorch as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_resmem.batches import BatchReader
+from lightning_resmem.collection.loaders import evaluation_loaders
+from lightning_resmem.collection.ranks import Ranks
 from lightning_resmem.errors import HeadError, InputError, ResMemWarning
-from lightning_resmem.evaluation import Evaluation
-from lightning_resmem.head import Captured, HeadTap
-from lightning_resmem.memory.base import ResidualMemory
-from lightning_resmem.metrics import UserMetrics
-from lightning_resmem.modes import eager
-from lightning_resmem.module import evaluation_loaders
-from lightning_resmem.ranks import Ranks
-from lightning_resmem.scoreboard import Answer, Scoreboard
+from lightning_resmem.memory.interface import ResidualMemory
+from lightning_resmem.metrics.evaluation import Evaluation
+from lightning_resmem.metrics.metrics import UserMetrics
+from lightning_resmem.metrics.scoreboard import Answer, Scoreboard
+from lightning_resmem.model.batches import BatchReader
+from lightning_resmem.model.head import Captured, HeadTap
+from lightning_resmem.model.modes import eager
 
 
 class Routing:

@@ -83,7 +83,7 @@ def test_no_module_hides_a_public_name() -> None:
 @pytest.mark.slow
 def test_a_shard_starts_without_lightning() -> None:
     names = {"lightning", "torchmetrics", "ray", "torch"}
-    code = f"import sys, lightning_resmem.memory.pool; print({names} & {{*sys.modules}})"
+    code = f"import sys, lightning_resmem.cluster.pool; print({names} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert set(ast.literal_eval(done.stdout)) == {"ray", "torch"}

@@ -6,7 +6,7 @@ import torch
 from _harness import features, report, seconds, thread_counts, use_threads, without_numba
 from sklearn.neighbors import NearestNeighbors
 
-from lightning_resmem.memory.index import ExactIndex
+from lightning_resmem.memory.search.exact import ExactIndex
 
 K = 53
 

@@ -6,7 +6,7 @@ import torch
 from _harness import features, report, seconds, thread_counts, use_threads
 
 from lightning_resmem import LocalMemory, ResMemParams
-from lightning_resmem.memory.faiss_index import FaissIndex
+from lightning_resmem.memory.search.faiss_index import FaissIndex
 
 
 def main() -> None:

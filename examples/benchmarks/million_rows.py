@@ -13,8 +13,8 @@ import torch
 from _harness import report
 
 from lightning_resmem import LocalMemory, ResMemParams
-from lightning_resmem.memory.base import Neighbors
-from lightning_resmem.memory.sparse import SparseConfig
+from lightning_resmem.memory.answers import Neighbors
+from lightning_resmem.memory.values.sparse import SparseConfig
 
 ROWS, CHUNK = 1_000_000, 50_000
 MIB = 2**20

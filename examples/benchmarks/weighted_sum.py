@@ -5,7 +5,7 @@ import torch
 from _harness import report, seconds, thread_counts, use_threads
 
 from lightning_resmem.functional import weighted_residual
-from lightning_resmem.memory.sparse import SparseConfig
+from lightning_resmem.memory.values.sparse import SparseConfig
 from lightning_resmem.tasks import Multiclass
 
 

@@ -18,6 +18,11 @@ def as_tensor(name: str, value: Any) -> Tensor:
     return tensor
 
 
+def as_compared(rows: Tensor) -> Tensor:
+    """Embeddings with no more range than distances have: float64 as float32, others as they are."""
+    return rows.float() if rows.dtype == torch.float64 else rows
+
+
 def check_batched(name: str, tensor: Tensor, expected: str) -> None:
     """Raise an error for a single row `(D,)` in the place of a batch of them; `expected` is the shape of a batch."""
     if tensor.ndim == 1:
@@ -111,7 +116,7 @@ def checked_rows(
     check_shapes(embeddings, outputs, targets, shape)
     count = len(embeddings)
     ids = checked_ids(torch.arange(next_id, next_id + count) if ids is None else ids, count)
-    check_finite("embeddings", embeddings.detach().float(), ids)  # as they are kept and compared
+    check_finite("embeddings", as_compared(embeddings.detach()), ids)
     check_finite("outputs", outputs.detach(), ids)
     return embeddings.detach(), outputs.detach(), task.check_targets(targets.detach(), outputs.shape[1], ids), ids
 
@@ -143,7 +148,7 @@ def checked_changes(
     }
     check_shapes(**{**checked, **changes}, shape=shape)
     for name in changes.keys() & {"embeddings", "outputs"}:
-        check_finite(name, changes[name].float() if name == "embeddings" else changes[name], ids)
+        check_finite(name, as_compared(changes[name]) if name == "embeddings" else changes[name], ids)
     if "targets" in changes:
         changes["targets"] = task.check_targets(changes["targets"], shape[1], ids)
     return ids, changes

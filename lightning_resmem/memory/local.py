@@ -13,16 +13,18 @@ from torch import Tensor
 
 from lightning_resmem.errors import EmptyMemoryError, InputError
 from lightning_resmem.functional import neighbor_weights
-from lightning_resmem.memory import faiss_index, storage
-from lightning_resmem.memory.base import Neighbors, ResidualMemory
+from lightning_resmem.memory.answers import Neighbors
 from lightning_resmem.memory.checks import as_ids, check_different, checked_changes, checked_rows, repeated
 from lightning_resmem.memory.exchange import all_gather_rows
-from lightning_resmem.memory.faiss_index import FaissIndex, FaissSearch
-from lightning_resmem.memory.index import ExactIndex
+from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.memory.rows import GrowingTensor
-from lightning_resmem.memory.saved import manifest, read_saved
-from lightning_resmem.memory.sparse import SparseConfig
-from lightning_resmem.memory.values import DenseConfig, Values
+from lightning_resmem.memory.search import faiss_index
+from lightning_resmem.memory.search.exact import ExactIndex
+from lightning_resmem.memory.search.faiss_index import FaissIndex, FaissSearch
+from lightning_resmem.memory.storage import disk
+from lightning_resmem.memory.storage.saved import manifest, read_index, read_saved
+from lightning_resmem.memory.values.dense import DenseConfig, Values
+from lightning_resmem.memory.values.sparse import SparseConfig
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Multiclass, Task, check_finite
 
@@ -283,7 +285,7 @@ class LocalMemory(ResidualMemory):
                 return residual.to(ids.device), values.label_sum(positions, weights).to(ids.device)
         except (IndexError, RuntimeError):  # ids or classes that cannot be?
             if self._unverified is not None:
-                storage.verify(*self._unverified)  # names the file that is damaged
+                disk.verify(*self._unverified)  # names the file that is damaged
             raise
 
     def fetch(self, ids: Tensor) -> Values:
@@ -352,7 +354,7 @@ class LocalMemory(ResidualMemory):
         return config.factory if isinstance(config, FaissIndex) else config
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
-        storage.as_path(directory)  # refused before the memory is built
+        disk.as_path(directory)  # refused before the memory is built
         index, values = self._built(), self._built_values()
         searched: dict[str, Any] | Literal["exact"] = "exact"
         if isinstance(index, FaissSearch):
@@ -360,7 +362,7 @@ class LocalMemory(ResidualMemory):
         described = manifest(self.task, self.params, self.tunable, self.provenance, len(self), searched, values)
         tensors = {"keys": self._keys.finish(), "ids": self._ids.finish(), **values.tensors()}
         extra = {faiss_index.FILE: index.save} if isinstance(index, FaissSearch) else {}
-        return storage.write(directory, described, tensors, extra)
+        return disk.write(directory, described, tensors, extra)
 
     @classmethod
     def load(
@@ -385,7 +387,7 @@ class LocalMemory(ResidualMemory):
         memory._unverified = (directory, saved.manifest) if mmap else None
         memory.to(device)
         if isinstance(saved.index, FaissIndex):
-            memory._index = faiss_index.load(directory, saved.manifest, memory._keys.finish(), saved.index)
+            memory._index = read_index(directory, saved.manifest, memory._keys.finish(), saved.index)
         memory.build()
         return memory
 

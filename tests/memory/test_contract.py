@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lightning_resmem import LocalMemory, Multiclass, Multilabel, Regression, ResMemParams
-from lightning_resmem.memory.faiss_index import FaissIndex
-from lightning_resmem.memory.sparse import SparseConfig
-from lightning_resmem.memory.values import DenseConfig
+from lightning_resmem.memory.search.faiss_index import FaissIndex
+from lightning_resmem.memory.values.dense import DenseConfig
+from lightning_resmem.memory.values.sparse import SparseConfig
 from tests import oracle
 
 ROWS, WIDTH, CLASSES = 300, 6, 12

@@ -1,0 +1,200 @@
+"""What one process knows of a pool of shards: how to reach it, what is on its way there, and what was asked."""
+
+import atexit
+import os
+import tempfile
+import uuid
+import weakref
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lightning_resmem.cluster.config import PoolConfig, check_answers
+from lightning_resmem.cluster.sharding import split
+from lightning_resmem.errors import ShardUnavailableError
+
+if TYPE_CHECKING:  # Ray takes a second to import: it is imported when a cluster is needed
+    from lightning_resmem.cluster.pool import Pool, Write
+    from lightning_resmem.cluster.requests import Request
+
+# Bytes of rows on their way to the shards; a process that sends more waits.
+BYTES_UNDERWAY = 64 * 2**20
+
+
+class ShardClient:
+    """Reaches a pool when it is first needed, or makes it; a copy of it asks the same shards.
+
+    Args:
+        config: Of the pool.
+        address: Of the cluster; None finds a running one, or starts one on a single machine.
+
+    Attributes:
+        name: Of the pool, None as long as there is none.
+        leads: Whether this process clears the pool; of the ranks of a job only the first does.
+    """
+
+    def __init__(self, config: PoolConfig, address: str | None) -> None:
+        self.config, self._address = config, address
+        self.name: str | None = None
+        self.leads = True
+        self._pool: Pool | None = None
+        self._underway: deque[Write] = deque()
+
+    def rehearse(self) -> None:
+        """Raise an error if the address is one where nothing listens."""
+        check_answers(self._address)
+
+    def open(self, hosts: Collection[str] = ()) -> tuple[str, str, str]:
+        """Reach the pool, or make it.
+
+        Args:
+            hosts: The machines of the job; this one by default.
+
+        Returns:
+            The address of the cluster, the name of the pool, and Ray's mode of authentication: for `follow`.
+        """
+        from lightning_resmem.cluster import pool as pools
+
+        config = self.config
+        places = config.num_shards * config.replicas
+        address = pools.reach(self._address, hosts, cpus=places * config.cpus_per_shard)
+        if self._pool is None and self.name is not None:
+            self._pool = pools.Pool.find(self.name, config.namespace, config.request_timeout_s)
+        elif self._pool is None:
+            token = f"{config.name or 'resmem'}-{uuid.uuid4().hex[:8]}"
+            root = config.storage_path or f"{tempfile.gettempdir()}/lightning_resmem"
+            name = config.name or token
+            made = replace(config, name=name, storage_path=f"{root.rstrip('/')}/{token}", detached=bool(config.name))
+            self._pool, self.name = pools.Pool.create(made, config.request_timeout_s), name
+            if not made.detached:
+                # Actors end with this process in any case; what they keep on disk would stay.
+                close = weakref.finalize(self, pools.Pool.close, self._pool)
+                atexit.register(close)  # before Ray's own, which was registered when it was imported
+        assert self.name is not None
+        return address, self.name, os.environ.get("RAY_AUTH_MODE", "disabled")
+
+    def follow(self, address: str, name: str) -> None:
+        """Use the pool of the first rank."""
+        self.leads = False
+        if self.name != name or self._pool is None:
+            self._address, self.name, self._pool = address, name, None
+            self.open()
+
+    def use(self, pool: "Pool") -> None:
+        """Use a pool that was found."""
+        self.name, self._pool = pool.config.name, pool
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this process has reached the pool."""
+        return self._pool is not None
+
+    @property
+    def pool(self) -> "Pool":
+        """The pool, reached if it was not yet.
+
+        Raises:
+            ShardUnavailableError: If this process has left Ray, and the pool ended with that.
+        """
+        if self._pool is not None and not self._pool.is_reachable:
+            if self.config.name is None:
+                raise ShardUnavailableError(
+                    "The shards ended when this process left Ray (ray.shutdown()): save a memory before, or give "
+                    "RayMemory(name=...) to keep its pool. clear() starts with new shards."
+                )
+            self._pool = None  # it lives on without this process
+        if self._pool is None:
+            self.open()
+        assert self._pool is not None
+        return self._pool
+
+    def close(self) -> None:
+        """End the pool, for all processes."""
+        if self.name is not None:
+            self.forget()
+            if self._pool is None or self._pool.is_reachable or self.config.name is not None:
+                self.pool.close()
+            self._pool, self.name = None, None
+
+    # -- changes
+
+    def send(self, operation: str, rows: dict[str, Tensor], extra: dict[str, Tensor] | None = None) -> None:
+        """Send each shard what concerns its rows; `flush` waits until they have it."""
+        for shard, part in enumerate(split(rows["ids"], self.config.num_shards)):
+            if len(part):
+                mine = {name: tensor.cpu()[part].contiguous() for name, tensor in rows.items()}
+                self._write(shard, operation, mine | (extra or {}))
+
+    def send_all(self, operation: str, tensors: dict[str, Tensor]) -> None:
+        """Send every shard the same."""
+        for shard in range(self.config.num_shards):
+            self._write(shard, operation, tensors)
+
+    def flush(self) -> None:
+        """Wait until all changes that this process made are kept by the shards."""
+        while self._underway:
+            self.pool.confirm(self._underway.popleft())
+
+    def forget(self) -> None:
+        """Wait for nothing that is on its way."""
+        self._underway.clear()
+
+    def _write(self, shard: int, operation: str, tensors: dict[str, Tensor]) -> None:
+        self._underway.extend(self.pool.write(shard, operation, safetensors.torch.save(tensors)))
+        while sum(write.size for write in self._underway) > BYTES_UNDERWAY:
+            self.pool.confirm(self._underway.popleft())
+
+    def known(self) -> list[list[int]]:
+        """The last change that each replica of each shard has acknowledged."""
+        return self.pool.known
+
+    def agree(self, known: list[list[int]]) -> None:
+        """Take in what another process knows."""
+        own = self.pool.known
+        for shard, numbers in enumerate(known):
+            own[shard] = [max(pair) for pair in zip(own[shard], numbers, strict=True)]
+
+    # -- questions
+
+    def ask(self, method: str, *arguments: Any, partial: bool = False) -> "Request":
+        """Ask all shards the same; those that do not answer may be left out if `partial`."""
+        return self._request(method, [arguments] * self.config.num_shards, partial)
+
+    def ask_one(self, shard: int, method: str, *arguments: Any) -> Any:
+        """The answer of one shard."""
+        asked = [arguments if other == shard else None for other in range(self.config.num_shards)]
+        return self._request(method, asked).result()[shard]
+
+    def ask_owners(self, method: str, ids: Tensor) -> list[tuple[Tensor, Any]]:
+        """Of each shard that owns some of the ids `(n,)`: their positions, and its answer."""
+        parts = split(ids, self.config.num_shards)
+        wanted = [(ids[part].numpy(),) if len(part) else None for part in parts]
+        answers = self._request(method, wanted).result()
+        return [(part, answer) for part, answer in zip(parts, answers, strict=True) if len(part)]
+
+    def has(self, ids: Tensor) -> Tensor:
+        """Which of the ids `(n,)` are in the memory."""
+        found = torch.zeros(len(ids), dtype=torch.bool)
+        for positions, has in self.ask_owners("has", ids):
+            found[positions] = torch.from_numpy(has.copy())
+        return found
+
+    def rows(self, shard: int, start: int, stop: int, names: Sequence[str] = ()) -> dict[str, Tensor]:
+        """Rows of a shard as it stores them, in the order of their ids."""
+        loaded: dict[str, Tensor] = safetensors.torch.load(self.ask_one(shard, "stored", start, stop, names))
+        return loaded
+
+    def _request(self, method: str, arguments: Sequence[Sequence[Any] | None], partial: bool = False) -> "Request":
+        from lightning_resmem.cluster.requests import Request
+
+        return Request(self.pool, method, arguments, partial)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy asks the same shards, which end with the process that made them.
+        self.flush()
+        return {**self.__dict__, "_pool": None}

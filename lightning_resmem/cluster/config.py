@@ -1,0 +1,124 @@
+"""What a pool of shards is made with, checked. Knows nothing of Ray."""
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Literal
+
+import fsspec
+import torch
+
+from lightning_resmem.errors import InputError, first_line
+from lightning_resmem.memory.search.faiss_index import FaissIndex
+from lightning_resmem.memory.values.dense import DenseConfig
+from lightning_resmem.memory.values.sparse import SparseConfig
+from lightning_resmem.tasks import Task
+
+# How long a cluster may take to accept a connection.
+_CONNECT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """The arguments of `RayMemory` of the same names. Ray keeps it to start actors again, so it is small.
+
+    Raises:
+        InputError: If one is not what it should be.
+    """
+
+    num_shards: int
+    task: Task
+    index: str | FaissIndex
+    values: Literal["auto", "dense", "sparse"] | DenseConfig | SparseConfig
+    key_dtype: torch.dtype
+    namespace: str
+    name: str | None
+    cpus_per_shard: float
+    gpus_per_shard: float
+    placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"]
+    storage_path: str | None
+    request_timeout_s: float
+    replicas: int
+    on_shard_loss: Literal["raise", "partial"]
+    detached: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_shards", "replicas"):
+            count = getattr(self, name)
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise InputError(f"{name}={count!r}: give a whole number of at least 1.")
+        for name in ("cpus_per_shard", "gpus_per_shard", "request_timeout_s"):
+            amount = getattr(self, name)
+            if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 <= amount < float("inf"):
+                raise InputError(f"{name}={amount!r}: give a number of at least 0.")
+        if not self.cpus_per_shard and not self.gpus_per_shard:
+            raise InputError("cpus_per_shard=0 and gpus_per_shard=0: a shard needs one or the other.")
+        if self.gpus_per_shard > 1 and self.gpus_per_shard % 1:
+            raise InputError(f"gpus_per_shard={self.gpus_per_shard}: Ray gives a part of one GPU, or whole ones.")
+        if not self.request_timeout_s:
+            raise InputError("request_timeout_s=0: give the seconds after which a request is given up, e.g. 60.")
+        if self.placement not in ("PACK", "SPREAD", "STRICT_SPREAD"):
+            raise InputError(f'placement={self.placement!r}: give "SPREAD", "STRICT_SPREAD" or "PACK".')
+        if self.on_shard_loss not in ("raise", "partial"):
+            raise InputError(f'on_shard_loss={self.on_shard_loss!r}: give "raise" or "partial".')
+        for name in ("namespace", "name", "storage_path"):
+            text = getattr(self, name)
+            if text is not None and (not isinstance(text, str) or not text):
+                raise InputError(f"{name}={text!r}: give a string that is not empty.")
+
+
+def absolute(storage_path: str | os.PathLike[str] | None) -> str | None:
+    """A path or URL as processes with other working directories understand it."""
+    if storage_path is None:
+        return None
+    if not isinstance(storage_path, str | os.PathLike) or not os.fspath(storage_path):
+        raise InputError(f"storage_path={storage_path!r}: give a path or a URL such as s3://bucket/directory.")
+    text = os.fspath(storage_path)
+    for part in text.split("::"):
+        if "://" in part:
+            try:
+                fsspec.get_filesystem_class(part.partition("://")[0])
+            except (ImportError, ValueError) as error:  # a package that is not installed, or no such storage
+                raise InputError(f"storage_path={text!r} cannot be used: {error}.") from error
+    return text if "://" in text or "::" in text else os.path.abspath(os.path.expanduser(text))
+
+
+def check_address(address: str | None) -> None:
+    """Refuse what is no address of a cluster, or one that cannot be used."""
+    if address is not None and (not isinstance(address, str) or not address):
+        raise InputError(f"address={address!r}: give HOST:PORT of a Ray cluster, or None.")
+    if address is not None and address.startswith("ray://"):
+        raise InputError(
+            f"address={address!r} is one of Ray Client, which cannot share actors with other processes: run the script "
+            "on a node of the cluster (`ray job submit`), with its address HOST:6379 or none."
+        )
+
+
+def check_answers(address: str | None) -> None:
+    """Raise an error if it is a `HOST:PORT` where nothing listens."""
+    if address is None or "://" in address or ":" not in address:  # "auto", say
+        return
+    try:
+        knock(address)
+    except (OSError, OverflowError, ValueError) as error:  # no answer, or a port that there cannot be
+        raise no_cluster(address, error) from error
+
+
+def knock(address: str) -> None:
+    """Raise an OSError if nothing listens at `HOST:PORT`: Ray would try to join it for more than a minute."""
+    host, port = host_and_port(address)
+    socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+
+
+def no_cluster(address: str, error: Exception) -> InputError:
+    """The error for an address where no cluster can be joined."""
+    return InputError(
+        f"address={address!r}: no Ray cluster can be joined there ({first_line(error)}). Start one with `ray start "
+        "--head --port=6379`, and export RAY_AUTH_MODE=token before Python starts if it wants tokens."
+    )
+
+
+def host_and_port(address: str) -> tuple[str, str]:
+    """The two parts of an address."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), port

@@ -1,0 +1,146 @@
+"""What a shard keeps on disk: its rows as they were last built, and every change since. On any storage fsspec knows."""
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from lightning_resmem.errors import StorageError
+from lightning_resmem.memory.storage import disk
+
+_ENTRY = re.compile(r"(\d{10})-([a-z_]+)-([0-9a-z.]+)\.safetensors")
+_BASE = re.compile(r"base-(\d{10})")
+_STARTED = re.compile(r"started-\d+")
+
+
+class Entry(NamedTuple):
+    """A change: its number, what to do, the name that tells a repeated request from a new one, and its data."""
+
+    number: int
+    operation: str
+    key: str
+    data: bytes
+
+
+class Journal:
+    """A directory `base-NUMBER/` with rows as a saved memory, and a file for every change after that number.
+
+    Files and bases appear under their names when they are complete, so whatever a process that is killed leaves behind
+    is either there in whole or ignored.
+
+    Args:
+        url: A path, or a URL such as `s3://bucket/directory`.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._fs, self._root = fsspec.core.url_to_fs(url)
+
+    def start(self) -> int:
+        """Make the directory, and count how often that was done before."""
+        with self._failing("made"):
+            self._fs.makedirs(self._root, exist_ok=True)
+            starts = sum(bool(_STARTED.fullmatch(name)) for name in self._names())
+            self._fs.pipe_file(f"{self._root}/started-{starts}", b"")
+            return starts
+
+    def write(self, entry: Entry) -> None:
+        """Keep a change; one named `clear` is all that is kept."""
+        name = f"{entry.number:010d}-{entry.operation}-{entry.key}.safetensors"
+        with self._failing("written to"):
+            self._check_there()
+            self._fs.pipe_file(f"{self._root}/{name}.partial", entry.data)
+            self._fs.mv(f"{self._root}/{name}.partial", f"{self._root}/{name}")
+            if entry.operation == "clear":
+                self._drop(lambda number, is_base: number < entry.number)
+
+    def base(self) -> int:
+        """The number of the newest base, 0 if there is none."""
+        return max(self._bases(), default=0)
+
+    def entries(self) -> Iterator[Entry]:
+        """The changes since the newest base, in their order."""
+        base = self.base()
+        with self._failing("read"):
+            for name in sorted(self._names()):
+                found = _ENTRY.fullmatch(name)
+                if found is not None and int(found[1]) > base:
+                    yield Entry(int(found[1]), found[2], found[3], self._fs.cat_file(f"{self._root}/{name}"))
+
+    @contextmanager
+    def reading_base(self) -> Iterator[Path]:
+        """A local directory with the newest base."""
+        name = f"{self._root}/base-{self.base():010d}"
+        if isinstance(self._fs, LocalFileSystem):
+            yield Path(name)
+            return
+        with tempfile.TemporaryDirectory(prefix="resmem-") as directory:
+            with self._failing("read"):
+                self._fs.get(name, f"{directory}/base", recursive=True)
+            yield Path(directory) / "base"
+
+    def write_base(self, number: int, save: Callable[[Path], object]) -> None:
+        """Keep all rows as they are after change `number`, and drop what was kept of them before.
+
+        Args:
+            number: Of the last change that they contain.
+            save: Saves them to a directory.
+        """
+        name = f"{self._root}/base-{number:010d}"
+        with self._failing("written to"):
+            self._check_there()
+            if isinstance(self._fs, LocalFileSystem):
+                save(Path(name))
+            else:
+                with tempfile.TemporaryDirectory(prefix="resmem-") as directory:
+                    save(Path(directory) / "base")
+                    files = (Path(directory) / "base").iterdir()
+                    for file in sorted(files, key=lambda file: file.name == disk.MANIFEST):
+                        self._fs.put_file(str(file), f"{name}/{file.name}")  # the manifest last: it makes a base
+            self._drop(lambda other, is_base: other < number or (other == number and not is_base))
+
+    def remove(self) -> None:
+        """Delete everything, and the directory around it if nothing else is left in there."""
+        with self._failing("removed"):
+            if self._fs.exists(self._root):
+                self._fs.rm(self._root, recursive=True)
+        with suppress(OSError, NotImplementedError):
+            self._fs.rmdir(self._root.rpartition("/")[0])
+
+    def _check_there(self) -> None:
+        if not self._fs.exists(self._root):  # some file systems would make it again, without what was in it
+            raise FileNotFoundError("it has vanished")
+
+    def _drop(self, is_old: Callable[[int, bool], bool]) -> None:
+        for name in self._names():
+            found = _ENTRY.fullmatch(name) or _BASE.fullmatch(name)
+            if ".partial" in name or (found is not None and is_old(int(found[1]), found.re is _BASE)):
+                self._fs.rm(f"{self._root}/{name}", recursive=True)
+
+    def _bases(self) -> list[int]:
+        found = (_BASE.fullmatch(name) for name in self._names())
+        numbers = [int(base[1]) for base in found if base is not None]
+        return [n for n in numbers if self._fs.exists(f"{self._root}/base-{n:010d}/{disk.MANIFEST}")]
+
+    def _names(self) -> list[str]:
+        if not self._fs.exists(self._root):
+            return []
+        self._fs.invalidate_cache(self._root)
+        return [str(path).rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(self._root, detail=False)]
+
+    @contextmanager
+    def _failing(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except StorageError:
+            raise
+        except Exception as error:  # every file system has errors of its own
+            raise StorageError(
+                f"storage_path {self.url} cannot be {doing} ({type(error).__name__}: {error}). Check the free space "
+                "and the permissions there, or give a RayMemory another storage_path."
+            ) from error

@@ -1,0 +1,221 @@
+"""The memory pass: every row of a loader once, through the trained model, into whoever wants it."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.core.hooks import DataHooks
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from lightning_resmem.collection.loaders import Part
+from lightning_resmem.collection.ranks import Ranks
+from lightning_resmem.errors import InputError
+from lightning_resmem.model.batches import TRANSFER_HOOKS, BatchReader
+from lightning_resmem.model.head import HeadTap, check_returned
+from lightning_resmem.model.modes import evaluation_mode
+from lightning_resmem.progress import progress_bar
+
+# Rows wait until there are so many bytes of them, so that a memory's checks are not paid for every batch.
+_CHUNK_BYTES = 4 * 2**20
+# A pass is timed over its first batches; one of more than so many seconds is announced.
+_TIMED_BATCHES = 5
+_LONG_SECONDS = 20.0
+
+
+class Chunk(NamedTuple):
+    """Some rows of a pass: embeddings `(n, D)`, outputs `(n, C)`, targets and ids `(n,)`."""
+
+    embeddings: Tensor
+    outputs: Tensor
+    targets: Tensor
+    ids: Tensor
+
+
+class _Waiting:
+    """Joins small chunks into larger ones."""
+
+    def __init__(self, consume: Callable[[Chunk], None]) -> None:
+        self._consume = consume
+        self._chunks: list[Chunk] = []
+        self._bytes = 0
+
+    def add(self, chunk: Chunk) -> None:
+        if self._chunks and any(
+            new.shape[1:] != old.shape[1:] for new, old in zip(chunk, self._chunks[0], strict=True)
+        ):
+            self.flush()  # the memory says what is wrong with other shapes
+        self._chunks.append(chunk)
+        self._bytes += chunk.embeddings.nbytes + chunk.outputs.nbytes
+        if self._bytes >= _CHUNK_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._chunks:
+            self._consume(Chunk(*(torch.cat(column) for column in zip(*self._chunks, strict=True))))
+            self._chunks.clear()
+            self._bytes = 0
+
+
+class Pass:
+    """Reads rows through a model under a trainer: evaluation mode, no gradients, the trainer's precision and transfers.
+
+    Args:
+        trainer: With its strategy set up (inside `fit`, or another of its entry points).
+        model: On its device.
+        reader: Reads batches.
+        head: Name of the head, found when it is None.
+        embedding: Name of the module whose output is the key; the head's input when it is None.
+        show_progress: Whether rank zero shows progress bars.
+    """
+
+    def __init__(
+        self,
+        trainer: L.Trainer,
+        model: L.LightningModule,
+        reader: BatchReader,
+        head: str | None = None,
+        embedding: str | None = None,
+        show_progress: bool = False,
+    ) -> None:
+        self._trainer, self._model, self._reader = trainer, model, reader
+        self._head, self._embedding = head, embedding
+        self.ranks = Ranks(trainer)
+        self.num_local_processes = trainer.num_devices
+        self._transfers = _transfers(trainer)
+        self.show_progress = show_progress and self.ranks.rank == 0
+        # Holds the tap's hooks, from the first batch to the end of a pass.
+        self._capturing = ExitStack()
+        self._tapped = False
+        self.tap: HeadTap | None = None if head is None else HeadTap(model, head, embedding)
+
+    def rehearse(self, parts: Sequence[Part]) -> Chunk | None:
+        """Read one small batch, so that what is wrong shows before hours of training; randomness is left as it was.
+
+        Returns:
+            The rows, or None if reading them would use them up.
+        """
+        for part in parts:
+            if part.sample is not None:
+                with self._evaluating(), self._capturing:
+                    return self._read(next(iter(part.sample)), part, 0, 0)
+        return None
+
+    def run(self, parts: Sequence[Part], consume: Callable[[Chunk], None], doing: str) -> int:
+        """Read all rows of this rank and hand them on, a few batches at a time.
+
+        Args:
+            parts: From `loaders.plan`.
+            consume: Takes each chunk of some MiB.
+            doing: For the progress bar and for errors: "collecting training rows".
+
+        Returns:
+            Number of rows read by this rank.
+        """
+        rows, started = 0, time.monotonic()
+        num_batches = sum(part.num_batches or 0 for part in parts)
+        total = num_batches if all(part.num_batches is not None for part in parts) else None
+        waiting = _Waiting(consume)
+        with (
+            self.ranks.together(doing) as check,
+            self._evaluating(),
+            self._capturing,
+            progress_bar(self.show_progress, doing, total) as advance,
+        ):
+            for part in parts:
+                read = 0
+                for index, batch in enumerate(part.batches):
+                    check()
+                    chunk = self._read(batch, part, index, read)
+                    waiting.add(chunk)
+                    read += len(chunk.ids)
+                    advance()
+                    if index == _TIMED_BATCHES and part is parts[0]:
+                        seconds = (time.monotonic() - started) / (index + 1) * num_batches
+                        if seconds > _LONG_SECONDS:
+                            rank_zero_info(f"ResMem: {doing} will take about {seconds:.0f} s.")
+                if part.num_rows is not None and read != part.num_rows:
+                    raise InputError(
+                        f"A loader yielded {read} rows for {part.num_rows} positions, so ids would be wrong: its "
+                        "collate_fn (or batch_size) drops rows. Give memory_dataloader= with one row for each position."
+                    )
+                rows += read
+            waiting.flush()
+        return rows
+
+    def _read(self, batch: object, part: Part, index: int, first_row: int) -> Chunk:
+        trainer, model = self._trainer, self._model
+        # The same steps, in the same order, as in the trainer's own evaluation loop.
+        batch = trainer.precision_plugin.convert_input(batch)
+        if self._transfers:
+            batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        with trainer.precision_plugin.forward_context():
+            if self.tap is None:
+                self.tap = HeadTap.find(
+                    model,
+                    lambda: self._reader.run(model, batch),
+                    self._embedding,
+                    returns_outputs=self._reader.returns_outputs(model),
+                )
+            if not self._tapped:
+                self._capturing.enter_context(self.tap.capture())
+                self._capturing.callback(setattr, self, "_tapped", False)
+                self._tapped = True
+            self.tap.clear()
+            returned = self._reader.run(model, batch)
+            captured = self.tap.take()
+        if self._head is not None and index == 0 and self._reader.returns_outputs(model):
+            check_returned(model, self._head, captured, returned)
+        targets = self._reader.targets(batch)
+        count = len(captured.embedding)
+        if not targets.ndim or len(targets) != count:
+            raise InputError(
+                f"A batch has {count} embeddings and targets of shape {tuple(targets.shape)}: the number of rows must "
+                "be the same. Give a targets_fn that returns one target for each row."
+            )
+        ids = self._reader.ids(batch)
+        # Autocast leaves bfloat16 or float16 here, which distances and softmax are not computed in.
+        return Chunk(
+            _at_least_float32(captured.embedding),
+            _at_least_float32(captured.output),
+            targets.detach(),
+            part.ids(index, first_row, count) if ids is None else ids,
+        )
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        model, state = self._model, self._trainer.state
+        stage = state.stage
+        # Loaders and augmentations draw random numbers; training goes on as if nobody had. Rows outlive this pass, and
+        # tensors made in inference mode could never be changed again.
+        with (
+            isolate_rng(include_cuda=False),  # all GPUs would be touched, those of other ranks, too
+            torch.random.fork_rng([model.device] if model.device.type == "cuda" else []),
+            torch.inference_mode(False),
+            evaluation_mode(model),
+            self._reader.quiet(model),
+        ):
+            # Transfer hooks of users ask `self.trainer.training` whether to augment.
+            state.stage = RunningStage.PREDICTING
+            try:
+                yield
+            finally:
+                state.stage = stage
+
+
+def _transfers(trainer: L.Trainer) -> bool:
+    """Whether a transfer changes anything: finding out for every batch costs as much as a small model's forward."""
+    owners = [owner for owner in (trainer.lightning_module, trainer.datamodule) if owner is not None]  # type: ignore[attr-defined]
+    hooked = any(is_overridden(hook, owner, DataHooks) for hook in TRANSFER_HOOKS for owner in owners)
+    return hooked or trainer.strategy.root_device.type != "cpu"
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

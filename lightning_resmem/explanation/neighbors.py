@@ -1,0 +1,232 @@
+"""Why a prediction changed: the neighbours behind it, and what each of them added."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Group
+from rich.table import Table
+from torch import Tensor
+
+from lightning_resmem.errors import InputError
+from lightning_resmem.explanation.class_names import class_name
+from lightning_resmem.functional import neighbor_weights
+from lightning_resmem.memory.answers import Neighbors, Predictions
+from lightning_resmem.memory.checks import as_tensor
+from lightning_resmem.memory.contributions import fetch_neighbors, per_neighbor, row_residuals
+from lightning_resmem.memory.interface import ResidualMemory, check_memory
+from lightning_resmem.params import checked_k
+from lightning_resmem.tasks import Multiclass, Task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found, on the CPU: `B` queries, `n` neighbours each (nearest first), `C` outputs.
+
+    `predictions.base + contributions.sum(1) + rest` is `predictions.resmem`. Print it with rich, or take `rows`.
+
+    Attributes:
+        task: What a prediction is.
+        predictions: Base, knn and combined, each `(B, C)`.
+        neighbors: Distances and ids, `(B, n)`; id -1 where there is no neighbour.
+        weights: `(B, n)`. Together with those of the neighbours not listed they sum to 1.
+        labels: Targets of the neighbours: classes `(B, n)` for `Multiclass` (-1 where there is no neighbour), otherwise
+            `(B, n, C)` (NaN there).
+        contributions: What each neighbour adds to the base prediction, `strength * w_i * r_i`, shape `(B, n, C)`.
+        rest: What all other neighbours add, shape `(B, C)`.
+        targets: Of the queries, where they are known, as the task stores them.
+        images: Of the queries, `(B, H, W)` or `(B, channels, H, W)`, where the batch held any.
+    """
+
+    task: Task
+    predictions: Predictions
+    neighbors: Neighbors
+    weights: Tensor
+    labels: Tensor
+    contributions: Tensor
+    rest: Tensor
+    targets: Tensor | None = None
+    images: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    @property
+    def watched(self) -> dict[str, Tensor]:
+        """The outputs that `rows` speak of, by name, each `(B,)`.
+
+        `base` and `resmem`, the classes that they predict, for `Multiclass`; otherwise `output`, the one that changed
+        most.
+        """
+        base, _, resmem = self.predictions
+        if isinstance(self.task, Multiclass):
+            return {"base": base.argmax(dim=1), "resmem": resmem.argmax(dim=1)}
+        return {"output": (resmem - base).abs().argmax(dim=1)}
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """A dict for each neighbour of each query, and one with `id` None for all neighbours that are not listed.
+
+        For `Multiclass`: `query`, the classes `target` (None if unknown), `base` and `resmem`, then `id`, `distance`,
+        `weight` and `label` of the neighbour, and `change_base` and `change_resmem`, what it adds to the probabilities
+        of these two classes. Otherwise: `query`, `output`, the values `target`, `base` and `resmem` of this output,
+        `id`, `distance`, `weight`, `label` and `change`.
+        """
+        return [row for query in range(len(self)) for row in self.rows_of(query)]
+
+    def rows_of(self, query: int) -> list[dict[str, Any]]:
+        """The `rows` of one query."""
+        about, rows = self._about(query), []
+        for place in (self.neighbors.ids[query] >= 0).nonzero()[:, 0].tolist():
+            neighbor = {
+                "id": int(self.neighbors.ids[query, place]),
+                "distance": float(self.neighbors.distances[query, place]),
+                "weight": float(self.weights[query, place]),
+                "label": self._label(self.labels[query, place], query),
+            }
+            rows.append({**about, **neighbor, **self._changes(self.contributions[query, place], query)})
+        others = {"id": None, "distance": None, "weight": float(1 - self.weights[query].sum()), "label": None}
+        return [*rows, {**about, **others, **self._changes(self.rest[query], query)}]
+
+    def tables(self, class_names: Sequence[str] | None = None) -> list[Table]:
+        """A rich table for each query.
+
+        Args:
+            class_names: Shown in the place of numbers.
+        """
+        headings = {"change_base": "to base class", "change_resmem": "to resmem class", "change": "change"}
+        tables = []
+        for query in range(len(self)):
+            rows = self.rows_of(query)
+            changes = [name for name in headings if name in rows[0]]
+            table = Table(title=self.title(query, class_names), title_justify="left")
+            for column in ("id", "label", "distance", "weight", *(headings[name] for name in changes)):
+                table.add_column(column, justify="left" if column in ("id", "label") else "right")
+            for row in rows:
+                about = ["others", "", ""]
+                if row["id"] is not None:
+                    about = [str(row["id"]), class_name(row["label"], class_names), f"{row['distance']:.4g}"]
+                table.add_row(*about, f"{row['weight']:.3f}", *(f"{row[name]:+.4f}" for name in changes))
+            table.add_section()
+            table.add_row("sum", "", "", "", *(f"{sum(row[name] for row in rows):+.4f}" for name in changes))
+            tables.append(table)
+        return tables
+
+    def __rich__(self) -> Group:
+        return Group(*self.tables())
+
+    def title(self, query: int, class_names: Sequence[str] | None = None) -> str:
+        """What happened to a query, in one line."""
+        about, watched = self._about(query), {name: int(output[query]) for name, output in self.watched.items()}
+        base, _, resmem = (prediction[query] for prediction in self.predictions)
+        named = {name: class_name(about[name], class_names) for name in ("target", "base", "resmem")}
+        if isinstance(self.task, Multiclass):
+            named["base"] += f" ({float(base[watched['base']]):.2f})"
+            named["resmem"] += f" ({float(resmem[watched['resmem']]):.2f})"
+        output = f", output {watched['output']}" if "output" in watched else ""
+        target = "" if about["target"] is None else f", target {named['target']}"
+        return f"query {query}{output}: base {named['base']} → resmem {named['resmem']}{target}"
+
+    def figure(
+        self,
+        images: Tensor | None = None,
+        dataset: Any = None,
+        class_names: Sequence[str] | None = None,
+        max_queries: int = 8,
+    ) -> "Figure":
+        """A picture grid: each query and its neighbours.
+
+        Args:
+            images: Of the queries, `(B, H, W)` or `(B, channels, H, W)`; by default those of the batch.
+            dataset: The training dataset: `dataset[id]` is a row with the neighbour's image. Without it neighbours are
+                told by id and label only.
+            class_names: Shown in the place of numbers.
+            max_queries: The first so many queries are shown.
+
+        Raises:
+            InputError: If there are no images, or matplotlib is not installed.
+        """
+        try:
+            from lightning_resmem.explanation.gallery import gallery
+        except ModuleNotFoundError as error:
+            raise InputError('figure() needs matplotlib: pip install "lightning-resmem[plots]".') from error
+        images = self.images if images is None else torch.as_tensor(images)
+        if images is None or images.ndim not in (3, 4) or len(images) != len(self):
+            found = "no images in the batch" if images is None else f"images of shape {tuple(images.shape)}"
+            raise InputError(
+                f"There are {found}: give figure(images=...) of shape ({len(self)}, H, W) or "
+                f"({len(self)}, channels, H, W)."
+            )
+        queries = range(min(checked_k(max_queries, "max_queries"), len(self)))
+        titles = [self.title(query, class_names).partition(": ")[2] for query in queries]
+        neighbors = [self.rows_of(query)[:-1] for query in queries]  # the last is all others
+        return gallery(titles, images, neighbors, int(self.weights.shape[1]), dataset, class_names)
+
+    def _about(self, query: int) -> dict[str, Any]:
+        watched = {name: int(output[query]) for name, output in self.watched.items()}
+        target = None if self.targets is None else self._label(self.targets[query], query)
+        if isinstance(self.task, Multiclass):
+            return {"query": query, "target": target, **watched}
+        base, _, resmem = (float(prediction[query, watched["output"]]) for prediction in self.predictions)
+        return {"query": query, **watched, "target": target, "base": base, "resmem": resmem}
+
+    def _label(self, label: Tensor, query: int) -> int | float:
+        """A target as `rows` show it: the class, or the value of the watched output."""
+        return int(label) if label.ndim == 0 else float(label[self.watched["output"][query]])
+
+    def _changes(self, contribution: Tensor, query: int) -> dict[str, float]:
+        changes = {name: float(contribution[output[query]]) for name, output in self.watched.items()}
+        return {"change" if name == "output" else f"change_{name}": change for name, change in changes.items()}
+
+
+def explain(
+    memory: ResidualMemory, embeddings: Tensor, outputs: Tensor, top: int = 5, targets: Tensor | None = None
+) -> Explanation:
+    """The neighbours behind predictions, and what each of them added.
+
+    Args:
+        memory: Filled.
+        embeddings: Of the queries, shape `(B, D)`.
+        outputs: What the head returned for them, shape `(B, C)`.
+        top: How many neighbours are listed one by one; what the others (up to `k`) add is summed up.
+        targets: Of the queries, if they are known.
+
+    Raises:
+        InputError: If shapes or dtypes do not fit, or `top` is below 1.
+
+    Example:
+        >>> from lightning_resmem import LocalMemory, ResMemParams
+        >>> memory = LocalMemory(params=ResMemParams(k=2))
+        >>> memory.add(torch.eye(2), outputs=torch.zeros(2, 2), targets=torch.tensor([0, 1]))
+        >>> found = explain(memory, torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]), top=1)
+        >>> found.title(0)
+        'query 0: base 0 (0.73) → resmem 1 (0.57)'
+        >>> found.rows[0]["id"], found.rows[0]["label"], round(found.rows[0]["change_resmem"], 3)
+        (1, 1, 0.402)
+    """
+    check_memory(memory)
+    top = checked_k(top, "top")
+    embeddings = as_tensor("embeddings", embeddings)
+    found, neighbors = memory.predictions_and_neighbors(embeddings, outputs)
+    predictions = Predictions(*(part.cpu() for part in found))
+    params, num_outputs = memory.params, predictions.base.shape[1]
+    if targets is not None:
+        targets = memory.task.check_targets(as_tensor("targets", targets), num_outputs).cpu()
+        if len(targets) != len(embeddings):
+            raise InputError(f"targets has {len(targets)} rows, embeddings has {len(embeddings)}: give one a query.")
+    weights = neighbor_weights(neighbors.distances, params.sigma)[:, :top].cpu()
+    neighbors = Neighbors(neighbors.distances[:, :top].cpu(), neighbors.ids[:, :top].cpu())
+    values, positions = fetch_neighbors(memory, neighbors.ids)
+    residuals = row_residuals(values, positions, params.softmax_temperature).cpu()
+    strength = params.strengths(memory.task, predictions.base, neighbors.distances[:, 0])
+    contributions = per_neighbor(strength) * weights[..., None] * residuals
+    labels = values.targets.cpu()[positions.clamp_min(0).cpu()]
+    labels[neighbors.ids < 0] = -1 if labels.ndim == 2 else torch.nan
+    change = predictions.resmem - predictions.base
+    return Explanation(
+        memory.task, predictions, neighbors, weights, labels, contributions, change - contributions.sum(1), targets
+    )

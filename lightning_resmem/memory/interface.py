@@ -1,0 +1,377 @@
+"""The one interface of all memories."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_resmem.errors import EmptyMemoryError, InputError, check_type
+from lightning_resmem.functional import combine
+from lightning_resmem.memory.answers import Neighbors, Predictions
+from lightning_resmem.memory.checks import as_compared, as_tensor, check_batched
+from lightning_resmem.memory.values.dense import Values
+from lightning_resmem.params import ResMemParams, checked_k
+from lightning_resmem.tasks import Multiclass, Task, check_finite
+
+# Bytes of a search result (12 a place) beyond which places that no row can fill are refused.
+_PADDED_BYTES = 2**32
+# Rows on which the distance scale of a memory is measured when no params were given.
+_SCALE_ROWS = 512
+
+
+class ResidualMemory(nn.Module, ABC):
+    """Keys, values and ids of the training rows, and the sum of residuals around a query.
+
+    Where a method takes a tensor, a NumPy array or nested lists of numbers work as well.
+
+    Args:
+        task: What a residual is; `Multiclass()` by default.
+        params: How the memory is read. By default they are measured when they are first needed (`k=50`, `sigma` the
+            median neighbour distance over the training rows), and a callback may tune them.
+
+    Attributes:
+        provenance: Where the rows come from, plain strings that are saved with the memory: the `fingerprint` of the
+            base's weights, and the names of `head` and `embedding`.
+        tunable: Whether the params were left to be measured or tuned.
+        show_progress: Whether a long `build` may show a bar.
+    """
+
+    def __init__(self, task: Task | None = None, params: ResMemParams | None = None) -> None:
+        super().__init__()
+        if task is not None and not isinstance(task, Task):
+            raise InputError(f"task={task!r} is not a Task: give Multiclass(), Multilabel() or Regression().")
+        self.task: Task = task or Multiclass()
+        self.provenance: dict[str, str] = {}
+        self.tunable = params is None
+        self.show_progress = False
+        self._params: ResMemParams | None = None
+        if params is not None:
+            self.params = params
+
+    # -- what every memory implements
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of rows, those not yet built included."""
+
+    @property
+    @abstractmethod
+    def ids(self) -> Tensor:
+        """Ids of all rows, ascending, shape `(N,)`, int64."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the rows are."""
+
+    @abstractmethod
+    def add(self, embeddings: Tensor, outputs: Tensor, targets: Tensor, ids: Tensor | None = None) -> None:
+        """Append a chunk of rows.
+
+        Args:
+            embeddings: Keys, shape `(N, D)`.
+            outputs: What the head returned for them, shape `(N, C)`.
+            targets: As the task wants them, e.g. class labels `(N,)`.
+            ids: Unique, at least 0, int64, shape `(N,)`; by default the numbers after the largest id so far.
+
+        Raises:
+            InputError: If shapes or dtypes do not fit, a value is NaN or infinite, a target out of range, or an id
+                is repeated.
+        """
+
+    @abstractmethod
+    def build(self) -> None:
+        """Finish the memory after rows were added; calling it again does nothing.
+
+        Raises:
+            EmptyMemoryError: If no rows were added.
+            InputError: If an id is repeated.
+        """
+
+    @abstractmethod
+    def search(self, queries: Tensor, k: int) -> Neighbors:
+        """The nearest rows.
+
+        Args:
+            queries: Shape `(B, D)`, on any device.
+            k: At least 1; beyond the number of rows, missing places have id -1 and distance inf.
+
+        Returns:
+            Neighbours on the device of the queries.
+        """
+
+    @abstractmethod
+    def sums(self, neighbors: Neighbors) -> tuple[Tensor, Tensor]:
+        """Weighted sums over found neighbours, for the current params.
+
+        Args:
+            neighbors: From `search`.
+
+        Returns:
+            The residual sum `(B, C)` and the label average `(B, C)`, on the device of the neighbours.
+        """
+
+    @abstractmethod
+    def fetch(self, ids: Tensor) -> Values:
+        """Stored rows.
+
+        Args:
+            ids: Shape `(n,)`, int64.
+
+        Raises:
+            InputError: If an id is not in the memory.
+        """
+
+    @abstractmethod
+    def remove(self, ids: Tensor) -> None:
+        """Drop rows; results are at once those of a memory that never had them.
+
+        Args:
+            ids: Shape `(n,)`, int64.
+
+        Raises:
+            InputError: If an id is not in the memory.
+        """
+
+    @abstractmethod
+    def update(
+        self,
+        ids: Tensor,
+        embeddings: Tensor | None = None,
+        outputs: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> None:
+        """Replace parts of rows, e.g. corrected labels; what is not given stays.
+
+        Args:
+            ids: Shape `(n,)`, int64, each once.
+            embeddings: Shape `(n, D)`.
+            outputs: Shape `(n, C)`.
+            targets: As for `add`.
+
+        Raises:
+            InputError: If an id is not in the memory, or as for `add`.
+        """
+
+    @abstractmethod
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Save to a directory (atomically) and return its absolute path."""
+
+    @abstractmethod
+    def stats(self) -> dict[str, Any]:
+        """Numbers about the memory: rows, bytes, width, ..."""
+
+    @abstractmethod
+    def _query_rows(self, ids: Tensor) -> Tensor:
+        """The stored embeddings of rows, shape `(n, D)`."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget all rows, their provenance and measured params; the configuration stays."""
+
+    def rehearse(self, rows: int | None, width: int) -> None:
+        """Find out what `build` would refuse, before there are any rows.
+
+        Args:
+            rows: `N`, None if it is not known yet.
+            width: `D`.
+
+        Raises:
+            InputError: If no index can be built of such rows.
+        """
+
+    def reserve(self, rows: int) -> None:
+        """Expect `rows` more rows, so that memory is allocated once."""
+
+    @abstractmethod
+    def estimate_bytes(self, rows: int, width: int, num_outputs: int) -> dict[str, int]:
+        """What a memory of so many rows will take in this process.
+
+        Args:
+            rows: `N`.
+            width: `D`.
+            num_outputs: `C`.
+
+        Returns:
+            Bytes by part: `keys`, `values` and `index`.
+        """
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers to log about the state of the memory, by their names; a memory in this process has none."""
+        return {}
+
+    def join(self, group: dist.ProcessGroup) -> None:
+        """Prepare for rows of all ranks of `group`; called on each before it adds any.
+
+        A memory in this process has nothing to do.
+
+        Args:
+            group: A process group on the CPU.
+        """
+
+    def publish(self) -> None:
+        """Tell other processes that share the memory its params and provenance; called when they are final."""
+
+    def gather(self, group: dist.ProcessGroup) -> None:
+        """Have every rank of `group` answer from the rows that all of them added.
+
+        A memory in this process exchanges them; one that the ranks share waits until all have arrived, and builds.
+
+        Args:
+            group: A process group on the CPU.
+        """
+
+    # -- what follows from it
+
+    @property
+    def params(self) -> ResMemParams:
+        """How the memory is read; assign new ones at any time. Residuals follow, no second memory pass is needed."""
+        if self._params is None:  # nobody gave or tuned any
+            if not len(self):
+                raise EmptyMemoryError("The memory has neither params nor rows to measure them on: add rows first.")
+            self._params = ResMemParams(sigma=self.distance_scale())
+        return self._params
+
+    @params.setter
+    def params(self, params: ResMemParams) -> None:
+        if not isinstance(params, ResMemParams):
+            raise InputError(f"params={params!r} is not a ResMemParams: give ResMemParams(k=..., sigma=...).")
+        self._params = params
+
+    @property
+    def num_outputs(self) -> int:
+        """`C`, the number of outputs of the head that filled the memory."""
+        nobody = Neighbors(torch.zeros(0, 1), torch.zeros(0, 1, dtype=torch.int64))
+        return self.sums(nobody)[0].shape[1]
+
+    def forward(self, queries: Tensor) -> Tensor:
+        """The weighted residual sum for the current params.
+
+        Args:
+            queries: Shape `(B, D)`.
+
+        Returns:
+            Shape `(B, C)`, not yet multiplied by `strength`.
+        """
+        return self.sums(self._nearest(queries))[0]
+
+    def knn(self, queries: Tensor) -> Tensor:
+        """The weighted label average: the prediction of the neighbours alone.
+
+        Args:
+            queries: Shape `(B, D)`.
+
+        Returns:
+            Shape `(B, C)`.
+        """
+        return self.sums(self._nearest(queries))[1]
+
+    def predict(self, queries: Tensor, outputs: Tensor) -> Tensor:
+        """The combined prediction `F(x)`.
+
+        Args:
+            queries: Embeddings, shape `(B, D)`.
+            outputs: What the head returned for them, shape `(B, C)`.
+
+        Returns:
+            Shape `(B, C)`. For probabilities rows sum to 1, but entries may lie below 0;
+            `functional.log_predictions` makes a proper distribution of it.
+        """
+        return self.predictions(queries, outputs).resmem
+
+    def predictions(self, queries: Tensor, outputs: Tensor) -> Predictions:
+        """Base, knn and combined prediction from one search.
+
+        Args:
+            queries: Embeddings, shape `(B, D)`.
+            outputs: What the head returned for them, shape `(B, C)`.
+        """
+        return self.predictions_and_neighbors(queries, outputs)[0]
+
+    def predictions_and_neighbors(self, queries: Tensor, outputs: Tensor) -> tuple[Predictions, Neighbors]:
+        """The predictions, and the neighbours that they come from, from one search.
+
+        Args:
+            queries: Embeddings, shape `(B, D)`.
+            outputs: What the head returned for them, shape `(B, C)`.
+        """
+        params = self.params
+        queries, outputs = as_tensor("queries", queries), as_tensor("outputs", outputs)
+        check_batched("queries", queries, "(B, D)")
+        if outputs.ndim != 2 or outputs.shape[:1] != queries.shape[:1]:
+            raise InputError(
+                f"outputs has shape {tuple(outputs.shape)} for queries of shape {tuple(queries.shape)}: "
+                "give one row of head outputs for every query."
+            )
+        check_finite("outputs", outputs)
+        base = self.task.predict(outputs, params.softmax_temperature)
+        neighbors = self._nearest(queries)
+        residual, labels = self.sums(neighbors)
+        if base.shape != residual.shape:
+            raise InputError(f"outputs has {base.shape[1]} columns, the memory was filled with {residual.shape[1]}.")
+        strengths = params.strengths(self.task, base, neighbors.distances[:, 0].to(base.device))
+        return Predictions(base, labels, combine(base, residual.to(base.device), strengths)), neighbors
+
+    def _nearest(self, queries: Tensor) -> Neighbors:
+        """The neighbours that a prediction reads: no places for more of them than there are rows."""
+        return self.search(queries, min(self.params.k, max(1, len(self))))
+
+    def distance_scale(self) -> float:
+        """The median distance of stored rows to their nearest other rows, a natural unit for `sigma`.
+
+        Returns:
+            The median over up to 512 evenly spaced rows of the mean distance to the 10 nearest other rows; 1.0 when
+            there is no other row or all of them are equal.
+        """
+        ids = self.ids
+        sample = ids[torch.linspace(0, len(ids) - 1, min(len(ids), _SCALE_ROWS)).long()]
+        neighbors = self.search(self._query_rows(sample), k=11)
+        others = torch.isfinite(neighbors.distances) & (neighbors.ids != sample[:, None].to(neighbors.ids.device))
+        count = others.sum(dim=1)
+        means = neighbors.distances.where(others, 0).sum(dim=1)[count > 0] / count[count > 0]
+        scale = means.median().item() if len(means) else 0.0
+        return scale or 1.0
+
+    def _forget(self) -> None:
+        self.provenance = {}
+        if self.tunable:
+            self._params = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ResidualMemory":
+        # `.to(device)` moves the rows, but `.half()` or a trainer's precision must not round keys and residuals.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = fn(torch.empty(0)).device
+        if device != self.device:
+            self._move(device)
+        return self
+
+    def _move(self, device: torch.device) -> None:
+        """Move all rows to a device."""
+
+    def _checked_search(self, queries: Tensor, width: int, k: int) -> tuple[Tensor, int]:
+        """Queries and k as `search` needs them; raises an error that names the argument."""
+        k = checked_k(k)
+        queries = as_tensor("queries", queries)
+        check_batched("queries", queries, f"(B, {width})")
+        if queries.ndim != 2 or queries.shape[1] != width:
+            raise InputError(
+                f"queries has shape {tuple(queries.shape)}, expected (B, {width}): the memory's keys have width "
+                f"{width}. Query with the same embedding that filled the memory."
+            )
+        if k > len(self) and len(queries) * k * 12 > _PADDED_BYTES:
+            raise InputError(
+                f"k={k} for {len(queries)} queries takes {len(queries) * k * 12 / 2**30:.1f} GiB, but the memory has "
+                f"only {len(self)} rows: ask for at most so many neighbours."
+            )
+        check_finite("queries", as_compared(queries))
+        return queries, k
+
+
+def check_memory(memory: object) -> None:
+    """Raise an error unless an argument is a memory."""
+    check_type("memory", memory, ResidualMemory, "a memory, such as LocalMemory()")

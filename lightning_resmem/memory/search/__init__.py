@@ -1,0 +1,5 @@
+"""The nearest keys of a query: exactly, on any device, or approximately with FAISS.
+
+In come keys `(N, D)` and queries `(B, D)`; out come Euclidean distances and positions `(B, k)`. `exact` compares all
+keys, on CPUs with help of `rough` and `fused`; `FaissIndex` describes an index of FAISS.
+"""

@@ -1,0 +1,145 @@
+"""What a saved memory says, checked before anything is made from it."""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lightning_resmem.errors import StorageError
+from lightning_resmem.memory.search import faiss_index
+from lightning_resmem.memory.search.faiss_index import FaissIndex, FaissSearch
+from lightning_resmem.memory.storage import disk
+from lightning_resmem.memory.values.dense import DenseConfig, Values
+from lightning_resmem.memory.values.sparse import SparseConfig
+from lightning_resmem.params import ResMemParams
+from lightning_resmem.tasks import TASKS, Multiclass, Task
+
+_log = logging.getLogger("lightning_resmem")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A saved memory: its manifest, what the manifest stands for, and the tensors of its rows.
+
+    Attributes:
+        manifest: As it was read.
+        task: What a residual is.
+        params: How the memory is read.
+        tunable: Whether the params were left to be measured or tuned.
+        provenance: Where the rows come from.
+        index: How neighbours are found.
+        config: The kind of values.
+        values: Values of that kind, without rows.
+        tensors: Keys, ids and what `values` holds, by name; all of one length.
+    """
+
+    manifest: dict[str, Any]
+    task: Task
+    params: ResMemParams
+    tunable: bool
+    provenance: dict[str, str]
+    index: str | FaissIndex
+    config: DenseConfig | SparseConfig
+    values: Values
+    tensors: dict[str, Tensor]
+
+
+def read_saved(directory: str | os.PathLike[str], mmap: bool = False) -> Saved:
+    """Read a saved memory and check that its parts belong together.
+
+    Args:
+        directory: As given to `save`.
+        mmap: Map the files into memory instead of reading them; their contents are not checked then.
+
+    Raises:
+        StorageError: If something is missing, damaged, impossible, or of another format version.
+    """
+    manifest = disk.read_manifest(directory)
+    tensors = disk.read_tensors(directory, manifest, mmap)
+    entry = partial(disk.entry, directory, manifest)
+    name, rows, num_outputs = entry(str, "task"), entry(int, "rows"), entry(int, "values", "num_outputs")
+    tunable, provenance = entry(bool, "tunable"), dict(entry(dict, "provenance"))
+    for key in provenance:
+        entry(str, "provenance", key)
+    for parameter in dataclasses.fields(ResMemParams):
+        if parameter.name != "gate" and parameter.name not in entry(dict, "params"):  # None, in older memories
+            raise disk.damaged(directory, f"params.{parameter.name} is missing")
+    if name not in TASKS:
+        raise disk.damaged(directory, f"its task is {name!r}, this release knows {', '.join(TASKS)}")
+    index: str | FaissIndex = "exact"
+    config: DenseConfig | SparseConfig = DenseConfig()
+    try:
+        task, params = TASKS[name](), ResMemParams(**manifest["params"])
+        if manifest.get("index") != "exact":
+            index = FaissIndex(**entry(dict, "index"))
+        if "top_m" in manifest["values"]:
+            config = SparseConfig(entry(int, "values", "top_m"))
+        values: Values = config.build(task, num_outputs)
+    except (TypeError, ValueError) as error:
+        raise disk.damaged(directory, str(error).rstrip(".")) from error
+    _check_tensors(directory, rows, values, tensors)
+    if not mmap and isinstance(task, Multiclass):
+        highest = max(int(tensors[label].max()) for label in values.labels)
+        if num_outputs <= highest:
+            raise disk.damaged(directory, f"values.num_outputs is {num_outputs}, the files hold class {highest}")
+    return Saved(manifest, task, params, tunable, provenance, index, config, values, tensors)
+
+
+def read_index(
+    directory: str | os.PathLike[str], manifest: Mapping[str, Any], keys: Tensor, config: FaissIndex
+) -> FaissSearch | None:
+    """The index saved with a memory, or None, with a logged reason, if it has to be built again from the keys."""
+    file, problem = disk.read_extra(directory, manifest, faiss_index.FILE)
+    reason = f"{file} {problem}"
+    if problem is None:
+        try:
+            return faiss_index.load(file, keys, config)
+        except StorageError as error:
+            reason = str(error)
+    _log.warning("%s: it is built again from the keys.", reason)
+    return None
+
+
+def manifest(
+    task: Task,
+    params: ResMemParams,
+    tunable: bool,
+    provenance: dict[str, str],
+    rows: int,
+    index: FaissIndex | dict[str, Any] | Literal["exact"],
+    values: Values,
+) -> dict[str, Any]:
+    """What `read_saved` reads, for a memory of so many rows; arguments as the attributes of `Saved`."""
+    return {
+        "task": task.name,
+        "params": dataclasses.asdict(params),
+        "tunable": tunable,
+        "rows": rows,
+        "index": dataclasses.asdict(index) if isinstance(index, FaissIndex) else index,
+        "values": values.describe(),
+        "provenance": provenance,
+    }
+
+
+def _check_tensors(directory: str | os.PathLike[str], rows: int, values: Values, tensors: dict[str, Tensor]) -> None:
+    """Raise an error unless all tensors are there, with the shapes that the manifest stands for."""
+    names = ("keys", "ids", *values.names)
+    missing = [f"tensors.{name}" for name in names if name not in tensors]
+    if missing:
+        raise disk.damaged(directory, f"{', '.join(missing)} is missing")
+    lengths = {name: len(tensors[name]) for name in names}
+    if not rows or set(lengths.values()) != {rows}:
+        raise StorageError(f"{directory} is damaged: the manifest says {rows} rows, the files hold {lengths}.")
+    width = tensors["keys"].shape[-1]
+    for name, shape in {"keys": (rows, width), "ids": (rows,), **values.shapes(rows)}.items():
+        if tensors[name].shape != shape:
+            raise disk.damaged(
+                directory,
+                f"values.num_outputs is {values.num_outputs}, so {name} should have shape {shape}, the file holds "
+                f"{tuple(tensors[name].shape)}",
+            )

@@ -1,0 +1,75 @@
+"""What one validate or test run showed: scores, flips, calibration, neighbourhoods."""
+
+from dataclasses import dataclass
+
+from lightning_resmem.metrics.functional import Neighborhoods, ReliabilityBins
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A row that the memory turned right or wrong.
+
+    Attributes:
+        position: The row's position in the dataset of its dataloader; None where the order of the rows is not known.
+        target: Its label.
+        base: The base's label.
+        resmem: The combined prediction's label; it or `base` is the target.
+        base_confidence: The base's probability of its label.
+        resmem_confidence: The combined prediction's probability of its label.
+        neighbor_ids: Ids of the nearest rows of the memory, at most 5, nearest first.
+        neighbor_distances: Their distances.
+        output: In multilabel tasks, the output whose label flipped; labels are then 0 or 1.
+    """
+
+    position: int | None
+    target: int
+    base: int
+    resmem: int
+    base_confidence: float
+    resmem_confidence: float
+    neighbor_ids: tuple[int, ...]
+    neighbor_distances: tuple[float, ...]
+    output: int | None = None
+
+    @property
+    def is_positive(self) -> bool:
+        """Whether the memory turned the row right."""
+        return self.resmem == self.target
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a validate or test run showed on one dataloader, over all ranks; the same on every rank.
+
+    Attributes:
+        prefix: Of the scores' names: `"val"`, `"test"`, or `"test/NAME"` for a callback with a name of its own.
+        suffix: Of the scores' names: `"/dataloader_idx_N"` where the run had several dataloaders, else empty.
+        rows: Rows counted, without padding.
+        scores: By short name: `"acc_base"`, `"nll_resmem"`, `"positive_flip_rate"`, ... and those of the user's own
+            metrics. `ResMemMetrics` lists them.
+        shown: Short names of the scores that the run logs by itself, to be seen at a glance.
+        gain: Mean score of resmem minus that of the base: in accuracy, or in mean squared error (lower is better).
+        gain_error: Standard error of the gain, from the differences of the rows.
+        flips: Rows that the memory turned right or wrong, by position: at most 100 of either kind. Empty in regression.
+        reliability: Confidence against accuracy, for `"base"`, `"knn"` and `"resmem"`. Empty in regression.
+        neighborhoods: Scores by the distance to the nearest neighbour, in tenths of the rows.
+    """
+
+    prefix: str
+    suffix: str
+    rows: int
+    scores: dict[str, float]
+    shown: tuple[str, ...]
+    gain: float
+    gain_error: float
+    flips: tuple[Flip, ...]
+    reliability: dict[str, ReliabilityBins]
+    neighborhoods: Neighborhoods
+
+    def named_scores(self) -> dict[str, float]:
+        """All scores under their full names, such as `test/acc_base`."""
+        return {f"{self.prefix}/{name}{self.suffix}": value for name, value in self.scores.items()}
+
+    def shown_scores(self) -> dict[str, float]:
+        """Those that the run logs by itself, under their full names."""
+        return {f"{self.prefix}/{name}{self.suffix}": self.scores[name] for name in self.shown}

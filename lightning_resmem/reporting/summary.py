@@ -1,0 +1,121 @@
+"""What a memory holds and did, as tables for people."""
+
+from typing import Any
+
+from rich.table import Table
+
+from lightning_resmem.memory.answers import Predictions
+from lightning_resmem.memory.capacity import size
+from lightning_resmem.metrics.evaluation import Evaluation
+from lightning_resmem.tuning.tuner import TuningResult
+
+_NAMES = {
+    "acc": "accuracy",
+    "mse": "mean squared error",
+    "mae": "mean absolute error",
+    "r2": "R²",
+    "f1": "macro F1",
+    "nll": "negative log-likelihood",
+    "brier": "Brier score",
+    "ece": "calibration error",
+}
+
+
+def score_rows(scores: dict[str, float]) -> list[tuple[str, list[float]]]:
+    """Scores side by side: `("acc", [base, knn, resmem])` for each that all three predictions have."""
+    stems = [name.removesuffix("_base") for name in scores if name.endswith("_base")]
+    columns = {stem: [f"{stem}_{name}" for name in Predictions._fields] for stem in stems}
+    return [(stem, [scores[name] for name in names]) for stem, names in columns.items() if set(names) <= set(scores)]
+
+
+def evaluation_summary(evaluation: Evaluation, stats: dict[str, Any]) -> list[Table | str]:
+    """What a validate or test run showed.
+
+    Args:
+        evaluation: Of one dataloader.
+        stats: `memory.stats()`.
+    """
+    table = _table(
+        f"ResMem: {evaluation.prefix}{evaluation.suffix}, {counted(evaluation.rows, 'row')}", *Predictions._fields
+    )
+    for index, (stem, (base, knn, resmem)) in enumerate(score_rows(evaluation.scores)):
+        error = f" ± {evaluation.gain_error:.4f}" if index == 0 else ""
+        table.add_row(_long(stem), f"{base:.4f}", f"{knn:.4f}", f"{resmem:.4f}", f"{resmem - base:+.4f}{error}")
+    lines = []
+    if "positive_flip_rate" in evaluation.scores:
+        right, wrong = evaluation.scores["positive_flip_rate"], evaluation.scores["negative_flip_rate"]
+        lines.append(_flips(right, wrong))
+    return [table, *lines, _describe(stats)]
+
+
+def memory_summary(stats: dict[str, Any], seconds: float, tuning: TuningResult | None) -> list[Table | str]:
+    """What was memorized, and what tuning chose.
+
+    Args:
+        stats: `memory.stats()`.
+        seconds: That memorizing took, tuning included.
+        tuning: If there was any.
+    """
+    filled = f"{_describe(stats)}, filled in {seconds:.1f} s"
+    if tuning is None:
+        return [f"ResMem {filled}"]
+    params = tuning.params
+    kind = "memorized row" if tuning.leave_one_out else "validation row"
+    table = _table(f"ResMem: tuned on {counted(tuning.rows, kind)}", "base", "resmem")
+    gain = f"{tuning.score - tuning.base_score:+.4f} ± {tuning.gain_error:.4f}"
+    table.add_row(_long(tuning.score_name), f"{tuning.base_score:.4f}", f"{tuning.score:.4f}", gain)
+    chosen = (
+        f"k={params.k}, sigma={params.sigma:.4g}, softmax_temperature={params.softmax_temperature:g}, "
+        f"strength={params.strength:g}"
+    )
+    lost = chosen_flip_rate(tuning)
+    flips = [] if lost is None else [_flips(tuning.score - tuning.base_score + lost, lost)]
+    return [table, *flips, chosen, filled]
+
+
+def chosen_flip_rate(tuning: TuningResult) -> float | None:
+    """The share of right answers that the choice turned wrong on the tuning rows; None where it is not known."""
+    params = tuning.params
+    choice = {name: getattr(params, name) for name in ("k", "sigma", "softmax_temperature", "strength")}
+    rows = (row for row in tuning.table if choice.items() <= row.items())
+    return next((row["negative_flip_rate"] for row in rows if "negative_flip_rate" in row), None)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: "1 row", "2,000 rows"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _table(title: str, *predictions: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for name in (*predictions, "gain"):
+        table.add_column(name, justify="right")
+    return table
+
+
+def _flips(right: float, wrong: float) -> str:
+    return f"turned right {right:.2%}, turned wrong {wrong:.2%}"
+
+
+def _describe(stats: dict[str, Any]) -> str:
+    """The memory in a line."""
+    words = [counted(stats["rows"], "row"), size(stats["bytes"])]
+    if "index" in stats:
+        words.append(f"index {stats['index']}")
+    if stats.get("recall") is not None:
+        words.append(f"recall {stats['recall']:.3f}")
+    if "shards" in stats:
+        words.append(counted(num_shards(stats), "shard"))
+    return "memory: " + ", ".join(words)
+
+
+def num_shards(stats: dict[str, Any]) -> int:
+    """How many shards a memory has, whatever the number of their replicas."""
+    return len({shard["shard"] for shard in stats["shards"]})
+
+
+def _long(stem: str) -> str:
+    if stem.removeprefix("top").isdecimal():
+        return f"top-{stem.removeprefix('top')} accuracy"
+    return _NAMES.get(stem, stem)

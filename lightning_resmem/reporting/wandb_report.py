@@ -1,0 +1,194 @@
+"""What a Weights & Biases run gets on top of metrics and figures: tables, the memory itself, and a proper end."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+
+from lightning_resmem.errors import InputError, StorageError, check_type
+from lightning_resmem.explanation.pictures import Picture
+from lightning_resmem.memory.answers import Predictions
+from lightning_resmem.memory.contributions import fetch_neighbors
+from lightning_resmem.memory.interface import ResidualMemory
+from lightning_resmem.metrics.evaluation import Evaluation, Flip
+from lightning_resmem.reporting.summary import score_rows
+from lightning_resmem.tuning.tuner import TuningResult
+
+if TYPE_CHECKING:
+    import wandb
+
+ARTIFACT_TYPE = "memory"
+# Flips of either kind in the table; with pictures fewer, as each takes up to six files.
+_MOST_ROWS, _MOST_PICTURED_ROWS = 100, 12
+
+Look = Callable[[int], Picture | None]
+
+
+def hide_metrics(logger: WandbLogger, names: Iterable[str]) -> None:
+    """No charts by themselves for numbers that have one value in a run; they stay in its summary.
+
+    A `summary=` here would put `name.last` in the place of `name` there, and sweeps look for the latter.
+    """
+    for name in names:
+        logger.experiment.define_metric(name, step_metric="trainer/global_step", hidden=True)
+
+
+def log_tuning(logger: WandbLogger, name: str, tuning: TuningResult, step: int) -> None:
+    """The settings that were tried, as a table."""
+    columns = list(tuning.table[0])
+    logger.log_table(name, columns, [[row[column] for column in columns] for row in tuning.table], step=step)
+
+
+def log_scores(logger: WandbLogger, name: str, evaluation: Evaluation, step: int) -> None:
+    """The scores of base, knn and resmem, as a table."""
+    rows = [[stem, *scores, scores[-1] - scores[0]] for stem, scores in score_rows(evaluation.scores)]
+    logger.log_table(name, ["score", *Predictions._fields, "gain"], rows, step=step)
+
+
+def log_flips(
+    logger: WandbLogger,
+    name: str,
+    evaluation: Evaluation,
+    memory: ResidualMemory,
+    look_at_row: Look,
+    look_at_neighbor: Look,
+    step: int,
+) -> None:
+    """The rows that the memory turned right or wrong, with their neighbours, as a table.
+
+    Args:
+        logger: Of the run.
+        name: Of the table.
+        evaluation: Of one dataloader.
+        memory: That answered.
+        look_at_row: Finds the picture of a row of the dataloader by its position, if there is one.
+        look_at_neighbor: Finds the picture of a memorized row by its id.
+        step: Of the trainer.
+    """
+    flips = [flip for right in (False, True) for flip in _first(evaluation.flips, right, _MOST_ROWS)]
+    if not flips:
+        return
+    pictured = flips[0].position is not None and look_at_row(flips[0].position) is not None
+    if pictured:
+        flips = [flip for right in (False, True) for flip in _first(evaluation.flips, right, _MOST_PICTURED_ROWS)]
+    ids = torch.tensor([flip.neighbor_ids for flip in flips])
+    labels = _labels_of(memory, ids, flips)
+    with_neighbors = pictured and look_at_neighbor(flips[0].neighbor_ids[0]) is not None
+    about = ["flip", "position", "target", "base", "resmem", "base_confidence", "resmem_confidence"]
+    if flips[0].output is not None:
+        about.insert(2, "output")
+    neighbors = [f"neighbor_{place}" for place in range(1, ids.shape[1] + 1)]
+    rows: list[list[Any]] = []
+    for flip, row_labels in zip(flips, labels, strict=True):
+        values = {**asdict(flip), "flip": "turned right" if flip.is_positive else "turned wrong"}
+        cells = [values[column] for column in about]
+        if pictured:
+            cells.append(_image(None if flip.position is None else look_at_row(flip.position), ""))
+        for id, distance, label in zip(flip.neighbor_ids, flip.neighbor_distances, row_labels, strict=True):
+            words = f"{label:g} (#{id}, distance {distance:.3g})"
+            cells.append(None if id < 0 else _image(look_at_neighbor(id), words) if with_neighbors else words)
+        rows.append(cells)
+    logger.log_table(name, [*about, *(["image"] if pictured else []), *neighbors], rows, step=step)
+
+
+def log_memory(logger: WandbLogger, name: str, memory: ResidualMemory, directory: Path | None) -> None:
+    """The memory itself, as an artifact with what it belongs to in its metadata.
+
+    Args:
+        logger: Of the run.
+        name: Of the artifact.
+        memory: To be logged.
+        directory: Where it is saved, if it is.
+    """
+    import wandb
+
+    run = logger.experiment
+    with tempfile.TemporaryDirectory(prefix="resmem-") as temporary:
+        saved = directory or memory.save(Path(temporary) / name)
+        metadata = {"rows": len(memory), "task": memory.task.name, "params": asdict(memory.params), **memory.provenance}
+        # Neither has a public name: whether the run logs its checkpoints, and as what.
+        if getattr(logger, "_log_model", False):
+            metadata["model_artifact"] = getattr(logger, "_checkpoint_name", None) or f"model-{run.id}"
+        artifact = wandb.Artifact(name, ARTIFACT_TYPE, "Training residuals of lightning_resmem", metadata)
+        # Copied now, as the next fit may replace the files; but not into the cache of downloads as well.
+        artifact.add_dir(str(saved), skip_cache=True, policy="mutable")
+        run.log_artifact(artifact, aliases=["latest", f"run-{run.id}"])
+
+
+def download_memory(name: str, root: str | os.PathLike[str] | None = None) -> Path:
+    """Get a memory that a run has logged.
+
+    Args:
+        name: Of the artifact, `"entity/project/memory:v3"`, or a directory with a saved memory.
+        root: Where it goes; by default the artifacts' directory of Weights & Biases.
+
+    Returns:
+        The directory.
+
+    Raises:
+        InputError: If `name` is no name, or wandb is not installed.
+        StorageError: If it cannot be had, such as offline.
+    """
+    check_type("name", name, (str, os.PathLike), 'an artifact, such as "entity/project/memory:v3", or a directory')
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise InputError(f'name={name!r} needs wandb: pip install "lightning-resmem[wandb]".') from error
+    way_out = (
+        f"On a machine with access, `wandb artifact get {name} --root DIR` fetches it; then "
+        "ResMemModule.load(DIR, base=...) needs no network."
+    )
+    run = None if wandb.run is None or wandb.run.disabled else wandb.run
+    if run.offline if run is not None else os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
+        raise StorageError(f"The artifact {name} cannot be downloaded, because wandb is offline. {way_out}")
+    try:
+        # An active run notes what it has used.
+        artifact = wandb.Api().artifact(name, ARTIFACT_TYPE) if run is None else run.use_artifact(name, ARTIFACT_TYPE)
+        return Path(artifact.download(None if root is None else os.fspath(root)))
+    except (wandb.Error, OSError, ValueError, TypeError) as error:
+        raise StorageError(f"The artifact {name} cannot be downloaded: {error}. {way_out}") from error
+
+
+def finish_forked_run(trainer: L.Trainer, succeeded: bool) -> None:
+    """End a run that a forked process has begun: nothing else does, and its file would stay empty."""
+    if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) or not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        run = getattr(logger, "_experiment", None)  # `experiment` would begin one
+        if not isinstance(logger, WandbLogger) or run is None:
+            continue
+        # A run of the main process goes on: one that the user began, or that spawned processes are attached to.
+        if getattr(run, "_init_pid", None) == os.getpid() and not getattr(run, "_is_attached", False):
+            if succeeded:
+                logger.finalize("success")  # the trainer asks for it later, when the run can take no more
+            run.finish(exit_code=0 if succeeded else 1)
+
+
+def _first(flips: Sequence[Flip], right: bool, count: int) -> list[Flip]:
+    return [flip for flip in flips if flip.is_positive == right][:count]
+
+
+def _labels_of(memory: ResidualMemory, ids: torch.Tensor, flips: Sequence[Flip]) -> list[list[float]]:
+    """The labels of neighbours, ids `(B, n)`; in multilabel tasks those of the output that flipped."""
+    values, positions = fetch_neighbors(memory, ids)
+    labels = values.targets.cpu()[positions.clamp_min(0).cpu()]
+    if labels.ndim == 3:
+        outputs = torch.tensor([flip.output for flip in flips])
+        labels = labels.gather(2, outputs[:, None, None].expand(-1, labels.shape[1], 1))[..., 0]
+    found: list[list[float]] = labels.tolist()
+    return found
+
+
+def _image(picture: Picture | None, caption: str) -> "wandb.Image | None":
+    import wandb
+
+    return None if picture is None else wandb.Image(picture, caption=caption)

@@ -1,0 +1,101 @@
+"""A strength of its own for every prediction: more where the memory has support and the base does not know."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_resmem.params import Gate, gate_factors, gate_features
+from lightning_resmem.tasks import Task
+
+# Entries of the predictions that a gate is fitted on; more rows would not change three numbers.
+_FIT_ENTRIES = 2**22
+# Weight of the squared coefficients beside the sum of losses: keeps them finite where the rows leave them open.
+_RIDGE = 1.0
+
+
+@dataclass(frozen=True)
+class GateFit:
+    """A gate, and what it does for rows that it was not fitted on.
+
+    Attributes:
+        gate: Fitted on all rows.
+        loss: Mean loss of rows that each fold's gate has not seen.
+        constant_loss: Their mean loss with the constant strength.
+        error: Standard error of `loss - constant_loss`.
+        score_gain: Mean score of the same rows minus that with the constant strength.
+        helps: Whether the loss falls by more than its standard error, and the score does not get worse.
+    """
+
+    gate: Gate
+    loss: float
+    constant_loss: float
+    error: float
+    score_gain: float
+    helps: bool
+
+
+def fit_gate(
+    task: Task,
+    base: Tensor,
+    residual: Tensor,
+    distances: Tensor,
+    targets: Tensor,
+    sigma: float,
+    strength: float,
+    folds: int = 5,
+) -> GateFit:
+    """Fit a gate by the loss, and compare it with the constant strength by cross-validation.
+
+    Args:
+        task: Of the memory.
+        base: Base predictions, shape `(V, C)`.
+        residual: Weighted residuals, shape `(V, C)`.
+        distances: To the nearest neighbour, shape `(V,)`.
+        targets: As the task wants them.
+        sigma: The kernel width, a distance.
+        strength: The constant; the gated strength lies between 0 and twice of it.
+        folds: Parts that the rows are divided into.
+    """
+    # The trainer may be in inference mode, whose tensors have no gradients; clones made outside of it do.
+    with torch.inference_mode(False), torch.enable_grad():
+        every = max(1, math.ceil(base.numel() / _FIT_ENTRIES))
+        base, residual = base[::every].double().clone(), strength * residual[::every].double()
+        targets = targets[::every].clone()
+        features = gate_features(task, base, distances[::every].clone(), sigma)
+
+        def predict(coefficients: Tensor, rows: Tensor) -> Tensor:
+            return base[rows] + gate_factors(coefficients, *(part[rows] for part in features)) * residual[rows]
+
+        def fit(rows: Tensor) -> Tensor:
+            coefficients = base.new_zeros(3, requires_grad=True)
+            optimizer = torch.optim.LBFGS([coefficients], max_iter=100, line_search_fn="strong_wolfe")
+
+            def closure() -> Tensor:
+                optimizer.zero_grad()
+                losses = task.loss(predict(coefficients, rows), base[rows], targets[rows])
+                total = losses.mean() + _RIDGE * coefficients.square().sum() / len(rows)
+                total.backward()
+                return total
+
+            optimizer.step(closure)
+            return coefficients.detach()
+
+        count = len(base)
+        fold = torch.arange(count, device=base.device) % folds
+        everything = torch.arange(count, device=base.device)
+        gained, scored, losses = (base.new_zeros(count) for _ in range(3))
+        for held_out in (everything[fold == part] for part in range(min(folds, count))):
+            rest = everything[fold != fold[held_out[0]]]
+            coefficients = fit(rest) if len(rest) else base.new_zeros(3)
+            gated, constant = (predict(c, held_out) for c in (coefficients, torch.zeros_like(coefficients)))
+            losses[held_out] = task.loss(gated, base[held_out], targets[held_out])
+            gained[held_out] = task.loss(constant, base[held_out], targets[held_out]) - losses[held_out]
+            difference = task.score(gated, targets[held_out]) - task.score(constant, targets[held_out])
+            scored[held_out] = difference.double() if task.higher_is_better else -difference.double()
+        gain, loss, score_gain = gained.mean().item(), losses.mean().item(), scored.mean().item()
+        error = gained.std().item() / math.sqrt(count) if count > 1 else math.inf
+        # Six digits fit any use, and hide what differs between two machines.
+        gate = Gate(*(float(f"{value:.6g}") for value in fit(everything).tolist()))
+        return GateFit(gate, loss, loss + gain, error, score_gain, gain > error and score_gain >= 0)

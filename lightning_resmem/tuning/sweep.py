@@ -1,0 +1,306 @@
+"""What many settings predict on the tuning rows: one search, then arithmetic."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_resmem.errors import InputError
+from lightning_resmem.functional import FLOOR, combine
+from lightning_resmem.memory.answers import Neighbors
+from lightning_resmem.memory.contributions import fetch_neighbors
+from lightning_resmem.memory.interface import ResidualMemory
+from lightning_resmem.metrics.functional import is_right
+from lightning_resmem.params import ResMemParams
+from lightning_resmem.tasks import Multiclass, Regression
+from lightning_resmem.tuning.objectives import MetricObjective
+
+Gather = Callable[[Tensor], Tensor]
+Number = TypeVar("Number", int, float)
+
+# Predictions that are judged at once: what stays in a core's cache, and what keeps a GPU busy.
+_CPU_ENTRIES, _GPU_ENTRIES = 2**16, 2**24
+# Groups of rows that are left out in turn, for the error of a metric.
+_JACKKNIFE_GROUPS = 20
+
+
+class Rows(NamedTuple):
+    """Rows to tune on.
+
+    Attributes:
+        embeddings: Shape `(V, D)`.
+        outputs: Shape `(V, C)`.
+        targets: As the task wants them.
+        ids: Shape `(V,)` if they are rows of the memory themselves, which are then not their own neighbours; or None.
+    """
+
+    embeddings: Tensor
+    outputs: Tensor
+    targets: Tensor
+    ids: Tensor | None
+
+
+class Measured(NamedTuple):
+    """Means over the rows of all ranks for `S` settings; each of shape `(S,)`, float64, on the CPU.
+
+    Attributes:
+        score: The task's score.
+        loss: The task's loss.
+        lost: The share of answers (in multilabel tasks of labels) that the base had right and the setting has wrong.
+        squares: Squared difference of a row's score to that of the base.
+        loss_gain: How much lower the loss is than that of the base at the same softmax_temperature.
+        loss_squares: Squares of that.
+    """
+
+    score: Tensor
+    loss: Tensor
+    lost: Tensor
+    squares: Tensor
+    loss_gain: Tensor
+    loss_squares: Tensor
+
+
+class Pooled(NamedTuple):
+    """A setting's predictions for the rows of all ranks, in an order that does not depend on their ranks."""
+
+    base: Tensor
+    residual: Tensor
+    distances: Tensor
+    targets: Tensor
+
+
+class Sweep:
+    """One search with the largest k; then any setting is arithmetic on what it found.
+
+    Args:
+        memory: Filled with training rows.
+        rows: Of this rank, checked.
+        ks: Numbers of neighbours; those beyond the rows that can be found are cut to them.
+        gather: Concatenates a tensor `(n, ...)` over all ranks.
+
+    Attributes:
+        ks: The numbers of neighbours, ascending.
+        scale: Median over the rows of the mean distance to the 10 nearest neighbours.
+        num_rows: Of all ranks.
+        counts_flips: Whether an answer is right or wrong.
+    """
+
+    def __init__(self, memory: ResidualMemory, rows: Rows, ks: Sequence[int], gather: Gather) -> None:
+        self.task = memory.task
+        self._outputs, self._targets, self._gather = rows.outputs, rows.targets, gather
+        self.num_rows = int(gather(torch.tensor([len(rows.targets)])).sum())
+        most = len(memory) if rows.ids is None else len(memory) - 1
+        self.ks = sorted({min(k, max(1, most)) for k in ks})
+        distances, ids = self._search(memory, rows)
+        self.distances = distances
+        self._values, self._positions = fetch_neighbors(memory, ids)
+        if rows.outputs.shape[1] != self._values.num_outputs:
+            raise InputError(
+                f"outputs has {rows.outputs.shape[1]} columns, the memory was filled with {self._values.num_outputs}."
+            )
+        near = distances[:, :10]
+        near = near.where(near.isfinite(), torch.nan).nanmean(dim=1)
+        scale = float(gather(near).nanmedian())
+        self.scale = scale if scale > 0 else 1.0  # all distances may be 0, or no neighbour may have been found
+        base = self.task.predict(rows.outputs)
+        self._base_score = self.task.score(base, rows.targets)
+        self._base_right = None if isinstance(self.task, Regression) else is_right(base, rows.targets)
+        self._scores: list[Tensor] = []  # of the rows of this rank, for every setting
+        self.counts_flips = self._base_right is not None
+        self._order = gather(self.task.loss(base, base, rows.targets)).argsort(stable=True)
+        self._all_targets = gather(rows.targets)[self._order]
+
+    def measure(self, settings: Sequence[ResMemParams]) -> Measured:
+        """Score and loss of each setting, without gates; `k` at most the largest of `ks`."""
+        sums = torch.zeros(len(settings), len(Measured._fields), dtype=torch.float64)
+        kept = torch.bool if type(self.task) is Multiclass else self._base_score.dtype  # 0 and 1 need no more
+        all_scores = torch.empty(len(settings), len(self._targets), dtype=kept, device=self._base_score.device)
+        self._scores.append(all_scores)
+        for indices, strengths, base, residual in self._each(settings if len(self._targets) else []):
+            base_loss = self.task.loss(base, base, self._targets)
+            scores, losses, lost = self._judge(base, residual, strengths)
+            all_scores[indices] = scores.to(kept)
+            gains = (base_loss - losses).double()
+            sums[indices] = torch.stack(
+                [
+                    scores.sum(dim=1, dtype=torch.float64),
+                    losses.sum(dim=1, dtype=torch.float64),
+                    lost,
+                    (scores - self._base_score).double().square().sum(dim=1),
+                    gains.sum(dim=1),
+                    gains.square().sum(dim=1),
+                ],
+                dim=1,
+            ).cpu()
+        return Measured(*(self._gather(sums[None]).sum(dim=0) / self.num_rows).T)
+
+    def squared_differences(self, indices: Tensor, reference: int) -> Tensor:
+        """Mean squared difference of the rows' scores with two settings.
+
+        Args:
+            indices: Of settings, in the order in which they were measured, shape `(n,)`.
+            reference: Of the setting to compare with.
+
+        Returns:
+            Shape `(n,)`, float64, on the CPU.
+        """
+        scores = torch.cat(self._scores)
+        against = scores[reference].float()
+        squares = [(scores[index].float() - against).square().sum(dtype=torch.float64) for index in indices.tolist()]
+        sums: Tensor = self._gather(torch.stack(squares)[None].cpu()).sum(dim=0) / self.num_rows
+        return sums
+
+    def values(self, settings: Sequence[ResMemParams], objective: MetricObjective) -> Tensor:
+        """The metric's value for each setting, from the rows of all ranks; shape `(S,)`, float64."""
+        values = torch.zeros(len(settings), dtype=torch.float64)
+        for indices, strengths, base, residual in self._each(settings):
+            base, residual = (self._gather(part)[self._order] for part in (base, residual))
+            for index, strength in zip(indices, strengths, strict=True):
+                prediction = self.task.probabilities(combine(base, residual, strength), base)
+                values[index] = objective.value(prediction, self._all_targets)
+        return torch.tensor(self.agreed(values.tolist()), dtype=torch.float64)
+
+    def value_error(self, setting: ResMemParams, objective: MetricObjective) -> float:
+        """Standard error of the metric's gain over the base: a jackknife that leaves out groups of rows."""
+        pooled = self.pooled(setting)
+        outputs = self._gather(self._outputs)[self._order]
+        before = self.task.predict(outputs)
+        before = self.task.probabilities(before, before)
+        after = self.task.probabilities(combine(pooled.base, pooled.residual, setting.strength), pooled.base)
+        groups = min(_JACKKNIFE_GROUPS, self.num_rows)
+        if groups < 2:
+            return math.inf
+        group = torch.arange(self.num_rows, device=before.device) % groups
+        gains = torch.tensor(
+            [
+                objective.value(after[group != left_out], pooled.targets[group != left_out])
+                - objective.value(before[group != left_out], pooled.targets[group != left_out])
+                for left_out in range(groups)
+            ],
+            dtype=torch.float64,
+        )
+        return self.agreed([float((gains - gains.mean()).square().sum() * (groups - 1) / groups) ** 0.5])[0]
+
+    def pooled(self, setting: ResMemParams) -> Pooled:
+        """Everything that the predictions of a setting are made of."""
+        ((_, _, base, residual),) = self._each([setting])
+        nearest = self.distances[:, 0].to(base.device)
+        base, residual, nearest = (self._gather(part)[self._order] for part in (base, residual, nearest))
+        return Pooled(base, residual, nearest, self._all_targets)
+
+    def agreed(self, numbers: Sequence[float]) -> list[float]:
+        """Numbers that every rank computed from the same rows, of one rank: others may differ in the last digit."""
+        agreed: list[float] = self._gather(torch.tensor([numbers], dtype=torch.float64))[0].tolist()
+        return agreed
+
+    def _search(self, memory: ResidualMemory, rows: Rows) -> Neighbors:
+        k = self.ks[-1]
+        if rows.ids is None:
+            return memory.search(rows.embeddings, k)
+        found = memory.search(rows.embeddings, k + 1)
+        own = found.ids == rows.ids.to(found.ids.device)[:, None]
+        # Stable: the others stay in order. Where a row did not find itself, its farthest neighbour goes.
+        others = own.to(torch.uint8).argsort(dim=1, stable=True)[:, :k]
+        return Neighbors(found.distances.gather(1, others), found.ids.gather(1, others))
+
+    def _each(self, settings: Sequence[ResMemParams]) -> Iterator[tuple[list[int], list[float], Tensor, Tensor]]:
+        """Settings that differ in strength alone: their indices and strengths, the base and the residual sum."""
+        everything = range(len(settings))
+        for temperature, at_temperature in _grouped(everything, lambda index: settings[index].softmax_temperature):
+            base = self.task.predict(self._outputs, temperature)
+            for sigma, at_sigma in _grouped(at_temperature, lambda index: settings[index].sigma):
+                by_k = sorted(_grouped(at_sigma, lambda index: settings[index].k))
+                residuals = self._residuals(temperature, sigma, [k for k, _ in by_k])
+                for (_, indices), residual in zip(by_k, residuals, strict=True):
+                    yield indices, [settings[index].strength for index in indices], base, residual.to(base.device)
+
+    def _residuals(self, softmax_temperature: float, sigma: float, ks: Sequence[int]) -> Iterator[Tensor]:
+        """The weighted residual sums `(V, C)` for ascending k, each from the one before and the neighbours between."""
+        nearest = self.distances.amin(dim=1, keepdim=True)  # places in between may be empty
+        width = max(sigma, torch.finfo(self.distances.dtype).tiny)
+        weights = torch.exp((nearest - self.distances[:, : ks[-1]]) / width)
+        weights = weights.where(self.distances[:, : ks[-1]].isfinite(), 0).to(self._positions.device)
+        sums, total, start = torch.zeros(()), torch.zeros(()), 0
+        for k in ks:
+            part = weights[:, start:k]
+            added = self._values.residual_sum(self._positions[:, start:k], part, softmax_temperature)
+            # Not in place: what was yielded stays.
+            sums, total = (added, part.sum(dim=1)) if start == 0 else (sums + added, total + part.sum(dim=1))
+            yield sums / total.clamp_min(1.0)[:, None]  # the nearest has weight 1
+            start = k
+
+    def _judge(self, base: Tensor, residual: Tensor, strengths: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores and losses of the rows, each `(S, V)`, and the sums of what was lost, `(S,)`."""
+        if type(self.task) is Multiclass:
+            right, losses = multiclass_sweep(base, residual, strengths, self._targets)
+            return right.float(), losses, self._lost(right)
+        predictions = [combine(base, residual, strength) for strength in strengths]
+        scores = torch.stack([self.task.score(prediction, self._targets) for prediction in predictions])
+        losses = torch.stack([self.task.loss(prediction, base, self._targets) for prediction in predictions])
+        if not self.counts_flips:
+            return scores, losses, scores.new_zeros(len(strengths))
+        right = torch.stack([is_right(prediction, self._targets) for prediction in predictions])
+        return scores, losses, self._lost(right)
+
+    def _lost(self, right: Tensor) -> Tensor:
+        """From what is right `(S, V)`, or `(S, V, C)`: sums over the rows of the share of lost answers, `(S,)`."""
+        assert self._base_right is not None
+        lost = (self._base_right & ~right).flatten(2) if right.ndim > 2 else (self._base_right & ~right)[..., None]
+        return lost.double().mean(dim=2).sum(dim=1)
+
+
+def multiclass_sweep(
+    base: Tensor, residual: Tensor, strengths: Sequence[float], targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`Multiclass.score` and `.loss` of `base + strength * residual` for several strengths, ten times as fast.
+
+    The classes come first in memory, so that the reductions over them run along contiguous rows, and blocks of rows
+    stay in the cache.
+
+    Args:
+        base: Probabilities, shape `(V, C)`.
+        residual: Shape `(V, C)`.
+        strengths: `S` of them.
+        targets: Class labels, shape `(V,)`.
+
+    Returns:
+        Whether the prediction is right (bool) and its negative log-likelihood, both `(S, V)`.
+
+    Example:
+        >>> base, residual = torch.tensor([[0.75, 0.25]]), torch.tensor([[-0.5, 0.5]])
+        >>> multiclass_sweep(base, residual, [0.0, 1.0], torch.tensor([1]))[0]
+        tensor([[False],
+                [ True]])
+    """
+    rows, classes = base.shape
+    factors = torch.tensor(strengths, dtype=base.dtype, device=base.device)[:, None]  # (S, 1)
+    right = torch.empty(len(strengths), rows, dtype=torch.bool, device=base.device)
+    losses = base.new_empty(len(strengths), rows)
+    tiny = torch.finfo(base.dtype).tiny
+    entries = _GPU_ENTRIES if base.is_cuda else _CPU_ENTRIES
+    block = max(1, entries // (classes * len(strengths)))
+    for start in range(0, rows, block):
+        here = slice(start, start + block)
+        first = base[here].T.contiguous()[:, None]  # (C, 1, b)
+        combined = torch.addcmul(first, factors, residual[here].T.contiguous()[:, None].to(base.dtype))  # (C, S, b)
+        label = targets[here].expand(1, len(strengths), -1)
+        top = combined.amax(dim=0)
+        hit = combined.gather(0, label)[0] == top
+        if torch.count_nonzero(combined == top) > top.numel():  # of equal entries only the first is the prediction
+            hit &= combined.argmax(dim=0) == label[0]
+        right[:, here] = hit
+        # The floor of `functional.log_predictions`, multiplied and clamped before it has an entry for every strength.
+        floor = torch.minimum(*((FLOOR * part).clamp_min(tiny) for part in (first, top)))
+        raised = torch.maximum(combined, floor, out=floor)
+        losses[:, here] = raised.sum(dim=0).log() - raised.gather(0, label)[0].log()
+    return right, losses
+
+
+def _grouped(indices: Sequence[int], key: Callable[[int], Number]) -> list[tuple[Number, list[int]]]:
+    """Indices by key, keys in the order in which they first appear."""
+    groups: dict[Number, list[int]] = {}
+    for index in indices:
+        groups.setdefault(key(index), []).append(index)
+    return list(groups.items())

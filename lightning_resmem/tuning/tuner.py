@@ -1,0 +1,376 @@
+"""Choose k, sigma, softmax_temperature and strength on validation rows: one search, then arithmetic."""
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_resmem.errors import InputError, ResMemWarning
+from lightning_resmem.functional import combine
+from lightning_resmem.memory.checks import as_ids, as_tensor, check_shapes
+from lightning_resmem.memory.interface import ResidualMemory, check_memory
+from lightning_resmem.metrics.functional import negative_flip_rate
+from lightning_resmem.params import Gate, ResMemParams
+from lightning_resmem.tasks import Regression, Task, check_finite
+from lightning_resmem.tuning.gate import fit_gate
+from lightning_resmem.tuning.grid import Axes, GridSearch
+from lightning_resmem.tuning.interpolation import Residuals, measure_residuals
+from lightning_resmem.tuning.objectives import check_objective, check_task, make_objective
+from lightning_resmem.tuning.selection import standard_error
+from lightning_resmem.tuning.sweep import Gather, Rows, Sweep
+
+# Tuning rows below which a choice says little.
+_FEW_ROWS = 50
+
+
+@dataclass(frozen=True)
+class TuningResult:
+    """What a tuner chose, and what it gained on the rows it was given.
+
+    Attributes:
+        params: The choice; `strength` 0 if the memory did not help.
+        table: One row per setting, the base first: `k`, `sigma`, `softmax_temperature`, `strength`, the mean `score`
+            (accuracy, or mean squared error in regression), the mean `loss`, the `negative_flip_rate` (the share of
+            answers that the base had right and the setting has wrong; not in regression) and the value of what was
+            optimised as `objective`.
+        base_score: Score of the base model alone.
+        score: Score of the choice.
+        score_name: `"acc"` or `"mse"`.
+        rows: Number of tuning rows, over all ranks.
+        gain_error: Standard error of `score - base_score`, from the differences of the rows; 0 if the choice is the
+            base alone, inf for a single row. It leaves out that the best of many settings looks better than it is.
+        objective: What was optimised: `"accuracy"`, `"nll"`, ... or the name of the metric.
+        base_objective: Its value for the base alone.
+        best_objective: Its value for the choice.
+        refined: How many of the settings lie between those of the grid, around its best one.
+        leave_one_out: Whether the rows were those of the memory itself.
+        notes: What else there is to say, as sentences without a full stop.
+    """
+
+    params: ResMemParams
+    table: list[dict[str, float]] = field(repr=False)
+    base_score: float
+    score: float
+    score_name: str
+    rows: int
+    gain_error: float
+    objective: str = "accuracy"
+    base_objective: float = math.nan
+    best_objective: float = math.nan
+    refined: int = 0
+    leave_one_out: bool = False
+    notes: tuple[str, ...] = ()
+
+    def summary(self) -> str:
+        """The choice and the gain, as one line."""
+        compared = f"{self.score_name} {self.base_score:.4f} -> {self.score:.4f}"
+        kind = "row of the memory, left out of it" if self.leave_one_out else "validation row"
+        if self.rows != 1:
+            kind = "rows of the memory, each left out of it" if self.leave_one_out else "validation rows"
+        where = f"on {self.rows} {kind}"
+        notes = "".join(f"; {note}" for note in self.notes)
+        if self.params.strength == 0:
+            compared = f"{compared} {where}"
+            return (
+                f"the memory does not help ({len(self.table)} settings, {compared}): strength 0, the base alone{notes}"
+            )
+        params = self.params
+        refined = f", {self.refined} of them around the best of the grid" if self.refined else ""
+        other = f", {self.objective} {self.base_objective:.4f} -> {self.best_objective:.4f}"
+        return (
+            f"chose k={params.k}, sigma={params.sigma:.4g}, softmax_temperature={params.softmax_temperature:.4g}, "
+            f"strength={params.strength:.4g} of {len(self.table)} settings{refined}: {compared} "
+            f"({self.score - self.base_score:+.4f} ± {self.gain_error:.4f})"
+            f"{other if self.objective not in ('accuracy', 'mse') else ''} {where}{notes}"
+        )
+
+
+class Tuner(ABC):
+    """Chooses the params of a memory."""
+
+    @abstractmethod
+    def tune(
+        self,
+        memory: ResidualMemory,
+        embeddings: Tensor,
+        outputs: Tensor,
+        targets: Tensor,
+        gather: Gather = lambda rows: rows,
+        ids: Tensor | None = None,
+    ) -> TuningResult:
+        """Choose params on validation rows; the memory is not changed.
+
+        NumPy arrays and nested lists work where tensors do.
+
+        Args:
+            memory: Filled with training rows.
+            embeddings: Of this rank's validation rows, shape `(V, D)`.
+            outputs: What the head returned for them, shape `(V, C)`.
+            targets: Their targets, as the memory's task wants them.
+            gather: Concatenates a tensor `(n, ...)` over all ranks, so that every rank makes the same choice.
+            ids: Shape `(V,)`, if the rows are rows of the memory: then no row is its own neighbour.
+        """
+
+    def tune_leave_one_out(
+        self,
+        memory: ResidualMemory,
+        rows: int = 5000,
+        seed: int = 0,
+        gather: Gather = lambda rows: rows,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> TuningResult:
+        """Choose params without validation rows: on rows of the memory, none of which is its own neighbour.
+
+        The base was trained on these rows, so it looks better on them than it is, and the memory less useful. A base
+        that fits them perfectly leaves nothing to choose by.
+
+        Args:
+            memory: Filled with at least two training rows, the same on all ranks.
+            rows: How many are drawn; all, if there are not more.
+            seed: Of the draw.
+            gather: As for `tune`.
+            rank: Which part of the rows is this rank's.
+            num_ranks: How many parts there are.
+
+        Raises:
+            InputError: If the memory has fewer than two rows.
+        """
+        check_memory(memory)
+        if len(memory) < 2:
+            raise InputError(f"The memory has {len(memory)} rows: leaving one out takes at least two.")
+        if rows < 1:
+            raise InputError(f"rows={rows!r}: give a number of rows of at least 1.")
+        drawn = torch.randperm(len(memory), generator=torch.Generator().manual_seed(seed))[:rows].sort().values
+        ids = memory.ids.cpu()[drawn[rank::num_ranks]]
+        values = memory.fetch(ids)
+        return self.tune(memory, memory._query_rows(ids), values.outputs, values.targets, gather, ids)
+
+    def check(self, task: Task) -> None:  # noqa: B027 -- for those that cannot tune every task
+        """Raise an error, before any training, if this tuner cannot tune the memory of a task."""
+
+    def rehearse(self, task: Task, outputs: Tensor, targets: Tensor) -> None:  # noqa: B027
+        """Raise an error, before any training, if this tuner cannot tune on rows like these.
+
+        Args:
+            task: Of the memory.
+            outputs: What the head returned for one or two rows, shape `(n, C)`, on the CPU.
+            targets: Their targets, as the task stores them.
+        """
+
+
+class GridTuner(Tuner):
+    """Tries every combination, and more of them around the best one, on one search; `strength` 0 is always a candidate.
+
+    The highest score of a thousand settings is luck in part. So of all settings whose score is within one standard
+    error of the best one's the loss decides, and the memory is kept only if it helps by more than noise: by two
+    standard errors of the score, or by one of the loss (with the base at the same `softmax_temperature`) while the
+    score is no worse than the base's.
+
+    Args:
+        k: Numbers of neighbours; those beyond the memory's rows are cut to them.
+        sigma: Kernel widths, in multiples of the measured median distance between a validation row and its 10 nearest
+            training rows.
+        softmax_temperature: Divisors of the logits (without effect, and not tried, in regression).
+        strength: Factors of the weighted residual.
+        objective: `"accuracy"` (the mean squared error in regression, also called `"mse"`), `"nll"`, the negative
+            log-likelihood (the squared error in regression), `"f1"`, its mean over classes, or any torchmetrics
+            `Metric` of probabilities and targets.
+        max_negative_flip_rate: Largest share of the rows (in multilabel tasks: of labels) that the base has right and
+            the combined prediction may have wrong. None for no bound.
+        refinements: How often the grid is refined around its best setting. A list with one candidate is left alone.
+        noise: How many standard errors count as noise. 0 takes the best score as it is.
+        gate: Whether to fit a `Gate`, and to keep it if it lowers the loss of rows that it was not fitted on.
+
+    Raises:
+        InputError: If an argument is out of range.
+
+    Example:
+        >>> from lightning_resmem import LocalMemory
+        >>> memory = LocalMemory()
+        >>> memory.add(torch.eye(2), torch.zeros(2, 2), torch.tensor([0, 1]))
+        >>> result = GridTuner(k=[1]).tune(memory, torch.eye(2), torch.zeros(2, 2), torch.tensor([0, 1]))
+        >>> result.base_score, result.score
+        (0.5, 1.0)
+    """
+
+    def __init__(
+        self,
+        k: Sequence[int] = (3, 5, 10, 20, 50, 100, 200),
+        sigma: Sequence[float] = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6),
+        softmax_temperature: Sequence[float] = (0.7, 1.0, 1.4, 2.0, 2.8),
+        strength: Sequence[float] = (0.25, 0.5, 0.75, 1.0, 1.5),
+        objective: str | Metric = "accuracy",
+        max_negative_flip_rate: float | None = None,
+        refinements: int = 1,
+        noise: float = 1.0,
+        gate: bool = False,
+    ) -> None:
+        grid = {"k": k, "sigma": sigma, "softmax_temperature": softmax_temperature, "strength": strength}
+        for name, candidates in grid.items():
+            if isinstance(candidates, str) or not isinstance(candidates, Sequence) or not candidates:
+                raise InputError(f"{name}={candidates!r}: give a list of candidates, at least one.")
+            for candidate in candidates:
+                replace(ResMemParams(), **{name: candidate})  # type: ignore[arg-type]
+        check_objective(objective)
+        if max_negative_flip_rate is not None and not _is_number(max_negative_flip_rate, 0, 1):
+            raise InputError(
+                f"max_negative_flip_rate={max_negative_flip_rate!r}: give a share between 0 and 1, or None."
+            )
+        if isinstance(refinements, bool) or not isinstance(refinements, int) or refinements < 0:
+            raise InputError(f"refinements={refinements!r}: give a whole number of at least 0.")
+        if not _is_number(noise, 0, math.inf):
+            raise InputError(f"noise={noise!r}: give a number of standard errors of at least 0.")
+        if not isinstance(gate, bool):
+            raise InputError(f"gate={gate!r}: give True or False.")
+        self.k, self.sigma = tuple(k), tuple(sigma)
+        self.softmax_temperature, self.strength = tuple(softmax_temperature), tuple(strength)
+        self.objective, self.max_negative_flip_rate = objective, max_negative_flip_rate
+        self.refinements, self.noise, self.gate = refinements, noise, gate
+
+    def check(self, task: Task) -> None:
+        check_task(self.objective, task)
+        if self.max_negative_flip_rate is not None and isinstance(task, Regression):
+            raise InputError(
+                f"max_negative_flip_rate={self.max_negative_flip_rate} is not for task=Regression(), where no answer "
+                "is simply right: leave it out."
+            )
+
+    def rehearse(self, task: Task, outputs: Tensor, targets: Tensor) -> None:
+        metric = make_objective(self.objective, task, outputs.shape[1])
+        if metric is not None:
+            base = task.predict(outputs)
+            metric.rehearse(task.probabilities(base, base), targets)
+
+    @torch.no_grad()
+    def tune(
+        self,
+        memory: ResidualMemory,
+        embeddings: Tensor,
+        outputs: Tensor,
+        targets: Tensor,
+        gather: Gather = lambda rows: rows,
+        ids: Tensor | None = None,
+    ) -> TuningResult:
+        check_memory(memory)
+        self.check(memory.task)
+        rows = _checked_rows(memory, embeddings, outputs, targets, ids)
+        if not int(gather(torch.tensor([len(rows.targets)])).sum()):
+            raise InputError("embeddings has no rows: tuning needs at least one validation row.")
+        sweep = Sweep(memory, rows, self.k, gather)
+        temperatures = self.softmax_temperature if memory.task.uses_softmax_temperature else (1.0,)
+        sigmas, strengths = tuple(sigma * sweep.scale for sigma in self.sigma), tuple(s for s in self.strength if s)
+        axes = Axes(tuple(sweep.ks), sigmas, temperatures, strengths)
+        metric = make_objective(self.objective, memory.task, rows.outputs.shape[1])
+        by_loss = isinstance(self.objective, str) and self.objective == "nll"  # metrics overload ==
+        grid = GridSearch(sweep, metric, by_loss, self.noise, self.max_negative_flip_rate)
+        grid.add(axes.settings())
+        refined = -len(grid.settings)
+        for _ in range(self.refinements):
+            favourite = grid.favourite()
+            if favourite:
+                axes = axes.around(grid.settings[favourite], sweep.ks[-1])
+                grid.add(axes.settings())
+        refined += len(grid.settings)
+        choice = grid.choice()
+        objective, score = grid.objective.tolist(), grid.measured.score.tolist()
+        result = TuningResult(
+            params=grid.settings[choice.place],
+            table=grid.table(),
+            base_score=score[0],
+            score=score[choice.place],
+            score_name=memory.task.score_name,
+            rows=sweep.num_rows,
+            gain_error=grid.gain_error(choice.place),
+            objective=self.objective if isinstance(self.objective, str) else type(self.objective).__name__,
+            base_objective=objective[0],
+            best_objective=objective[choice.place],
+            refined=refined,
+            leave_one_out=ids is not None,
+            notes=() if choice.note is None else (choice.note,),
+        )
+        if self.gate and choice.place:
+            result = _gated(result, sweep, self.max_negative_flip_rate)
+        _warn(result, measure_residuals(memory, rows, gather))
+        return result
+
+
+def _checked_rows(memory: ResidualMemory, embeddings: Tensor, outputs: Tensor, targets: Tensor, ids: Any) -> Rows:
+    embeddings, outputs = as_tensor("embeddings", embeddings), as_tensor("outputs", outputs)
+    targets = as_tensor("targets", targets)
+    check_shapes(embeddings, outputs, targets, None)
+    width = memory.stats()["width"]
+    if len(memory) and embeddings.shape[1] != width:
+        raise InputError(
+            f"embeddings has shape {tuple(embeddings.shape)}, the memory's keys have width {width}: tune on the same "
+            "embedding that filled the memory."
+        )
+    check_finite("embeddings", embeddings)
+    check_finite("outputs", outputs)
+    targets = memory.task.check_targets(targets, outputs.shape[1])
+    if ids is not None:
+        ids = as_ids(ids)
+        if len(ids) != len(targets):
+            raise InputError(f"ids has shape {tuple(ids.shape)}, expected ({len(targets)},): one for every row.")
+    return Rows(embeddings, outputs, targets, ids)
+
+
+def _gated(result: TuningResult, sweep: Sweep, most_lost: float | None) -> TuningResult:
+    """The result with a gate, if that helps for rows that it was not fitted on."""
+    task, params, rows = sweep.task, result.params, sweep.pooled(result.params)
+    fit = fit_gate(task, *rows, sigma=params.sigma, strength=params.strength)
+    numbers = [*astuple(fit.gate), fit.loss, fit.constant_loss, fit.error, fit.helps]
+    *coefficients, loss, constant_loss, error, helps = sweep.agreed(numbers)
+    gate = Gate(*coefficients)
+    combined = combine(
+        rows.base, rows.residual, params.strength * gate.factors(task, rows.base, rows.distances, params.sigma)
+    )
+    scores, before = task.score(combined, rows.targets).double(), task.score(rows.base, rows.targets).double()
+    gains = scores - before
+    lost = 0.0
+    if sweep.counts_flips:
+        lost = float(negative_flip_rate(rows.base, combined, rows.targets))
+    score, squares, lost = sweep.agreed([float(scores.mean()), float(gains.square().mean()), lost])
+    compared = f"loss {constant_loss:.4f} -> {loss:.4f} (± {error:.4f}) on rows that it was not fitted on"
+    if not helps:
+        return replace(result, notes=(*result.notes, f"the gate does not help ({compared}): none is used"))
+    if most_lost is not None and lost > most_lost:
+        note = f"the gate loses {lost:.4f} of the answers, more than max_negative_flip_rate={most_lost:g}: none is used"
+        return replace(result, notes=(*result.notes, note))
+    gain = torch.tensor(score - result.base_score)
+    return replace(
+        result,
+        params=replace(params, gate=gate),
+        score=score,
+        gain_error=float(standard_error(torch.tensor(squares), gain, result.rows)),
+        notes=(*result.notes, f"with a gate, {compared}"),
+    )
+
+
+def _warn(result: TuningResult, residuals: Residuals) -> None:
+    advice = []
+    if residuals.vanish:
+        unseen = "" if residuals.unseen is None else f", {residuals.unseen:.1%} on rows that it has not seen"
+        advice.append(
+            f"The base fits the rows of its memory almost perfectly (residuals of {residuals.stored:.1%}{unseen}, 100% "
+            "being those of the labels' average), so there is little left to memorize"
+            + (", and these rows say nothing about the memory's use for new ones" if result.leave_one_out else "")
+            + ". Memorize rows that the base was not trained on instead: give them as memory_dataloader."
+        )
+    if result.rows < _FEW_ROWS:
+        advice.append(
+            f"A choice on fewer than {_FEW_ROWS} rows is mostly chance: give more validation rows, or set the params "
+            "yourself."
+        )
+    if result.params.strength == 0 or advice:
+        warnings.warn(" ".join([f"ResMem tuning: {result.summary()}.", *advice]), ResMemWarning, stacklevel=4)
+
+
+def _is_number(value: object, least: float, most: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most

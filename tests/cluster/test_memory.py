@@ -1,0 +1,609 @@
+"""RayMemory against LocalMemory and ResMem in float64, on a Ray of one node."""
+
+import copy
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from lightning_resmem import (
+    EmptyMemoryError,
+    FaissIndex,
+    InputError,
+    LocalMemory,
+    Multilabel,
+    RayMemory,
+    Regression,
+    ResMemParams,
+    ShardUnavailableError,
+    SparseConfig,
+    StorageError,
+    explain,
+    influence,
+    label_errors,
+)
+from tests.memory.test_contract import CLASSES, PARAMS, ROWS, WIDTH, Data
+
+pytestmark = pytest.mark.slow
+
+SECONDS = 120.0  # machines may be busy
+SHARDS = (1, 2, 3, 5)
+
+
+@pytest.fixture(scope="module")
+def pools(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, RayMemory]]:
+    """Memories over 1, 2, 3 and 5 shards, which share five actors (a test uses one of them), and one of other kinds."""
+    from lightning_resmem.cluster.pool import Pool
+
+    path = tmp_path_factory.mktemp("shards")
+    options: dict[str, Any] = {"params": PARAMS, "storage_path": path, "request_timeout_s": SECONDS}
+    made = {str(count): RayMemory(count, **options) for count in SHARDS}
+    largest = made[str(max(SHARDS))]
+    largest.shards.open()
+    for count in SHARDS[:-1]:
+        config = replace(largest.shards.pool.config, num_shards=count)
+        made[str(count)].shards.use(Pool(config, largest.shards.pool.actors[:count], SECONDS))
+    kinds = {"index": FaissIndex("IVF4,Flat", nprobe=4), "values": SparseConfig(CLASSES), "key_dtype": torch.bfloat16}
+    made["other"] = RayMemory(2, **options, **kinds)
+    made["other"].shards.open()
+    yield made
+    largest.shutdown()
+    made["other"].shutdown()
+    assert not list(path.iterdir())
+
+
+@pytest.fixture(params=[str(count) for count in SHARDS])
+def memory(request: pytest.FixtureRequest, pools: dict[str, RayMemory]) -> RayMemory:
+    return cleared(pools[request.param])
+
+
+@pytest.fixture
+def two(pools: dict[str, RayMemory]) -> RayMemory:
+    return cleared(pools["2"])
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def ended(memory: RayMemory) -> None:
+    """Shut down, and wait until the processes are gone."""
+    pids = [shard["pid"] for shard in memory.stats()["shards"]]
+    memory.shutdown()
+    deadline = time.monotonic() + SECONDS
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def cleared(memory: RayMemory) -> RayMemory:
+    pool = memory.shards.pool
+    # Another memory may have changed the shards since.
+    pool.known = [[answer["number"] for answer in replicas] for replicas in pool.everywhere("state")]
+    memory.clear()
+    memory.params = PARAMS
+    return memory
+
+
+@pytest.fixture
+def data() -> Data:
+    return Data()
+
+
+def local(data: Data, **options: Any) -> LocalMemory:
+    memory = LocalMemory(params=PARAMS, **options)
+    data.add_to(memory, torch.arange(len(data.ids)))
+    return memory
+
+
+# -- the contract
+
+
+def test_answers_as_the_oracle_and_as_one_memory(memory: RayMemory, data: Data) -> None:
+    data.add_to(memory, torch.randperm(ROWS))
+    assert len(memory) == ROWS
+    memory.build()
+    data.check(memory, 1e-5)
+    one = local(data)
+    for k in (1, PARAMS.k, ROWS // 4, ROWS + 5):
+        expected, found = one.search(data.queries, k), memory.search(data.queries, k)
+        assert torch.equal(found.ids, expected.ids)
+        assert torch.equal(found.distances, expected.distances)
+    for expected, found in zip(
+        one.predictions(data.queries, data.query_outputs),
+        memory.predictions(data.queries, data.query_outputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert memory.distance_scale() == pytest.approx(one.distance_scale())
+
+
+def test_explains_as_one_memory(two: RayMemory, data: Data) -> None:
+    data.add_to(two, torch.randperm(ROWS))
+    one, queries = local(data), (data.queries, data.query_outputs)
+    expected, found = explain(one, *queries), explain(two, *queries)
+    assert torch.equal(found.neighbors.ids, expected.neighbors.ids)
+    assert torch.equal(found.labels, expected.labels)
+    torch.testing.assert_close(found.contributions, expected.contributions, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.rest, expected.rest, rtol=0, atol=2e-6)
+    id = int(expected.neighbors.ids[0, 0])
+    assert torch.equal(influence(two, id, data.queries).queries, influence(one, id, data.queries).queries)
+    targets = data.query_outputs.argmax(dim=1)
+    for by, validation in (("self_confidence", {}), ("base_loss", {}), ("harm", {"targets": targets})):
+        rows = {"embeddings": data.queries, "outputs": data.query_outputs, **validation} if validation else {}
+        ranked, same = (label_errors(memory, by, **rows) for memory in (two, one))
+        assert torch.equal(ranked.ids, same.ids)
+        torch.testing.assert_close(ranked.scores, same.scores, rtol=0, atol=1e-5)
+
+
+def test_other_kinds_of_index_and_values(pools: dict[str, RayMemory], data: Data, tmp_path: Path) -> None:
+    memory = cleared(pools["other"])
+    data.keys = data.keys.bfloat16().float()
+    data.add_to(memory, torch.randperm(ROWS))
+    data.check(memory, 1e-3)
+    saved = memory.save(tmp_path / "memory")
+    one = LocalMemory.load(saved)
+    data.check(one, 1e-3)
+    found, expected = memory.stats(), one.stats()
+    assert found.pop("shards")
+    assert found == expected
+    assert (found["recall"], found["nprobe"]) == (1.0, 4)
+
+
+def test_edited_memory_is_one_built_from_the_final_rows(memory: RayMemory, data: Data, tmp_path: Path) -> None:
+    first, later = torch.randperm(ROWS).split([200, 100])
+    data.add_to(memory, first)
+    memory.build()
+    data.add_to(memory, later)  # after build
+    gone = torch.randperm(ROWS)[:80]
+    memory.remove(data.ids[gone])
+    assert len(memory) == ROWS - 80
+    kept = torch.ones(ROWS, dtype=torch.bool).index_fill(0, gone, False).nonzero()[:, 0]
+    data.check(memory, 1e-5, kept)
+    relabeled, moved, reread = kept[::3].flip(0), kept[1::3], kept[::2]
+    data.targets[relabeled] = torch.randint(CLASSES, (len(relabeled),))
+    memory.update(data.ids[relabeled], targets=data.targets[relabeled])
+    data.keys[moved], data.outputs[reread] = torch.randn(len(moved), WIDTH), torch.randn(len(reread), CLASSES)
+    memory.update(data.ids[moved], embeddings=data.keys[moved])
+    memory.update(data.ids[reread], outputs=data.outputs[reread])
+    data.check(memory, 1e-5, kept)
+    data.check(LocalMemory.load(memory.save(tmp_path / "memory")), 1e-5, kept)
+
+
+def test_fewer_rows_than_shards(memory: RayMemory) -> None:
+    for rows in (1, 2):
+        cleared(memory)
+        data = Data(rows)
+        data.add_to(memory, torch.arange(rows))
+        data_params, memory.params = memory.params, ResMemParams(k=4, sigma=0.8, softmax_temperature=1.3)
+        one = local(data)
+        one.params = memory.params
+        neighbors = memory.search(data.queries, 4)
+        assert torch.equal(neighbors.ids, one.search(data.queries, 4).ids)
+        assert (neighbors.ids[:, rows:] == -1).all()
+        torch.testing.assert_close(memory(data.queries), one(data.queries), rtol=0, atol=1e-6)
+        torch.testing.assert_close(memory.knn(data.queries), one.knn(data.queries), rtol=0, atol=1e-6)
+        memory.params = data_params
+
+
+def test_equal_distances_come_in_the_order_of_ids(memory: RayMemory) -> None:
+    rows = 40
+    keys = torch.randint(2, (rows, 2)).float()
+    outputs, targets = torch.randn(rows, 3), torch.randint(3, (rows,))
+    memory.add(keys, outputs, targets)
+    one = LocalMemory(params=PARAMS)
+    one.add(keys, outputs, targets)
+    for k in (1, 7, 40):
+        assert torch.equal(memory.search(keys[:5], k).ids, one.search(keys[:5], k).ids)
+
+
+def test_fetched_rows_are_the_rows(memory: RayMemory, data: Data) -> None:
+    data.add_to(memory, torch.randperm(ROWS))
+    chosen = torch.tensor([250, 3, 3, 99])
+    rows, expected = memory.fetch(data.ids[chosen]), local(data).fetch(data.ids[chosen])
+    for name, tensor in expected.tensors().items():
+        assert torch.equal(rows.tensors()[name], tensor)
+    assert len(memory.fetch(torch.tensor([], dtype=torch.int64))) == 0
+
+
+def test_saved_memories_are_one_format(two: RayMemory, data: Data, tmp_path: Path) -> None:
+    one = local(data)
+    one.provenance = {"fingerprint": "f", "head": "net.fc"}
+    one.save(tmp_path / "local")
+    spread = RayMemory.load(tmp_path / "local", 3, storage_path=tmp_path / "shards", request_timeout_s=SECONDS)
+    try:
+        data.check(spread, 1e-5)
+        assert (spread.params, spread.tunable, spread.provenance) == (PARAMS, False, one.provenance)
+        spread.save(tmp_path / "spread")
+    finally:
+        ended(spread)
+    data.add_to(two, torch.randperm(ROWS))
+    two.provenance = one.provenance
+    two.save(tmp_path / "two")
+    back = LocalMemory.load(tmp_path / "spread")
+    assert torch.equal(back(data.queries), one(data.queries))
+    assert (back.params, back.tunable, back.provenance) == (PARAMS, False, one.provenance)
+    for name in ("keys", "ids", "outputs", "targets"):
+        file = f"{name}.safetensors"
+        expected = (tmp_path / "local" / file).read_bytes()
+        assert (tmp_path / "spread" / file).read_bytes() == (tmp_path / "two" / file).read_bytes() == expected
+
+
+@pytest.mark.parametrize("task", [Multilabel(), Regression()])
+def test_other_tasks(task: Multilabel | Regression, ray_address: str, tmp_path: Path) -> None:
+    data = Data()
+    targets = torch.rand(ROWS, CLASSES).round() if isinstance(task, Multilabel) else torch.randn(ROWS, CLASSES)
+    memory = RayMemory(1, task, PARAMS, storage_path=tmp_path, request_timeout_s=SECONDS)
+    one = LocalMemory(task, PARAMS)
+    try:
+        for each in (memory, one):
+            each.add(data.keys, data.outputs, targets)
+        for expected, found in zip(
+            one.predictions(data.queries, data.query_outputs),
+            memory.predictions(data.queries, data.query_outputs),
+            strict=True,
+        ):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    finally:
+        ended(memory)
+
+
+# -- errors
+
+
+def test_bad_rows_change_nothing(two: RayMemory, data: Data) -> None:
+    data.add_to(two, torch.arange(ROWS))
+    two.build()
+    row = torch.zeros(1, WIDTH), torch.zeros(1, CLASSES), torch.zeros(1).long()
+    with pytest.raises(InputError, match="widths"):
+        two.add(torch.zeros(1, WIDTH + 1), *row[1:])
+    with pytest.raises(InputError, match="embeddings"):
+        two.add(torch.full((1, WIDTH), torch.nan), *row[1:])
+    with pytest.raises(InputError, match="outside"):
+        two.add(*row[:2], torch.tensor([CLASSES]))
+    with pytest.raises(InputError, match=f"repeated: {int(data.ids[7])}"):
+        two.add(*row, ids=data.ids[7:8])
+    unknown = torch.tensor([10 * ROWS + 1])
+    for edit in (two.remove, two.fetch, lambda ids: two.update(ids, targets=row[2])):
+        with pytest.raises(InputError, match=f"{10 * ROWS + 1}.*not in the memory"):
+            edit(unknown)
+    with pytest.raises(InputError, match="queries"):
+        two.search(torch.zeros(1, WIDTH + 1), 3)
+    with pytest.raises(InputError, match="k=0"):
+        two.search(torch.zeros(1, WIDTH), 0)
+    data.check(two, 1e-5)
+
+
+def test_an_id_that_two_chunks_have_is_found_by_build(two: RayMemory, data: Data) -> None:
+    data.add_to(two, torch.arange(ROWS))
+    data.add_to(two, torch.arange(5, 6))
+    with pytest.raises(InputError, match=f"repeated: {int(data.ids[5])}"):
+        two.build()
+
+
+def test_empty_memory(two: RayMemory) -> None:
+    assert len(two) == 0
+    for ask in (two.build, lambda: two.search(torch.zeros(1, WIDTH), 1), lambda: two.ids):
+        with pytest.raises(EmptyMemoryError):
+            ask()
+    two.add(torch.zeros(2, WIDTH), torch.zeros(2, CLASSES), torch.zeros(2).long())
+    two.remove([0, 1])
+    with pytest.raises(EmptyMemoryError):
+        two.build()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_shards": 0}, "num_shards=0"),
+        ({"num_shards": 2.0}, "num_shards=2.0"),
+        ({"replicas": 0}, "replicas=0"),
+        ({"cpus_per_shard": -1}, "cpus_per_shard=-1"),
+        ({"cpus_per_shard": 0}, "needs one or the other"),
+        ({"gpus_per_shard": "all"}, "gpus_per_shard='all'"),
+        ({"gpus_per_shard": 1.5}, "gpus_per_shard=1.5"),
+        ({"placement": "EVEN"}, "STRICT_SPREAD"),
+        ({"on_shard_loss": "ignore"}, "partial"),
+        ({"request_timeout_s": 0}, "request_timeout_s=0"),
+        ({"address": "ray://head:10001"}, "Ray Client"),
+        ({"name": ""}, "name=''"),
+        ({"storage_path": 3}, "storage_path=3"),
+        ({"storage_path": "simplecache::nosuch://rows"}, "storage_path='simplecache::nosuch://rows' .* nosuch"),
+        ({"index": ""}, "index=''"),
+        ({"index": "exakt"}, "index='exakt' is not understood"),
+        ({"values": "half"}, "values='half'"),
+        ({"key_dtype": torch.int8}, "key_dtype"),
+        ({"task": "multiclass"}, "task='multiclass'"),
+    ],
+)
+def test_bad_arguments_are_refused_where_they_are_written(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        RayMemory(**arguments)
+
+
+def test_no_room(ray_address: str, tmp_path: Path) -> None:
+    memory = RayMemory(3, cpus_per_shard=100, storage_path=tmp_path, request_timeout_s=1.0)
+    with pytest.raises(ShardUnavailableError, match=r"Asked: 3 x \{'CPU': 100\}. The cluster has: .*CPU 16"):
+        memory.add(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([0]))
+    memory = RayMemory(1, gpus_per_shard=1, storage_path=tmp_path, request_timeout_s=1.0)
+    with pytest.raises(ShardUnavailableError, match="GPU 0"):
+        memory.add(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([0]))
+
+
+def test_no_room_beside_other_pools(ray_address: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"cpus_per_shard": 0.001, "storage_path": tmp_path, "request_timeout_s": SECONDS}
+    first, second = RayMemory(2, **options), RayMemory(1, name="mine", **options)
+    for memory in (first, second):
+        memory.shards.open()
+    crowded = RayMemory(1, cpus_per_shard=15.9999, storage_path=tmp_path, request_timeout_s=1.0)
+    with pytest.raises(ShardUnavailableError, match=r"shutdown\(\) of a memory frees") as caught:
+        crowded.shards.open()
+    assert f"{first.shards.name!r} (2 actors)" in str(caught.value)
+    assert "'mine' (1 actor)" in str(caught.value)
+    for memory in (first, second):
+        ended(memory)
+
+
+# -- sharing
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["nonsense", "127.0.0.1:{free}", "localhost:{free}", "[::1]:{free}", "127.0.0.1:99999", "localhost:redis"],
+)
+def test_what_is_no_address(address: str) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))  # a port that nobody listens at
+        address = address.format(free=listener.getsockname()[1])
+        code = f"""if True:
+            import time, ray, torch
+            from lightning_resmem import RayMemory
+            started = time.monotonic()
+            try:
+                RayMemory(1, address={address!r}).add(torch.eye(2), torch.eye(2), torch.arange(2))
+            finally:
+                print("seconds", time.monotonic() - started)
+        """
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=False)
+    assert f"InputError: address={address!r}: no Ray cluster can be joined there" in done.stderr
+    assert "ray start --head --port=6379" in done.stderr
+    assert float(done.stdout.split()[-1]) < 30  # Ray itself takes more than 80
+
+
+def test_another_cluster_than_the_one_that_the_process_is_in(ray_address: str, data: Data) -> None:
+    host, _, port = ray_address.rpartition(":")
+    memory = RayMemory(1, address=f"{host}:{int(port) + 1}")
+    with pytest.raises(InputError, match=rf"address='{host}:\d+', but this process is connected .* at {ray_address}"):
+        data.add_to(memory, torch.arange(3))
+
+
+def test_a_named_pool_is_found_until_it_is_shut_down(ray_address: str, data: Data, tmp_path: Path) -> None:
+    memory = RayMemory(2, name="shared", storage_path=tmp_path, request_timeout_s=SECONDS)
+    data.add_to(memory, torch.arange(ROWS))
+    memory.build()
+    memory.params, memory.provenance = PARAMS, {"fingerprint": "f"}
+    memory.publish()
+    with pytest.raises(InputError, match=r"RayMemory.connect\('shared'\)"):
+        RayMemory(2, name="shared", storage_path=tmp_path, request_timeout_s=SECONDS).shards.open()
+    actors = [psutil.Process(shard["pid"]) for shard in memory.stats()["shards"]]
+    del memory
+    for actor in actors:
+        actor.suspend()
+    try:
+        with pytest.raises(ShardUnavailableError, match=r"name='shared' .* request_timeout_s=0.2"):
+            RayMemory.connect("shared", request_timeout_s=0.2)
+    finally:
+        for actor in actors:
+            actor.resume()
+    for wrong in ({"request_timeout_s": 0}, {"on_shard_loss": "ignore"}, {"namespace": ""}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            RayMemory.connect("shared", **wrong)
+    found = RayMemory.connect("shared", request_timeout_s=SECONDS)
+    data.check(found, 1e-5)
+    assert (found.params, found.provenance, found.tunable) == (PARAMS, {"fingerprint": "f"}, True)
+    ended(found)
+    assert len(found) == 0
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="is no pool"):
+        RayMemory.connect("shared", request_timeout_s=5.0)
+
+
+def test_a_name_that_is_taken_starts_no_shards(
+    ray_address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import ray
+
+    from lightning_resmem.cluster import pool
+
+    memory = RayMemory(1, name="taken", storage_path=tmp_path, request_timeout_s=SECONDS)
+    memory.shards.open()
+    monkeypatch.setattr(pool, "assign", lambda nodes, num_shards: [1, 0])  # as it may be on several nodes
+    with pytest.raises(InputError, match="name='taken'"):
+        RayMemory(2, name="taken", storage_path=tmp_path, request_timeout_s=SECONDS).shards.open()
+    names = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+    assert "taken/0.0" in names
+    assert "taken/1.0" not in names
+    ended(memory)
+
+
+def test_a_pool_that_was_shut_down_elsewhere_is_missed_at_once(ray_address: str, data: Data, tmp_path: Path) -> None:
+    memory = RayMemory(1, params=PARAMS, storage_path=tmp_path, request_timeout_s=SECONDS)
+    data.add_to(memory, torch.arange(ROWS))
+    memory.build()
+    twin = copy.deepcopy(memory)
+    data.check(twin, 1e-5)
+    ended(memory)
+    started = time.monotonic()
+    with pytest.raises(ShardUnavailableError, match="its process is gone"):
+        twin.search(data.queries, 1)
+    assert time.monotonic() - started < SECONDS / 2
+
+
+_LEAVES_RAY = """
+import sys, ray, torch
+from lightning_resmem import RayMemory, ResMemParams, ShardUnavailableError
+
+memory = RayMemory(1, params=ResMemParams(k=1), storage_path=sys.argv[1])
+memory.add(torch.eye(2), torch.zeros(2, 2), torch.tensor([0, 1]))
+memory.build()
+ray.shutdown()
+for ask in (lambda: memory.search(torch.eye(2), 1), memory.metrics):
+    try:
+        ask()
+    except ShardUnavailableError as error:
+        print(error)
+memory.clear()
+print(len(memory), "rows")
+"""
+
+
+def test_a_process_that_leaves_ray(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-c", _LEAVES_RAY, str(tmp_path)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert ended.stdout.count("The shards ended when this process left Ray (ray.shutdown())") == 2
+    assert ended.stdout.endswith("0 rows\n")
+
+
+def test_copies_ask_the_same_shards(pools: dict[str, RayMemory], data: Data) -> None:
+    memory = cleared(pools["5"])
+    unused = pickle.loads(pickle.dumps(RayMemory(2, params=PARAMS)))
+    assert len(unused) == 0
+    data.add_to(memory, torch.arange(ROWS))
+    memory.build()
+    for twin in (copy.deepcopy(memory), pickle.loads(pickle.dumps(memory))):
+        data.check(twin, 1e-5)
+
+
+def test_many_callers_at_once(two: RayMemory, data: Data) -> None:
+    data.add_to(two, torch.arange(ROWS))
+    one = local(data)
+    expected = [one.knn(data.queries[i : i + 1]) for i in range(7)]
+
+    def ask(turn: int) -> bool:
+        return torch.allclose(two.knn(data.queries[turn % 7][None]), expected[turn % 7], atol=1e-6)
+
+    two.build()
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(ask, range(60)))
+
+
+def test_a_search_goes_on_while_the_caller_does_something_else(two: RayMemory, data: Data) -> None:
+    data.add_to(two, torch.arange(ROWS))
+    two.build()
+    started = [two.search_async(data.queries[i : i + 1], 3) for i in range(7)]
+    one = local(data)
+    for i, search in enumerate(started):
+        assert torch.equal(search.result(timeout=SECONDS).ids, one.search(data.queries[i : i + 1], 3).ids)
+        assert torch.equal(search.result().ids, one.search(data.queries[i : i + 1], 3).ids)  # again
+
+
+def test_phase_two_moves_two_rows_of_outputs_for_a_query_whatever_k(two: RayMemory, data: Data) -> None:
+    data.add_to(two, torch.arange(ROWS))
+    two.build()
+    for k in (1, 100):
+        neighbors = two.search(data.queries, k)
+        parts = two._ask("weighted_sums", (neighbors.ids.numpy(), np.ones((7, k), np.float32)), 1.0)
+        assert [part.nbytes for part in parts] == [2 * 7 * CLASSES * 4] * 2
+
+
+# -- what is told
+
+
+def test_stats_and_metrics(two: RayMemory, data: Data) -> None:
+    assert RayMemory(2).stats()["rows"] == 0
+    assert RayMemory(2).metrics() == {}
+    data.add_to(two, torch.arange(ROWS))
+    two.build()
+    two.search(data.queries, 3)
+    stats, one = two.stats(), local(data)
+    one.build()
+    shards = stats.pop("shards")
+    assert stats == one.stats()
+    assert [shard["shard"] for shard in shards] == [0, 1]
+    assert sum(shard["rows"] for shard in shards) == ROWS
+    assert sum(shard["bytes"] for shard in shards) == stats["bytes"]
+    assert len({shard["pid"] for shard in shards}) == 2
+    for shard in shards:
+        assert shard["alive"]
+        assert shard["restarts"] == 0
+        assert shard["searches"] >= 1
+        assert 0 < shard["search_p50_ms"] <= shard["search_p99_ms"]
+        assert len(shard["node"]) == 56
+    assert two.metrics() == {"resmem/shards_alive": 2.0, "resmem/coverage": 1.0}
+
+
+def test_building_shows_a_bar_only_when_asked(two: RayMemory, data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    data.add_to(two, torch.arange(ROWS))
+    two.build()
+    assert "Building shards" not in capsys.readouterr().err
+    two.remove(data.ids[:1])
+    two.show_progress = True
+    two.build()
+    two.show_progress = False
+    assert "Building shards" in capsys.readouterr().err
+
+
+# -- approximate indexes
+
+
+def test_an_index_is_trained_once_for_all_shards(
+    pools: dict[str, RayMemory], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    memory = cleared(pools["other"])
+    keys = (torch.randn(800, WIDTH) + 20 * torch.arange(4).repeat_interleave(200)[:, None]).bfloat16().float()
+    memory.add(keys, torch.zeros(800, 2), torch.zeros(800).long())
+    memory.build()
+    import faiss
+    import ray
+
+    indexes = [
+        faiss.deserialize_index(np.frombuffer(ray.get(actor.index.remote(0), timeout=SECONDS)[1], np.uint8))
+        for (actor,) in memory.shards.pool.actors
+    ]
+    centroids = [index.quantizer.reconstruct_n(0, 4) for index in indexes]
+    np.testing.assert_array_equal(centroids[0], centroids[1])
+    one = LocalMemory(params=PARAMS)
+    one.add(keys, torch.zeros(800, 2), torch.zeros(800).long())
+    assert torch.equal(memory.search(keys[:50], 10).ids, one.search(keys[:50], 10).ids)
+
+
+# -- storage
+
+
+def test_a_storage_path_that_cannot_be_made(ray_address: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    memory = RayMemory(1, storage_path=tmp_path / "file" / "below", request_timeout_s=SECONDS)
+    with pytest.raises(ShardUnavailableError, match=r"storage_path .*below.* cannot be made \(NotADirectoryError"):
+        memory.add(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([0]))
+
+
+def test_a_storage_path_that_vanishes(ray_address: str, data: Data, tmp_path: Path) -> None:
+    memory = RayMemory(1, params=PARAMS, storage_path=tmp_path / "shards", request_timeout_s=SECONDS)
+    data.add_to(memory, torch.arange(ROWS))
+    memory.build()
+    shutil.rmtree(tmp_path / "shards")
+    data.check(memory, 1e-5)  # what it holds, it answers
+    memory.remove(data.ids[:1])
+    with pytest.raises((StorageError, ShardUnavailableError), match="vanished"):
+        memory.build()
+    memory.clear()  # makes the directory again, or other actors
+    data.add_to(memory, torch.arange(ROWS))
+    data.check(memory, 1e-5)
+    ended(memory)

@@ -1,0 +1,200 @@
+"""A shard by itself, in this process: changes are kept, undone, made once, and found again by the next process."""
+
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from lightning_resmem import InputError, LocalMemory, Multiclass, ResMemParams, StorageError
+from lightning_resmem.cluster.config import PoolConfig
+from lightning_resmem.cluster.journal import Entry, Journal
+from lightning_resmem.cluster.shard import RowsLostError, Shard
+
+ROWS, WIDTH, CLASSES = 60, 4, 3
+
+
+@pytest.fixture(params=["path", "memory"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "pool") if request.param == "path" else f"memory://{uuid.uuid4().hex}"
+
+
+def config(url: str, index: str = "exact") -> PoolConfig:
+    return PoolConfig(
+        num_shards=1,
+        task=Multiclass(),
+        index=index,
+        values="auto",
+        key_dtype=torch.float32,
+        namespace="tests",
+        name="pool",
+        cpus_per_shard=1,
+        gpus_per_shard=0,
+        placement="PACK",
+        storage_path=url,
+        request_timeout_s=60.0,
+        replicas=1,
+        on_shard_loss="raise",
+    )
+
+
+@pytest.fixture
+def rows() -> dict[str, torch.Tensor]:
+    return {
+        "embeddings": torch.randn(ROWS, WIDTH),
+        "outputs": torch.randn(ROWS, CLASSES),
+        "targets": torch.randint(CLASSES, (ROWS,)),
+        "ids": torch.arange(ROWS),
+    }
+
+
+def part(rows: dict[str, torch.Tensor], start: int, stop: int) -> bytes:
+    memory = LocalMemory(params=ResMemParams())
+    memory.add(**{name: tensor[start:stop] for name, tensor in rows.items()})
+    return safetensors.torch.save(memory.stored(slice(None)) | {"num_outputs": torch.tensor(CLASSES)})
+
+
+def ids(*numbers: int) -> bytes:
+    return safetensors.torch.save({"ids": torch.tensor(numbers)})
+
+
+def check(shard: Shard, rows: dict[str, torch.Tensor], kept: list[int], known: int) -> None:
+    memory = LocalMemory(params=ResMemParams())
+    memory.add(**{name: tensor[kept] for name, tensor in rows.items()})
+    queries = rows["embeddings"][:5] + 0.1
+    expected = memory.search(queries, 7)
+    distances, found = shard.search((queries.numpy(),), 7, known)
+    assert found.tolist() == expected.ids.tolist()
+    assert distances.tolist() == expected.distances.tolist()
+    assert shard.ids(known).tolist() == kept
+    weights = torch.full((5, 7), 1 / 7)
+    for sums, wanted in zip(
+        shard.weighted_sums((found, weights.numpy()), 1.3, known),
+        memory.weighted_sums(expected.ids, weights, 1.3),
+        strict=True,
+    ):
+        torch.testing.assert_close(torch.from_numpy(sums), wanted, rtol=0, atol=1e-6)
+
+
+def test_what_was_acknowledged_is_there_after_a_restart(url: str, rows: dict[str, torch.Tensor]) -> None:
+    shard = Shard(config(url), 0, 0)
+    assert shard.apply("a", "add", part(rows, 0, 30), 0) == 1
+    check(Shard(config(url), 0, 0), rows, list(range(30)), 1)  # never built
+    state = shard.build("exact", None, 1)
+    assert (state["rows"], state["number"], state["built"]) == (30, 1, True)
+    check(Shard(config(url), 0, 0), rows, list(range(30)), 1)
+    shard.apply("b", "add", part(rows, 30, 60), 1)
+    shard.apply("c", "remove", ids(3, 40), 2)
+    kept = [i for i in range(60) if i not in (3, 40)]
+    check(shard, rows, kept, 3)
+    check(Shard(config(url), 0, 0), rows, kept, 3)
+    shard.apply("d", "clear", safetensors.torch.save({}), 3)
+    again = Shard(config(url), 0, 0)
+    assert again.state()["rows"] == 0
+    assert again.search((rows["embeddings"][:2].numpy(),), 3, 4)[1].shape == (2, 0)
+    assert again.weighted_sums((rows["ids"][:2, None].numpy(), rows["outputs"][:2, :1].numpy()), 1.0, 4) is None
+    again.apply("e", "add", part(rows, 5, 60), 4)
+    check(Shard(config(url), 0, 0), rows, list(range(5, 60)), 5)
+
+
+def test_a_repeated_request_is_made_once(url: str, rows: dict[str, torch.Tensor]) -> None:
+    shard = Shard(config(url), 0, 0)
+    for _ in range(3):
+        assert shard.apply("a", "add", part(rows, 0, 60), 0) == 1
+    # The process ended before it could acknowledge.
+    again = Shard(config(url), 0, 0)
+    assert again.apply("a", "add", part(rows, 0, 60), 0) == 1
+    check(again, rows, list(range(60)), 1)
+
+
+def test_a_change_that_is_refused_is_neither_made_nor_kept(url: str, rows: dict[str, torch.Tensor]) -> None:
+    shard = Shard(config(url), 0, 0)
+    shard.apply("a", "add", part(rows, 0, 60), 0)
+    shard.build("exact", None, 1)
+    with pytest.raises(InputError, match="repeated"):
+        shard.apply("b", "add", part(rows, 10, 20), 1)
+    with pytest.raises(InputError, match="not in the memory"):
+        shard.apply("c", "remove", ids(1, 1000), 1)
+    for same in (shard, Shard(config(url), 0, 0)):
+        check(same, rows, list(range(60)), 1)
+
+
+def test_a_change_that_cannot_be_kept_is_undone(
+    url: str, rows: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = Shard(config(url), 0, 0)
+    shard.apply("a", "add", part(rows, 0, 30), 0)
+
+    def full(self: Journal, entry: Entry) -> None:
+        raise StorageError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "write", full)
+        with pytest.raises(StorageError, match="No space"):
+            shard.apply("b", "add", part(rows, 30, 60), 1)
+    check(shard, rows, list(range(30)), 1)
+    assert shard.apply("b", "add", part(rows, 30, 60), 1) == 2
+    check(shard, rows, list(range(60)), 2)
+
+
+def test_rows_that_are_gone_are_missed(tmp_path: Path, rows: dict[str, torch.Tensor]) -> None:
+    shard = Shard(config(str(tmp_path / "pool")), 0, 0)
+    shard.apply("a", "add", part(rows, 0, 60), 0)
+    shard.destroy()
+    again = Shard(config(str(tmp_path / "pool")), 0, 0)
+    queries = rows["embeddings"][:2].numpy()
+    for ask in (
+        lambda: again.search((queries,), 3, 1),
+        lambda: again.weighted_sums((queries, queries), 1.0, 1),
+        lambda: again.ids(1),
+        lambda: again.fetch(rows["ids"].numpy(), 1),
+        lambda: again.stored(0, 1, (), 1),
+        lambda: again.apply("b", "add", part(rows, 0, 1), 1),
+        lambda: again.build("exact", None, 1),
+        lambda: again.ping(1),
+    ):
+        with pytest.raises(RowsLostError, match=r"does not hold its rows .change 0 of 1"):
+            ask()
+    assert again.apply("c", "clear", safetensors.torch.save({}), 1) == 2  # from here on nothing is missing
+
+
+def test_damaged_rows_are_told_to_whoever_asks(tmp_path: Path, rows: dict[str, torch.Tensor]) -> None:
+    shard = Shard(config(str(tmp_path / "pool")), 0, 0)
+    shard.apply("a", "add", part(rows, 0, 60), 0)
+    shard.build("exact", None, 1)
+    [file] = (tmp_path / "pool").rglob("keys.safetensors")
+    file.write_bytes(file.read_bytes()[:-4] + b"abcd")
+    again = Shard(config(str(tmp_path / "pool")), 0, 0)
+    with pytest.raises(RowsLostError, match="is damaged"):
+        again.search((rows["embeddings"][:2].numpy(),), 3, 0)
+
+
+def test_readers_share_and_a_writer_is_alone(tmp_path: Path, rows: dict[str, torch.Tensor]) -> None:
+    shard = Shard(config(str(tmp_path / "pool")), 0, 0)
+    shard.apply("a", "add", part(rows, 0, 60), 0)
+    shard.build("exact", None, 1)
+    inside = threading.Barrier(3, timeout=20.0)
+
+    def read() -> None:
+        with shard._reading(1):
+            inside.wait()  # only if all three are in at once
+            release.wait(20.0)
+
+    release = threading.Event()
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    inside.wait()
+    done = []
+    writer = threading.Thread(target=lambda: done.append(shard.apply("b", "remove", ids(0), 1)))
+    writer.start()
+    time.sleep(0.1)
+    assert not done
+    release.set()
+    writer.join(20.0)
+    assert done == [2]
+    for reader in readers:
+        reader.join(20.0)

@@ -1,0 +1,126 @@
+"""Exact search against brute force in float64."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_resmem.memory.search import exact
+from lightning_resmem.memory.search.exact import ExactIndex
+from tests import oracle
+
+
+def _check(keys: torch.Tensor, queries: torch.Tensor, k: int) -> None:
+    """Distances are the oracle's to float tolerance, every position is as near as its place says, none comes twice."""
+    distances, positions = ExactIndex(keys).search(queries, k)
+    expected, _ = oracle.neighbors(keys.double().numpy(), None, queries.double().numpy(), k)
+    scale = np.abs(keys.double().numpy()).max() + np.abs(queries.double().numpy()).max()
+    np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-5, atol=1e-6 * scale)
+    away = np.linalg.norm(keys.double().numpy()[positions.numpy()] - queries.double().numpy()[:, None], axis=2)
+    np.testing.assert_allclose(away, expected, rtol=1e-5, atol=1e-6 * scale)
+    assert all(len(set(row)) == k for row in positions.tolist())
+    assert (np.diff(distances.numpy(), axis=1) >= 0).all()
+
+
+@pytest.mark.parametrize("rows", [1, 31, 33, 5000, 20_011])
+@pytest.mark.parametrize("width", [1, 7, 64])
+@pytest.mark.parametrize("k", [1, 10, 60])
+def test_same_neighbors_as_brute_force(rows: int, width: int, k: int) -> None:
+    _check(torch.randn(rows, width), torch.randn(7, width), min(k, rows))
+
+
+def test_all_rows_are_neighbors() -> None:
+    _check(torch.randn(9000, 3), torch.randn(4, 3), 9000)
+
+
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_equal_keys_are_found_by_lowest_position(k: int) -> None:
+    distances, positions = ExactIndex(torch.full((20_000, 8), 0.3)).search(torch.randn(3, 8), k)
+    assert positions.tolist() == [list(range(k))] * 3
+    assert (distances == distances[:, :1]).all()
+
+
+def test_duplicated_keys_are_found_by_lowest_position() -> None:
+    keys = torch.randint(0, 3, (20_000, 3)).float()  # 27 different keys, some 740 times each
+    queries = torch.randint(0, 3, (5, 3)).float()
+    _, found = ExactIndex(keys).search(queries, 50)
+    _, expected = oracle.neighbors(keys.numpy(), None, queries.numpy(), 50)
+    np.testing.assert_array_equal(found.numpy(), expected)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])
+def test_keys_far_from_zero_keep_their_order(offset: float) -> None:
+    keys = torch.randn(20_000, 16) + offset
+    _check(keys, keys[:5] + 0.25, 20)
+
+
+def test_huge_norms_in_every_direction() -> None:
+    # All keys on a sphere of radius 1e6 around zero: |z|^2 - 2 q.z has no digit left for gaps below 1e5.
+    keys = torch.nn.functional.normalize(torch.randn(20_000, 4), dim=1) * 1e6
+    queries = keys[:4] + torch.randn(4, 4)
+    _check(keys, queries, 5)
+    assert ExactIndex(keys).search(keys[:4], 1)[1][:, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_overflowing_squares_still_give_different_rows() -> None:
+    positions = ExactIndex(torch.randn(20_000, 4) * 1e25).search(torch.randn(2, 4), 5)[1]
+    assert all(len(set(row)) == 5 for row in positions.tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keys_are_searched_in_float32(dtype: torch.dtype) -> None:
+    keys = torch.randn(20_000, 16).to(dtype)
+    _check(keys, torch.randn(5, 16), 20)
+
+
+def test_no_queries() -> None:
+    distances, positions = ExactIndex(torch.randn(10, 4)).search(torch.empty(0, 4), 3)
+    assert distances.shape == positions.shape == (0, 3)
+    assert positions.dtype == torch.int64
+
+
+def test_results_do_not_depend_on_the_division_of_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, queries = torch.randn(20_000, 8).round(decimals=1), torch.randn(40, 8).round(decimals=1)
+    whole = ExactIndex(keys).search(queries, 30)
+    monkeypatch.setattr(exact, "_blocks", lambda device, wanted: (3, 32 * 64))
+    monkeypatch.setattr(exact, "_CPU_PRODUCT", 100)
+    divided = ExactIndex(keys).search(queries, 30)
+    assert torch.equal(whole[0], divided[0])
+    assert torch.equal(whole[1], divided[1])
+
+
+def test_reduced_precision_of_the_user_changes_nothing() -> None:
+    keys, queries = torch.randn(20_000, 64), torch.randn(8, 64, requires_grad=True)
+    expected = ExactIndex(keys).search(queries.detach(), 20)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = ExactIndex(keys).search(queries, 20)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert not found[0].requires_grad
+
+
+def test_only_unsure_queries_are_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    scans = []
+    scan = ExactIndex._scan
+    monkeypatch.setattr(ExactIndex, "_scan", lambda self, *args: scans.append(1) or scan(self, *args))
+    ExactIndex(torch.randn(20_000, 32)).search(torch.randn(50, 32), 10)
+    assert not scans
+    ExactIndex(torch.ones(20_000, 32)).search(torch.randn(2, 32), 10)
+    assert len(scans) == 2
+
+
+@given(st.data())
+def test_small_integer_grids(data: st.DataObject) -> None:
+    rows, width = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 3))
+    numbers = st.lists(st.integers(-2, 2), min_size=rows * width, max_size=rows * width)
+    keys = torch.tensor(data.draw(numbers)).float().view(rows, width)
+    k = data.draw(st.integers(1, rows))
+    _, found = ExactIndex(keys).search(keys[:3], k)
+    _, expected = oracle.neighbors(keys.numpy(), None, keys[:3].numpy(), k)
+    np.testing.assert_array_equal(found.numpy(), expected)

@@ -1,0 +1,125 @@
+"""What sparse values cost, and how far they can be off."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_resmem import InputError, LocalMemory, Multiclass, Multilabel, ResMemParams
+from lightning_resmem.memory.values.dense import DenseConfig
+from lightning_resmem.memory.values.sparse import SparseConfig, SparseValues
+from tests import oracle
+
+
+def _values(outputs: torch.Tensor, targets: torch.Tensor, top_m: int) -> SparseValues:
+    values = SparseConfig(top_m).build(Multiclass(), outputs.shape[1])
+    values.append(outputs, targets)
+    return values
+
+
+def _one_by_one(values: SparseValues, softmax_temperature: float) -> np.ndarray:
+    """Each row's own residual, `(N, C)`."""
+    rows = torch.arange(len(values))[:, None]
+    return values.residual_sum(rows, torch.ones(len(values), 1), softmax_temperature).double().numpy()
+
+
+@pytest.mark.parametrize("softmax_temperature", [0.5, 1.0, 1.4, 5.0])
+@pytest.mark.parametrize("scale", [0.1, 2.0, 10.0])
+def test_off_by_at_most_the_bound(softmax_temperature: float, scale: float) -> None:
+    outputs, targets = scale * torch.randn(200, 50), torch.randint(50, (200,))
+    values = _values(outputs, targets, 8)
+    exact = oracle.residuals(outputs.numpy(), targets.numpy(), softmax_temperature=softmax_temperature)
+    variation = np.abs(_one_by_one(values, softmax_temperature) - exact).sum(axis=1) / 2
+    bound = values.error_bound(softmax_temperature).numpy()
+    assert (variation <= bound + 1e-6).all()
+    if softmax_temperature == 1:
+        top = np.sort(oracle.softmax(outputs.numpy()), axis=1)[:, -8:].sum(axis=1)
+        np.testing.assert_allclose(bound, 1 - top, atol=4e-3)  # the tail mass and what rounding adds
+
+
+def test_bound_holds_for_the_hardest_tails() -> None:
+    # All of the tail in one class just below the smallest kept one, and all of it even.
+    peaked = torch.full((1, 50), -30.0)
+    peaked[0, :9] = 0.0
+    even = torch.zeros(1, 50)
+    outputs, targets = torch.cat([peaked, even]), torch.tensor([0, 1])
+    values = _values(outputs, targets, 8)
+    for softmax_temperature in (0.3, 1.0, 3.0):
+        exact = oracle.residuals(outputs.numpy(), targets.numpy(), softmax_temperature=softmax_temperature)
+        variation = np.abs(_one_by_one(values, softmax_temperature) - exact).sum(axis=1) / 2
+        assert (variation <= values.error_bound(softmax_temperature).numpy() + 1e-6).all()
+        assert variation[1] < 1e-3  # an even tail is kept as it is
+
+
+def test_residuals_sum_to_zero() -> None:
+    values = _values(torch.randn(100, 30), torch.randint(30, (100,)), 4)
+    assert np.abs(_one_by_one(values, 2.0).sum(axis=1)).max() < 1e-5
+
+
+def test_extreme_logits_stay_finite() -> None:
+    outputs = torch.tensor([[3e38, 0.0, -3e38, 1.0], [1e5, 0.0, -1e5, 1.0]])
+    for softmax_temperature in (0.1, 1.0, 100.0):
+        values = _values(outputs, torch.tensor([0, 1]), 2)
+        assert np.isfinite(_one_by_one(values, softmax_temperature)).all()
+        assert torch.isfinite(values.error_bound(softmax_temperature)).all()
+
+
+def test_label_outside_the_kept_classes() -> None:
+    outputs = torch.tensor([[5.0, 0.0, 0.0, -3.0]])
+    residual = _one_by_one(_values(outputs, torch.tensor([3]), 1), 1.0)[0]
+    exact = oracle.residuals(outputs.numpy(), np.array([3]))[0]
+    assert residual.argmax() == 3
+    assert np.abs(residual - exact).sum() / 2 < 0.014
+
+
+def test_a_million_rows_of_32000_classes_take_less_than_150_megabytes() -> None:
+    values = _values(torch.randn(50, 32_000), torch.randint(32_000, (50,)), 16)
+    assert values.nbytes() / 50 * 1e6 <= 150e6
+    assert SparseConfig(16).bytes_per_row(32_000) + 8 == values.nbytes() / 50  # and a target
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the most elements that any tensor has which is made meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.nbytes // 4)
+        return result
+
+
+def test_sum_builds_nothing_larger_than_result_and_pairs() -> None:
+    queries, k, classes = 256, 50, 32_000
+    values = _values(torch.randn(100, classes), torch.randint(classes, (100,)), 16)
+    positions, weights = torch.randint(100, (queries, k)), torch.rand(queries, k)
+    with _Largest() as largest:
+        values.residual_sum(positions, weights, 1.4)
+    assert largest.elements <= max(queries * classes, queries * k * 16 * 2)
+
+
+def test_auto_is_sparse_for_many_classes_only() -> None:
+    for task, classes, expected in ((Multiclass(), 1024, "dense"), (Multiclass(), 1025, "sparse")):
+        memory = LocalMemory(task)
+        memory.add(torch.randn(3, 2), torch.randn(3, classes), torch.tensor([0, 1, 2]))
+        assert memory.stats()["values"] == expected
+    memory = LocalMemory(Multilabel())
+    memory.add(torch.randn(3, 2), torch.randn(3, 2000), torch.ones(3, 2000))
+    assert memory.stats()["values"] == "dense"
+
+
+def test_refusals() -> None:
+    with pytest.raises(InputError, match=r"top_m=0"):
+        SparseConfig(0)
+    with pytest.raises(InputError, match=r"Multiclass\(\), not Multilabel\(\)"):
+        LocalMemory(Multilabel(), values="sparse")
+    with pytest.raises(InputError, match=r"dtype=torch.int64"):
+        DenseConfig(torch.int64)
+    memory = LocalMemory(values=DenseConfig(torch.float16), params=ResMemParams())
+    with pytest.raises(InputError, match=r"at most 65504.*rows 1"):
+        memory.add(torch.randn(2, 2), torch.tensor([[0.0, 1.0], [1e5, 0.0]]), torch.tensor([0, 1]))
+    assert len(memory) == 0
