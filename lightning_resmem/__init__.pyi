@@ -23,7 +23,7 @@ from .memory.search.faiss_index import FaissIndex
 from .memory.values.dense import DenseConfig, DenseValues, Values
 from .memory.values.sparse import SparseConfig, SparseValues
 from .metrics.evaluation import Evaluation, Flip
-from .metrics.metrics import NegativeFlipRate, NeighborhoodAccuracy, PositiveFlipRate, ResMemMetrics
+from .metrics.side_by_side import NegativeFlipRate, NeighborhoodAccuracy, PositiveFlipRate, ResMemMetrics
 from .model.head import HeadTap
 from .module import ResMemModule
 from .params import Gate, ResMemParams

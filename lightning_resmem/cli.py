@@ -19,7 +19,7 @@ from lightning_resmem.memorization import memorize
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.storage import disk
 from lightning_resmem.module import ResMemModule
-from lightning_resmem.reporting.inspection import write_report
+from lightning_resmem.reporting.html_report import write_report
 from lightning_resmem.tuning.tuner import GridTuner, Tuner
 
 _DIRECTORY = "resmem"

@@ -24,7 +24,7 @@ from lightning_resmem.memory.answers import Predictions
 from lightning_resmem.memory.capacity import available_bytes, check_capacity, size
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.memory.local import LocalMemory
-from lightning_resmem.metrics.metrics import ResMemMetrics
+from lightning_resmem.metrics.side_by_side import ResMemMetrics
 from lightning_resmem.model.batches import (
     TRANSFER_HOOKS,
     BatchReader,

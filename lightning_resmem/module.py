@@ -18,7 +18,7 @@ from lightning_resmem.memory.answers import Predictions
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.metrics.evaluation import Evaluation
-from lightning_resmem.metrics.metrics import UserMetrics, as_collection
+from lightning_resmem.metrics.side_by_side import UserMetrics, as_collection
 from lightning_resmem.metrics.scoreboard import Answer, Scoreboard
 from lightning_resmem.model.batches import BatchReader, ForwardFn, TargetsFn, borrow_transfer_hooks
 from lightning_resmem.model.fingerprint import check_fingerprint, fingerprint

@@ -12,7 +12,7 @@ from lightning_resmem.collection.ranks import Ranks
 from lightning_resmem.errors import HeadError, InputError, ResMemWarning
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.metrics.evaluation import Evaluation
-from lightning_resmem.metrics.metrics import UserMetrics
+from lightning_resmem.metrics.side_by_side import UserMetrics
 from lightning_resmem.metrics.scoreboard import Answer, Scoreboard
 from lightning_resmem.model.batches import BatchReader
 from lightning_resmem.model.head import Captured, HeadTap

@@ -15,7 +15,7 @@ from lightning_resmem.memory.answers import Neighbors, Predictions
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.metrics.evaluation import Evaluation, Flip
 from lightning_resmem.metrics.functional import Neighborhoods, ReliabilityBins, is_right
-from lightning_resmem.metrics.metrics import ResMemMetrics, UserMetrics
+from lightning_resmem.metrics.side_by_side import ResMemMetrics, UserMetrics
 from lightning_resmem.tasks import Regression, Task
 
 # Entries of a prediction that wait to be counted together: an update has a price of its own, and so has a large tensor.

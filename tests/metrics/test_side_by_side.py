@@ -10,7 +10,7 @@ from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy, Multicl
 
 from lightning_resmem import InputError, Multiclass, Multilabel, Predictions, Regression, ResMemMetrics
 from lightning_resmem.metrics import functional
-from lightning_resmem.metrics.metrics import NeighborhoodAccuracy, Reliability
+from lightning_resmem.metrics.side_by_side import NeighborhoodAccuracy, Reliability
 from lightning_resmem.tasks import TASKS
 from tests import oracle
 from tests.ddp_processes import run_ranks

@@ -13,7 +13,7 @@ import torch
 from lightning_resmem import InputError, LocalMemory, ResMemParams, SparseConfig, StorageError, label_errors
 from lightning_resmem.params import Gate
 from lightning_resmem.reporting.charts import bar_chart, histogram
-from lightning_resmem.reporting.inspection import write_report
+from lightning_resmem.reporting.html_report import write_report
 from lightning_resmem.tasks import TASKS
 from tests.models import num_outputs, rows
 
@@ -185,7 +185,7 @@ def test_tiny_memories(task, count, tmp_path):
 
 
 def test_samples_are_bounded_and_the_same_each_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_resmem.reporting.inspection._READ_ROWS", 50)
+    monkeypatch.setattr("lightning_resmem.reporting.html_report._READ_ROWS", 50)
     page, html = report(filled(), tmp_path, rows=20)
     assert "50 random rows of 200 rows; distances of 20 random rows." in " ".join(page.text.split())
     assert sum(int(count) for _, count in page.table("class")) == 50
