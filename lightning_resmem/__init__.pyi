@@ -22,8 +22,10 @@ from .memory.local import LocalMemory
 from .memory.search.faiss_index import FaissIndex
 from .memory.values.dense import DenseConfig, DenseValues, Values
 from .memory.values.sparse import SparseConfig, SparseValues
+from .metrics.binned import NeighborhoodAccuracy
 from .metrics.evaluation import Evaluation, Flip
-from .metrics.side_by_side import NegativeFlipRate, NeighborhoodAccuracy, PositiveFlipRate, ResMemMetrics
+from .metrics.side_by_side import ResMemMetrics
+from .metrics.sums import NegativeFlipRate, PositiveFlipRate
 from .model.head import HeadTap
 from .module import ResMemModule
 from .params import Gate, ResMemParams

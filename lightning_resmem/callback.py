@@ -25,7 +25,7 @@ from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.storage import disk
 from lightning_resmem.metrics.evaluation import Evaluation
-from lightning_resmem.metrics.side_by_side import UserMetrics, as_collection
+from lightning_resmem.metrics.reported import UserMetrics, as_collection
 from lightning_resmem.model.batches import BatchReader, ForwardFn, IdsFn, TargetsFn
 from lightning_resmem.model.fingerprint import check_fingerprint
 from lightning_resmem.module import ResMemModule

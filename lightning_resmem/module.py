@@ -17,9 +17,10 @@ from lightning_resmem.explanation.pictures import entries, find_images
 from lightning_resmem.memory.answers import Predictions
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.memory.local import LocalMemory
+from lightning_resmem.metrics.answer import Answer
 from lightning_resmem.metrics.evaluation import Evaluation
-from lightning_resmem.metrics.side_by_side import UserMetrics, as_collection
-from lightning_resmem.metrics.scoreboard import Answer, Scoreboard
+from lightning_resmem.metrics.reported import UserMetrics, as_collection
+from lightning_resmem.metrics.scoreboard import Scoreboard
 from lightning_resmem.model.batches import BatchReader, ForwardFn, TargetsFn, borrow_transfer_hooks
 from lightning_resmem.model.fingerprint import check_fingerprint, fingerprint
 from lightning_resmem.model.head import Captured, HeadTap

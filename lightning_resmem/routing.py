@@ -11,9 +11,10 @@ from lightning_resmem.collection.loaders import evaluation_loaders
 from lightning_resmem.collection.ranks import Ranks
 from lightning_resmem.errors import HeadError, InputError, ResMemWarning
 from lightning_resmem.memory.interface import ResidualMemory
+from lightning_resmem.metrics.answer import Answer
 from lightning_resmem.metrics.evaluation import Evaluation
-from lightning_resmem.metrics.side_by_side import UserMetrics
-from lightning_resmem.metrics.scoreboard import Answer, Scoreboard
+from lightning_resmem.metrics.reported import UserMetrics
+from lightning_resmem.metrics.scoreboard import Scoreboard
 from lightning_resmem.model.batches import BatchReader
 from lightning_resmem.model.head import Captured, HeadTap
 from lightning_resmem.model.modes import eager

@@ -1,5 +1,6 @@
 """Base, knn and resmem side by side.
 
-In come predictions and targets; out come scores, flips, calibration and neighbourhoods. `functional` has the maths,
-`side_by_side` the torchmetrics twins, `scoreboard` counts a run, and `evaluation` is what the run showed.
+In come predictions and targets; out come scores, flips, calibration and neighbourhoods. `functional` and `bins` have
+the maths, `sums` and `binned` the torchmetrics twins, `side_by_side` all of them as one metric (`reported` says which);
+`scoreboard` counts a run, and `evaluation` is what the run showed.
 """

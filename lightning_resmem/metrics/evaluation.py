@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lightning_resmem.metrics.functional import Neighborhoods, ReliabilityBins
+from lightning_resmem.metrics.bins import Neighborhoods, ReliabilityBins
 
 
 @dataclass(frozen=True)

@@ -1,70 +1,26 @@
 """Scores a stage's batches, and makes its `Evaluation`: padding, several dataloaders, ranks without rows."""
 
+import warnings
 from collections.abc import Iterable, Sequence
-from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_resmem.collection.ranks import Ranks
 from lightning_resmem.collection.samplers import num_unpadded_rows, row_positions
 from lightning_resmem.errors import InputError, ResMemWarning
-from lightning_resmem.memory.answers import Neighbors, Predictions
 from lightning_resmem.memory.interface import ResidualMemory
-from lightning_resmem.metrics.evaluation import Evaluation, Flip
-from lightning_resmem.metrics.functional import Neighborhoods, ReliabilityBins, is_right
-from lightning_resmem.metrics.side_by_side import ResMemMetrics, UserMetrics
+from lightning_resmem.metrics.answer import Answer
+from lightning_resmem.metrics.bins import Neighborhoods, ReliabilityBins
+from lightning_resmem.metrics.evaluation import Evaluation
+from lightning_resmem.metrics.flips import FirstFlips, first_flips
+from lightning_resmem.metrics.reported import UserMetrics
+from lightning_resmem.metrics.side_by_side import ResMemMetrics
 from lightning_resmem.tasks import Regression, Task
 
 # Entries of a prediction that wait to be counted together: an update has a price of its own, and so has a large tensor.
 _WAITING_ENTRIES = 2**18
-_MOST_FLIPS = 100  # of either kind
-_FLIP_NEIGHBORS = 5
-
-
-class Answer(NamedTuple):
-    """What the memory said to a call of the head.
-
-    Attributes:
-        outputs: What the head returned, shape `(B, C)`.
-        predictions: Each of shape `(B, C)`.
-        neighbors: At least the nearest, shapes `(B, k)`.
-    """
-
-    outputs: Tensor
-    predictions: Predictions
-    neighbors: Neighbors
-
-    @classmethod
-    def cat(cls, answers: Sequence["Answer"]) -> "Answer":
-        """The rows of several answers, one after the other."""
-        if len(answers) == 1:
-            return answers[0]
-        outputs, predictions, neighbors = zip(*answers, strict=True)
-        return cls(
-            torch.cat(outputs),
-            Predictions(*map(torch.cat, zip(*predictions, strict=True))),
-            Neighbors(*map(torch.cat, zip(*neighbors, strict=True))),
-        )
-
-    def head(self, rows: int) -> "Answer":
-        """The first rows, with as many neighbours as a flip shows."""
-        near = min(_FLIP_NEIGHBORS, self.neighbors.ids.shape[1])
-        return Answer(
-            self.outputs[:rows],
-            Predictions(*(prediction[:rows] for prediction in self.predictions)),
-            # A copy, as a view would keep all neighbours.
-            Neighbors(*(part[:rows, :near].clone() for part in self.neighbors)),
-        )
-
-    def to(self, device: torch.device) -> "Answer":
-        return Answer(
-            self.outputs.to(device),
-            Predictions(*(prediction.to(device) for prediction in self.predictions)),
-            Neighbors(*(part.to(device) for part in self.neighbors)),
-        )
 
 
 class Scoreboard:
@@ -133,7 +89,7 @@ class _Part:
     ) -> None:
         self._task, self._device = task, device
         self._metrics = ResMemMetrics(task, num_outputs, metrics).to(device)
-        self._flips = _Flips(task)
+        self._flips = FirstFlips(task)
         self._positions, self._rows_left = row_positions(loader), num_unpadded_rows(loader)
         self._waiting: list[tuple[Answer, Tensor]] = []
         self._num_waiting = self._num_counted = 0
@@ -168,7 +124,7 @@ class _Part:
 
     def evaluate(self, ranks: Ranks, prefix: str, suffix: str) -> Evaluation:
         metrics = self._metrics
-        scores = _numbers(metrics.compute())
+        scores = _numbers(metrics.compute(), ranks)
         reliability = {} if isinstance(self._task, Regression) else metrics.predictions
         return Evaluation(
             prefix=prefix,
@@ -178,85 +134,25 @@ class _Part:
             shown=tuple(filter(metrics.is_shown, scores)),
             gain=scores["gain"],
             gain_error=scores["gain_error"],
-            flips=_merged(ranks.gather_objects(self._flips.found)),
+            flips=first_flips(ranks.gather_objects(self._flips.found)),
             reliability={name: ReliabilityBins(*_on_cpu(of.reliability.compute())) for name, of in reliability.items()},
             neighborhoods=Neighborhoods(*_on_cpu(metrics.neighborhoods.compute())),
         )
-
-
-class _Flips:
-    """The first rows of this rank that the memory turned right, and the first that it turned wrong."""
-
-    def __init__(self, task: Task) -> None:
-        self._task = task
-        self.found: tuple[list[Flip], list[Flip]] = [], []
-
-    def add(self, answer: Answer, targets: Tensor, positions: range | None, start: int) -> None:
-        """Look at rows, of which the first is number `start` of those that this rank reads."""
-        if isinstance(self._task, Regression) or all(len(flips) >= _MOST_FLIPS for flips in self.found):
-            return
-        base, _, resmem = answer.predictions
-        before, after = is_right(base, targets), is_right(resmem, targets)
-        for flips, flipped in zip(self.found, (after & ~before, before & ~after), strict=True):
-            places = flipped.nonzero()[: _MOST_FLIPS - len(flips)]
-            rows, outputs = places[:, 0], places[:, 1:]  # (n,), and (n, 1) in multilabel tasks, else (n, 0)
-            columns = [
-                *_labels(base[rows], self._task.predict(answer.outputs[rows]), outputs),
-                *_labels(resmem[rows], self._task.probabilities(resmem[rows], base[rows]), outputs),
-                targets[rows].gather(1, outputs)[:, 0].round().long() if outputs.shape[1] else targets[rows],
-                answer.neighbors.ids[rows],
-                answer.neighbors.distances[rows],
-            ]
-            for row, output, *values in zip(*(c.tolist() for c in (rows + start, outputs, *columns)), strict=True):
-                label, confidence, new_label, new_confidence, target, ids, distances = values
-                flips.append(
-                    Flip(
-                        position=None if positions is None else positions[row],
-                        target=target,
-                        base=label,
-                        resmem=new_label,
-                        base_confidence=confidence,
-                        resmem_confidence=new_confidence,
-                        neighbor_ids=tuple(ids),
-                        neighbor_distances=tuple(distances),
-                        output=output[0] if output else None,
-                    )
-                )
-
-
-def _labels(predictions: Tensor, probabilities: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """The label of each row (or of one output of it, outputs `(n, 1)`), and its probability."""
-    if outputs.shape[1]:
-        chosen = predictions.gather(1, outputs)[:, 0] >= 0.5
-        yes = probabilities.gather(1, outputs)[:, 0]
-        return chosen.long(), torch.where(chosen, yes, 1 - yes)
-    labels = predictions.argmax(dim=1)
-    return labels, probabilities.gather(1, labels[:, None])[:, 0]
-
-
-def _merged(ranks: Sequence[Any]) -> tuple[Flip, ...]:
-    """The first flips of either kind over all ranks, by position."""
-    kinds = (chain.from_iterable(kind) for kind in zip(*ranks, strict=True))
-    first = (sorted(kind, key=_position)[:_MOST_FLIPS] for kind in kinds)
-    return tuple(sorted(chain.from_iterable(first), key=_position))
-
-
-def _position(flip: Flip) -> int:
-    return -1 if flip.position is None else flip.position
 
 
 def _on_cpu(parts: Iterable[Tensor]) -> Iterable[Tensor]:
     return (part.cpu() for part in parts)
 
 
-def _numbers(scores: dict[str, Tensor]) -> dict[str, float]:
+def _numbers(scores: dict[str, Tensor], ranks: Ranks) -> dict[str, float]:
     """The scores that are numbers; of users' metrics that are something else, the warning names the first."""
     numbers = {name: float(value) for name, value in scores.items() if torch.as_tensor(value).numel() == 1}
     others = [name for name in scores if name not in numbers]
-    if others:
-        rank_zero_warn(
+    if others and ranks.rank == 0:
+        warnings.warn(
             f"ResMem reports numbers, so {', '.join(others)} is left out: give a metric that computes a number, for "
             "instance with an average.",
-            category=ResMemWarning,
+            ResMemWarning,
+            stacklevel=2,
         )
     return numbers

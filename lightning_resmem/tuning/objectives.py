@@ -9,7 +9,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassF1Score, MultilabelF1Score
 
 from lightning_resmem.errors import InputError
-from lightning_resmem.metrics.side_by_side import for_users
+from lightning_resmem.metrics.reported import for_users
 from lightning_resmem.tasks import Multiclass, Multilabel, Regression, Task
 
 # Outputs beyond which a rehearsal makes up no rows of every class.

@@ -1,48 +1,16 @@
-"""Each row counted once, padding not at all, over batches and loaders; and which rows flipped."""
-
-import dataclasses
+"""Each row counted once, padding not at all, over batches and loaders."""
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
-from torch.utils.data.distributed import DistributedSampler
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from lightning_resmem import InputError, LocalMemory, Multilabel, Neighbors, Predictions, ResMemWarning
+from lightning_resmem import InputError, Predictions, ResMemWarning
 from lightning_resmem.collection.ranks import Ranks
 from lightning_resmem.metrics import scoreboard
-from lightning_resmem.metrics.scoreboard import Answer, Scoreboard
-from lightning_resmem.tasks import TASKS
+from lightning_resmem.metrics.scoreboard import Scoreboard
+from tests.metrics.runs import CLASSES, answer, evaluate, loader_of, memory_of
 from tests.models import trainer
-
-CLASSES = 3
-
-
-def memory_of(task="multiclass"):
-    memory = LocalMemory(TASKS[task]())
-    targets = torch.zeros(2, dtype=torch.int64) if task == "multiclass" else torch.zeros(2, CLASSES)
-    memory.add(torch.eye(2), torch.zeros(2, CLASSES), targets)
-    memory.build()
-    return memory
-
-
-def answer(base, knn, resmem, near=2):
-    """Certain predictions of these labels; the neighbours of row i are `10 * i` and `10 * i + 1`, ..."""
-    base, knn, resmem = (torch.eye(CLASSES)[list(labels)] for labels in (base, knn, resmem))
-    ids = 10 * torch.arange(len(base))[:, None] + torch.arange(near)
-    return Answer(10 * base, Predictions(base, knn, resmem), Neighbors(ids / 4, ids))
-
-
-def loader_of(rows, ranks=1, rank=0, **options):
-    data = TensorDataset(torch.arange(rows))
-    sampler = None if ranks == 1 else DistributedSampler(data, ranks, rank, shuffle=options.pop("shuffled", False))
-    return DataLoader(data, batch_size=2, sampler=sampler, **options)
-
-
-def evaluate(board, root):
-    board.finish()
-    return board.evaluate(Ranks(trainer(root)))
 
 
 def test_batches_of_different_sizes(tmp_path):
@@ -139,80 +107,13 @@ def test_own_metrics_that_are_no_number_are_left_out(tmp_path):
     assert not any("matrix" in name for name in found.scores)
 
 
-@pytest.mark.parametrize(
-    ("loader", "positions"),
-    [
-        (loader_of(6), [1, 3]),
-        (loader_of(12, ranks=2, rank=1), [3, 7]),
-        (loader_of(12, ranks=2, rank=1, shuffled=True), [None, None]),
-        (DataLoader(TensorDataset(torch.arange(6)), batch_size=2, shuffle=True), [None, None]),
-    ],
-    ids=["one rank", "second of two ranks", "shuffled ranks", "shuffled"],
-)
-def test_flips_of_classes(loader, positions, tmp_path):
-    board = Scoreboard(memory_of(), "test", [loader])
-    board.update(answer([0, 0, 2], [0, 0, 0], [0, 1, 2], near=9), torch.tensor([0, 1, 2]))  # row 1 is turned right
-    board.update(answer([1, 1, 0], [0, 0, 0], [0, 1, 1], near=9), torch.tensor([1, 0, 2]))  # row 3 wrong; 5 stays so
-    (found,) = evaluate(board, tmp_path)
-    right, wrong = sorted(found.flips, key=lambda flip: -flip.is_positive)
-    assert [right.position, wrong.position] == positions
-    assert dataclasses.asdict(right) | {"base_confidence": 1.0, "resmem_confidence": 1.0, "position": None} == {
-        "position": None,
-        "target": 1,
-        "base": 0,
-        "resmem": 1,
-        "base_confidence": 1.0,
-        "resmem_confidence": 1.0,
-        "neighbor_ids": (10, 11, 12, 13, 14),
-        "neighbor_distances": (2.5, 2.75, 3.0, 3.25, 3.5),
-        "output": None,
-    }
-    alone = torch.tensor([10.0, 0, 0]).softmax(dim=0)[0].item()
-    assert right.base_confidence == pytest.approx(alone)
-    assert right.resmem_confidence == pytest.approx(1 / 1.1)  # 0.1 of the base's certainty stays with its label
-    assert (wrong.target, wrong.base, wrong.resmem, wrong.is_positive) == (1, 1, 0, False)
-
-
-def test_flips_of_labels(tmp_path):
-    base = torch.tensor([[0.9, 0.1, 0.4], [0.2, 0.2, 0.2]])
-    resmem = torch.tensor([[0.3, 0.1, 1.2], [0.2, 0.2, 0.2]])
-    given = Answer(base.logit(), Predictions(base, base, resmem), Neighbors(torch.ones(2, 1), torch.ones(2, 1).long()))
-    board = Scoreboard(memory_of("multilabel"), "test", [loader_of(2)])
-    board.update(given, torch.tensor([[1, 0, 1], [0, 0, 0]]))
-    (found,) = evaluate(board, tmp_path)
-    assert [(flip.position, flip.output, flip.target, flip.base, flip.resmem) for flip in found.flips] == [
-        (0, 2, 1, 0, 1),
-        (0, 0, 1, 1, 0),
-    ]
-    positive, negative = found.flips
-    assert positive.base_confidence == pytest.approx(0.6)
-    assert positive.resmem_confidence == pytest.approx(1 - Multilabel.margin)
-    assert negative.base_confidence == pytest.approx(0.9)
-    assert negative.resmem_confidence == pytest.approx(0.7)
-    assert found.scores["positive_flip_rate"] == found.scores["negative_flip_rate"] == pytest.approx(1 / 6)
-
-
-def test_only_the_first_flips_are_kept(tmp_path):
-    board = Scoreboard(memory_of(), "test", [loader_of(400)])
-    for _ in range(40):  # five right, five wrong
-        board.update(answer([0, 1] * 5, [0] * 10, [1, 0] * 5), torch.tensor([1, 1] * 5))
-    (found,) = evaluate(board, tmp_path)
-    assert [flip.position for flip in found.flips] == list(range(200))
-    assert sum(flip.is_positive for flip in found.flips) == 100
-    assert found.scores["positive_flip_rate"] == found.scores["negative_flip_rate"] == 0.5
-
-
-def test_regression_has_no_flips(tmp_path):
-    memory = LocalMemory(TASKS["regression"]())
-    memory.add(torch.eye(2), torch.zeros(2, 1), torch.zeros(2, 1))
-    board = Scoreboard(memory, "test", [loader_of(2)])
-    zeros, near = torch.zeros(2, 1), Neighbors(torch.ones(2, 1), torch.ones(2, 1).long())
-    board.update(
-        Answer(zeros, Predictions(zeros, zeros + 1, zeros + 2), near), torch.tensor([2.0, 2.0])
-    )  # flat targets
-    (found,) = evaluate(board, tmp_path)
-    assert [found.scores[f"mse_{name}"] for name in Predictions._fields] == [4.0, 1.0, 0.0]
-    assert found.flips == ()
-    assert found.reliability == {}
-    assert found.gain == -4.0
-    assert found.neighborhoods.counts.sum() == 2
+def test_only_rank_zero_tells_of_them(tmp_path, recwarn):
+    board = Scoreboard(memory_of(), "test", [loader_of(2)], metrics={"matrix": MulticlassConfusionMatrix(CLASSES)})
+    board.update(answer([0], [0], [0]), torch.tensor([0]))
+    ranks = Ranks(trainer(tmp_path))
+    ranks.rank = 1
+    board.evaluate(ranks)
+    assert not [warning for warning in recwarn if issubclass(warning.category, ResMemWarning)]
+    ranks.rank = 0
+    with pytest.warns(ResMemWarning, match="matrix_base"):
+        board.evaluate(ranks)

@@ -5,40 +5,15 @@ import copy
 import numpy as np
 import pytest
 import torch
-from torchmetrics import MeanAbsoluteError, MetricCollection
-from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy, MulticlassAUROC, MultilabelAUROC
+from torchmetrics.classification import MulticlassAUROC
 
-from lightning_resmem import InputError, Multiclass, Multilabel, Predictions, Regression, ResMemMetrics
+from lightning_resmem import Multiclass, Multilabel, Regression, ResMemMetrics
 from lightning_resmem.metrics import functional
-from lightning_resmem.metrics.side_by_side import NeighborhoodAccuracy, Reliability
+from lightning_resmem.metrics.bins import ReliabilityBins, reliability
 from lightning_resmem.tasks import TASKS
 from tests import oracle
 from tests.ddp_processes import run_ranks
-
-ROWS, CLASSES = 60, 7
-
-
-def answers(task, rows=ROWS, outputs=CLASSES, softmax_temperature=1.0):
-    """Outputs, the three predictions, targets and distances of rows, as a memory gives them."""
-    generator = torch.Generator().manual_seed(0)
-    given = 2 * torch.randn(rows, outputs, generator=generator)
-    labels = torch.randint(0, outputs, (rows,), generator=generator)
-    if task.name == "regression":
-        targets = given + torch.randn(rows, outputs, generator=generator)
-        knn = targets + torch.randn(rows, outputs, generator=generator) / 2
-    else:
-        targets = labels if task.name == "multiclass" else torch.randint(0, 2, (rows, outputs), generator=generator)
-        knn = torch.rand(rows, outputs, generator=generator).softmax(dim=1)
-    base = task.predict(given, softmax_temperature)
-    residual = (knn - base) * torch.rand(rows, 1, generator=generator) * 1.5  # beyond [0, 1]
-    distances = torch.rand(rows, generator=generator)
-    return given, Predictions(base, knn, base + residual), targets, distances
-
-
-def updated(metrics, given, predictions, targets, distances, rows=slice(None)):
-    part = Predictions(*(prediction[rows] for prediction in predictions))
-    metrics.update(part, targets[rows], distances[rows], given[rows])
-    return metrics
+from tests.metrics.rows import AUROCS, CLASSES, ROWS, answers, updated
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -80,7 +55,7 @@ def test_everything_against_numpy(task, softmax_temperature):
             confident, right = (p.flatten(), targets.flatten())
             if task.name == "multiclass":
                 confident, right = p.amax(dim=1), p.argmax(dim=1) == targets
-            bins = functional.ReliabilityBins.from_sums(functional.reliability(confident, right))
+            bins = ReliabilityBins.from_sums(reliability(confident, right))
             wanted[f"ece_{name}"] = bins.calibration_error.item()
     if task.name != "regression":
         wanted["positive_flip_rate"] = functional.positive_flip_rate(predictions.base, predictions.resmem, targets)
@@ -148,94 +123,6 @@ def test_copies_share_nothing():
     before = metrics.compute()
     updated(other, *answers(task, rows=5))
     same(metrics.compute(), before)
-
-
-AUROCS = {
-    "multiclass": MulticlassAUROC(CLASSES),
-    "multilabel": MultilabelAUROC(CLASSES),
-    "regression": MeanAbsoluteError(),
-}
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_own_metrics_are_reported_for_all_three(task):
-    task, own = TASKS[task](), AUROCS[task]
-    given, predictions, targets, distances = answers(task)
-    found = updated(ResMemMetrics(task, CLASSES, {"own": own}), given, predictions, targets, distances).compute()
-    wanted = {"base": task.predict(given)}
-    for name in ("knn", "resmem"):
-        wanted[name] = task.probabilities(getattr(predictions, name), predictions.base)
-    for name, prediction in wanted.items():
-        own.reset()
-        assert found[f"own_{name}"].item() == pytest.approx(own(prediction, targets).item())
-    own.reset()
-
-
-def test_the_ways_to_give_own_metrics():
-    rows = answers(Multiclass())
-    used = MulticlassAccuracy(CLASSES, average="micro")
-    used.update(torch.zeros(100, dtype=torch.int64), torch.ones(100, dtype=torch.int64))
-    for given, name in (
-        (used, "MulticlassAccuracy"),
-        ([used], "MulticlassAccuracy"),
-        ({"a": used}, "a"),
-        (MetricCollection({"b": used}), "b"),
-        (MetricCollection([used], prefix="my_", postfix="_own"), "my_MulticlassAccuracy_own"),
-        ({"c": MetricCollection([used])}, "c_MulticlassAccuracy"),
-    ):
-        metrics = updated(ResMemMetrics(Multiclass(), CLASSES, given), *rows)
-        found = metrics.compute()
-        for prediction in Predictions._fields:
-            assert found[f"{name}_{prediction}"].item() == pytest.approx(found[f"acc_{prediction}"].item())
-            assert metrics.is_shown(f"{name}_{prediction}")
-    assert used.update_count == 1
-    assert used.compute() == 0.0, "copies are updated, without the rows seen before"
-
-
-@pytest.mark.parametrize("task", ["multilabel", "regression"])
-def test_own_metrics_of_one_output(task):
-    task = TASKS[task]()
-    own = {"multilabel": BinaryAUROC(), "regression": MeanAbsoluteError()}[task.name]
-    given, predictions, targets, distances = answers(task, outputs=1)
-    found = updated(ResMemMetrics(task, 1, {"own": own}), given, predictions, targets[:, 0], distances).compute()
-    assert found["own_base"].item() == pytest.approx(own(task.predict(given)[:, 0], targets[:, 0]).item())
-
-
-@pytest.mark.parametrize(
-    ("metrics", "message"),
-    [
-        ("auroc", "metrics='auroc'"),
-        ([torch.nn.Linear(1, 1)], "metrics=.*Linear"),
-        ({"a": 1}, "metrics={'a': 1}"),
-        ({"": MulticlassAccuracy(CLASSES)}, "metrics={'': .*module name can't be empty"),
-        ([MeanAbsoluteError(), MeanAbsoluteError()], "two metrics both named MeanAbsoluteError"),
-        ({"acc": MulticlassAccuracy(CLASSES)}, "the name 'acc', which is reported anyway"),
-        ({"nll": MulticlassAccuracy(CLASSES)}, "the name 'nll'"),
-    ],
-)
-def test_what_is_no_metric_is_refused(metrics, message):
-    with pytest.raises(InputError, match=message):
-        ResMemMetrics(Multiclass(), CLASSES, metrics)
-
-
-def test_an_own_metric_that_does_not_fit():
-    with pytest.raises(ValueError, match=r".") as raised:
-        updated(ResMemMetrics(Multiclass(), CLASSES, {"mine": MulticlassAUROC(3)}), *answers(Multiclass()))
-    assert any("(mine)" in note and f"({ROWS}, {CLASSES})" in note for note in raised.value.__notes__)
-
-
-def test_an_own_metric_that_has_no_result_for_what_it_took():
-    metrics = updated(ResMemMetrics(Multiclass(), CLASSES, {"mine": BinaryAUROC()}), *answers(Multiclass()))
-    with pytest.raises(IndexError) as raised:
-        metrics.compute()
-    assert any("(mine) has no result" in note for note in raised.value.__notes__)
-
-
-@pytest.mark.parametrize("kind", [NeighborhoodAccuracy, Reliability])
-@pytest.mark.parametrize("num_bins", [0, -1, 2.5, "10"])
-def test_numbers_of_bins_are_checked(kind, num_bins):
-    with pytest.raises(InputError, match="num_bins="):
-        kind(num_bins)
 
 
 def test_what_is_shown_at_a_glance():

@@ -10,6 +10,7 @@ from matplotlib import pyplot
 
 from lightning_resmem import ResMemParams, TuningResult
 from lightning_resmem.metrics import functional
+from lightning_resmem.metrics.bins import ReliabilityBins, neighborhoods, reliability
 from lightning_resmem.metrics.evaluation import Evaluation
 from lightning_resmem.reporting import plots
 
@@ -99,7 +100,7 @@ def test_many_cells_have_no_numbers():
 
 def bins(probabilities, targets):
     confidences, labels = probabilities.max(dim=1)
-    return functional.ReliabilityBins.from_sums(functional.reliability(confidences, (labels == targets).float(), 15))
+    return ReliabilityBins.from_sums(reliability(confidences, (labels == targets).float(), 15))
 
 
 def evaluation(**changed):
@@ -120,7 +121,7 @@ def evaluation(**changed):
         gain_error=0.01,
         flips=(),
         reliability={name: bins(part, targets) for name, part in (("base", base), ("resmem", resmem))},
-        neighborhoods=functional.neighborhoods(torch.rand(200, generator=generator), right),
+        neighborhoods=neighborhoods(torch.rand(200, generator=generator), right),
     )
     return dataclasses.replace(found, **changed)
 
@@ -134,7 +135,7 @@ def test_lines_show_scores_by_distance():
 
 
 def test_one_row_is_no_rows():
-    one = functional.neighborhoods(torch.zeros(1), torch.ones(1, 3))
+    one = neighborhoods(torch.zeros(1), torch.ones(1, 3))
     found = evaluation(rows=1, neighborhoods=one)
     assert plots.by_distance(found).axes[0].get_xlabel().endswith("(about 1 row each)")
     assert plots.flips(found).axes[0].get_xlabel().endswith(" of 1 row")
@@ -143,11 +144,11 @@ def test_one_row_is_no_rows():
 
 
 def test_empty_groups_of_distances_are_left_out():
-    same = functional.neighborhoods(torch.tensor([0.0, 0.0, 0.0, 1.0]), torch.eye(4)[:, :3], num_bins=4)
+    same = neighborhoods(torch.tensor([0.0, 0.0, 0.0, 1.0]), torch.eye(4)[:, :3], num_bins=4)
     axes = plots.by_distance(evaluation(neighborhoods=same)).axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1"]
     assert all(np.isfinite(line.get_ydata()).all() for line in axes.lines)
-    empty = functional.neighborhoods(torch.zeros(0), torch.zeros(0, 3))
+    empty = neighborhoods(torch.zeros(0), torch.zeros(0, 3))
     assert plots.by_distance(evaluation(neighborhoods=empty)) is None
 
 

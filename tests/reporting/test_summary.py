@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from lightning_resmem import ResMemParams, TuningResult
+from lightning_resmem.metrics.bins import Neighborhoods
 from lightning_resmem.metrics.evaluation import Evaluation
-from lightning_resmem.metrics.functional import Neighborhoods
 from lightning_resmem.reporting.summary import evaluation_summary, memory_summary, score_rows
 
 STATS = {"rows": 45000, "bytes": 3 * 2**20, "index": "exact"}

@@ -1,0 +1,177 @@
+"""Rates and means of rows as torchmetrics metrics: sums over rows in float64, added up over ranks.
+
+The maths is in `functional.py`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_resmem.metrics import functional
+
+
+class Sums(Metric):
+    """Sums over rows, added up over ranks."""
+
+    full_state_update = False
+    sums: Tensor
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        # In float32, counts would stop at 2^24 rows.
+        self.add_state("sums", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def add(self, sums: Tensor) -> None:
+        self.sums += sums.to(self.sums)
+
+
+class PositiveFlipRate(Sums):
+    """The share of rows (in multilabel tasks: of labels) that the base had wrong and resmem has right.
+
+    Example:
+        >>> metric = PositiveFlipRate()
+        >>> metric.update(base=torch.tensor([0, 0]), resmem=torch.tensor([1, 0]), targets=torch.tensor([1, 1]))
+        >>> metric.compute()
+        tensor(0.5000, dtype=torch.float64)
+    """
+
+    higher_is_better = True
+
+    def __init__(self) -> None:
+        super().__init__(2)
+
+    def update(self, base: Tensor, resmem: Tensor, targets: Tensor) -> None:
+        """Add rows.
+
+        Args:
+            base: Predictions before: labels `(B,)` or probabilities `(B, C)`.
+            resmem: Predictions after, likewise.
+            targets: Shape `(B,)`, or `(B, C)` in multilabel tasks.
+        """
+        flipped = functional.turned_right(base, resmem, targets)
+        self.add(torch.stack([flipped.sum(), flipped.new_tensor(flipped.numel(), dtype=torch.int64)]))
+
+    def compute(self) -> Tensor:
+        """The rate, scalar; NaN without rows."""
+        return self.sums[0] / self.sums[1]
+
+
+class NegativeFlipRate(PositiveFlipRate):
+    """The share of rows (in multilabel tasks: of labels) that the base had right and resmem has wrong.
+
+    What users of a model notice first after an update: Yan et al. 2021, "Positive-Congruent Training: Towards
+    Regression-Free Model Updates", https://arxiv.org/abs/2011.09161; Xie et al. 2021, "Regression Bugs Are In Your
+    Model! Measuring, Reducing and Analyzing Regressions In NLP Model Updates", ACL 2021.
+
+    Example:
+        >>> metric = NegativeFlipRate()
+        >>> metric.update(base=torch.tensor([0, 0]), resmem=torch.tensor([1, 0]), targets=torch.tensor([0, 0]))
+        >>> metric.compute()
+        tensor(0.5000, dtype=torch.float64)
+    """
+
+    higher_is_better = False
+
+    def update(self, base: Tensor, resmem: Tensor, targets: Tensor) -> None:
+        super().update(resmem, base, targets)
+
+
+class MeanScores(Sums):
+    """Mean scores of base, knn and resmem, and the gain of resmem over the base with its standard error.
+
+    Example:
+        >>> metric = MeanScores()
+        >>> metric.update(torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]]))
+        >>> {name: round(value.item(), 4) for name, value in metric.compute().items()}
+        {'base': 0.5, 'knn': 0.5, 'resmem': 1.0, 'gain': 0.5, 'gain_error': 0.5, 'rows': 2.0}
+    """
+
+    def __init__(self) -> None:
+        super().__init__(5)
+
+    def update(self, scores: Tensor) -> None:
+        """Add rows.
+
+        Args:
+            scores: Of base, knn and resmem, shape `(B, 3)`.
+        """
+        scores = scores.to(self.sums)
+        squares = (scores[:, 2] - scores[:, 0]).square().sum()
+        self.add(torch.cat([scores.sum(dim=0), squares[None], squares.new_tensor([len(scores)])]))
+
+    def compute(self) -> dict[str, Tensor]:
+        """By name; the standard error is inf for a single row, and all are NaN without rows."""
+        rows = self.sums[4]
+        base, knn, resmem, squares = self.sums[:4] / rows
+        gain = resmem - base
+        error = ((squares - gain.square()).clamp_min(0) / (rows - 1)).sqrt() if rows > 1 else rows / 0
+        return {"base": base, "knn": knn, "resmem": resmem, "gain": gain, "gain_error": error, "rows": rows}
+
+
+class RowMean(Sums):
+    """The mean over rows of a function of predictions and targets.
+
+    Args:
+        function: `function(predictions (B, C), targets)` returns a number for each row, shape `(B,)`.
+
+    Example:
+        >>> metric = RowMean(functional.brier_scores)
+        >>> metric.update(torch.tensor([[0.5, 0.5]]), torch.tensor([0]))
+        >>> metric.compute()
+        tensor(0.5000, dtype=torch.float64)
+    """
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(2)
+        self.function = function
+
+    def update(self, predictions: Tensor, targets: Tensor) -> None:
+        """Add rows: predictions `(B, C)`, and targets as the function wants them."""
+        values = self.function(predictions, targets)
+        self.add(torch.stack([values.double().sum(), values.new_tensor(len(values), dtype=torch.float64)]))
+
+    def compute(self) -> Tensor:
+        """The mean, scalar; NaN without rows."""
+        return self.sums[0] / self.sums[1]
+
+
+class MacroF1(Sums):
+    """The mean over classes of F1; classes that were neither predicted nor labelled are left out.
+
+    Args:
+        num_classes: `C`.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(3, num_classes)
+
+    def update(self, predictions: Tensor, targets: Tensor) -> None:
+        """Add rows: predictions `(B, C)` and targets `(B,)`, or `(B, C)` in multilabel tasks."""
+        self.add(functional.f1_counts(predictions, targets, self.sums.shape[1]))
+
+    def compute(self) -> Tensor:
+        """Scalar."""
+        return functional.macro_f1(self.sums)
+
+
+class R2(Sums):
+    """The coefficient of determination, the mean over outputs; see `functional.r2`.
+
+    Args:
+        num_outputs: `C`.
+    """
+
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__(4, num_outputs)
+
+    def update(self, predictions: Tensor, targets: Tensor) -> None:
+        """Add rows: predictions and targets `(B, C)`."""
+        targets = targets.double()
+        errors = (predictions - targets).square()
+        self.add(torch.stack([targets, targets.square(), errors, torch.ones_like(targets)]).sum(dim=1))
+
+    def compute(self) -> Tensor:
+        """Scalar."""
+        return functional.r2(self.sums[:3], self.sums[3, 0])
