@@ -31,7 +31,8 @@ from .module import ResMemModule
 from .params import Gate, ResMemParams
 from .predictor import ResMemPredictor
 from .tasks import Multiclass, Multilabel, Regression, Task
-from .tuning.tuner import GridTuner, Tuner, TuningResult
+from .tuning.result import TuningResult
+from .tuning.tuner import GridTuner, Tuner
 
 __version__: str
 

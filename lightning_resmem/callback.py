@@ -33,7 +33,8 @@ from lightning_resmem.progress import shows_progress, working
 from lightning_resmem.reporting.report import Report
 from lightning_resmem.reporting.wandb_report import finish_forked_run
 from lightning_resmem.routing import Routing
-from lightning_resmem.tuning.tuner import Tuner, TuningResult
+from lightning_resmem.tuning.result import TuningResult
+from lightning_resmem.tuning.tuner import Tuner
 
 
 class ResMemCallback(Callback):

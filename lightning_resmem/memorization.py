@@ -38,7 +38,8 @@ from lightning_resmem.model.head import HeadTap, check_diverged
 from lightning_resmem.module import ResMemModule, describe
 from lightning_resmem.progress import shows_progress, working
 from lightning_resmem.tasks import check_finite
-from lightning_resmem.tuning.tuner import GridTuner, Tuner, TuningResult
+from lightning_resmem.tuning.result import TuningResult
+from lightning_resmem.tuning.tuner import GridTuner, Tuner
 
 # Rows below which a memory without validation rows is not tuned on its own.
 _LEAST_ROWS = 50

@@ -19,7 +19,7 @@ from lightning_resmem.memory.answers import Predictions
 from lightning_resmem.metrics.evaluation import Evaluation
 from lightning_resmem.reporting.summary import counted
 from lightning_resmem.tasks import Regression
-from lightning_resmem.tuning.tuner import TuningResult
+from lightning_resmem.tuning.result import TuningResult
 
 # Distinguishable without colour vision (Okabe and Ito).
 _COLORS = {"base": "#7f7f7f", "knn": "#e69f00", "resmem": "#0072b2"}

@@ -20,7 +20,7 @@ from lightning_resmem.reporting import wandb_report
 from lightning_resmem.reporting.loggers import each_logger, log_figures, log_hyperparameters, log_metrics, warn_only
 from lightning_resmem.reporting.pictures import picture_lookup
 from lightning_resmem.reporting.summary import chosen_flip_rate, evaluation_summary, memory_summary, num_shards
-from lightning_resmem.tuning.tuner import TuningResult
+from lightning_resmem.tuning.result import TuningResult
 
 
 class Report:

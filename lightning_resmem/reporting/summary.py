@@ -7,7 +7,7 @@ from rich.table import Table
 from lightning_resmem.memory.answers import Predictions
 from lightning_resmem.memory.capacity import size
 from lightning_resmem.metrics.evaluation import Evaluation
-from lightning_resmem.tuning.tuner import TuningResult
+from lightning_resmem.tuning.result import TuningResult
 
 _NAMES = {
     "acc": "accuracy",

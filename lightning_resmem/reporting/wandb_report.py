@@ -19,7 +19,7 @@ from lightning_resmem.memory.contributions import fetch_neighbors
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.metrics.evaluation import Evaluation, Flip
 from lightning_resmem.reporting.summary import score_rows
-from lightning_resmem.tuning.tuner import TuningResult
+from lightning_resmem.tuning.result import TuningResult
 
 if TYPE_CHECKING:
     import wandb

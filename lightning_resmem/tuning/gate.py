@@ -1,13 +1,18 @@
 """A strength of its own for every prediction: more where the memory has support and the base does not know."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import Tensor
 
+from lightning_resmem.functional import combine
+from lightning_resmem.metrics.functional import negative_flip_rate
 from lightning_resmem.params import Gate, gate_factors, gate_features
 from lightning_resmem.tasks import Task
+from lightning_resmem.tuning.result import TuningResult
+from lightning_resmem.tuning.selection import standard_error
+from lightning_resmem.tuning.sweep import Sweep
 
 # Entries of the predictions that a gate is fitted on; more rows would not change three numbers.
 _FIT_ENTRIES = 2**22
@@ -99,3 +104,41 @@ def fit_gate(
         # Six digits fit any use, and hide what differs between two machines.
         gate = Gate(*(float(f"{value:.6g}") for value in fit(everything).tolist()))
         return GateFit(gate, loss, loss + gain, error, score_gain, gain > error and score_gain >= 0)
+
+
+def gated(result: TuningResult, sweep: Sweep, most_lost: float | None) -> TuningResult:
+    """A tuner's result with a gate, if that helps for rows that it was not fitted on.
+
+    Args:
+        result: Without a gate.
+        sweep: That the result comes from.
+        most_lost: Largest share of answers that may be lost, if there is one.
+    """
+    task, params, rows = sweep.task, result.params, sweep.pooled(result.params)
+    fit = fit_gate(task, *rows, sigma=params.sigma, strength=params.strength)
+    numbers = [*astuple(fit.gate), fit.loss, fit.constant_loss, fit.error, fit.helps]
+    *coefficients, loss, constant_loss, error, helps = sweep.agreed(numbers)
+    gate = Gate(*coefficients)
+    combined = combine(
+        rows.base, rows.residual, params.strength * gate.factors(task, rows.base, rows.distances, params.sigma)
+    )
+    scores, before = task.score(combined, rows.targets).double(), task.score(rows.base, rows.targets).double()
+    gains = scores - before
+    lost = 0.0
+    if sweep.counts_flips:
+        lost = float(negative_flip_rate(rows.base, combined, rows.targets))
+    score, squares, lost = sweep.agreed([float(scores.mean()), float(gains.square().mean()), lost])
+    compared = f"loss {constant_loss:.4f} -> {loss:.4f} (± {error:.4f}) on rows that it was not fitted on"
+    if not helps:
+        return replace(result, notes=(*result.notes, f"the gate does not help ({compared}): none is used"))
+    if most_lost is not None and lost > most_lost:
+        note = f"the gate loses {lost:.4f} of the answers, more than max_negative_flip_rate={most_lost:g}: none is used"
+        return replace(result, notes=(*result.notes, note))
+    gain = torch.tensor(score - result.base_score)
+    return replace(
+        result,
+        params=replace(params, gate=gate),
+        score=score,
+        gain_error=float(standard_error(torch.tensor(squares), gain, result.rows)),
+        notes=(*result.notes, f"with a gate, {compared}"),
+    )

@@ -4,7 +4,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,83 +12,19 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_resmem.errors import InputError, ResMemWarning
-from lightning_resmem.functional import combine
 from lightning_resmem.memory.checks import as_ids, as_tensor, check_shapes
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
-from lightning_resmem.metrics.functional import negative_flip_rate
-from lightning_resmem.params import Gate, ResMemParams
+from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Regression, Task, check_finite
-from lightning_resmem.tuning.gate import fit_gate
+from lightning_resmem.tuning.gate import gated
 from lightning_resmem.tuning.grid import Axes, GridSearch
 from lightning_resmem.tuning.interpolation import Residuals, measure_residuals
 from lightning_resmem.tuning.objectives import check_objective, check_task, make_objective
-from lightning_resmem.tuning.selection import standard_error
+from lightning_resmem.tuning.result import TuningResult
 from lightning_resmem.tuning.sweep import Gather, Rows, Sweep
 
 # Tuning rows below which a choice says little.
 _FEW_ROWS = 50
-
-
-@dataclass(frozen=True)
-class TuningResult:
-    """What a tuner chose, and what it gained on the rows it was given.
-
-    Attributes:
-        params: The choice; `strength` 0 if the memory did not help.
-        table: One row per setting, the base first: `k`, `sigma`, `softmax_temperature`, `strength`, the mean `score`
-            (accuracy, or mean squared error in regression), the mean `loss`, the `negative_flip_rate` (the share of
-            answers that the base had right and the setting has wrong; not in regression) and the value of what was
-            optimised as `objective`.
-        base_score: Score of the base model alone.
-        score: Score of the choice.
-        score_name: `"acc"` or `"mse"`.
-        rows: Number of tuning rows, over all ranks.
-        gain_error: Standard error of `score - base_score`, from the differences of the rows; 0 if the choice is the
-            base alone, inf for a single row. It leaves out that the best of many settings looks better than it is.
-        objective: What was optimised: `"accuracy"`, `"nll"`, ... or the name of the metric.
-        base_objective: Its value for the base alone.
-        best_objective: Its value for the choice.
-        refined: How many of the settings lie between those of the grid, around its best one.
-        leave_one_out: Whether the rows were those of the memory itself.
-        notes: What else there is to say, as sentences without a full stop.
-    """
-
-    params: ResMemParams
-    table: list[dict[str, float]] = field(repr=False)
-    base_score: float
-    score: float
-    score_name: str
-    rows: int
-    gain_error: float
-    objective: str = "accuracy"
-    base_objective: float = math.nan
-    best_objective: float = math.nan
-    refined: int = 0
-    leave_one_out: bool = False
-    notes: tuple[str, ...] = ()
-
-    def summary(self) -> str:
-        """The choice and the gain, as one line."""
-        compared = f"{self.score_name} {self.base_score:.4f} -> {self.score:.4f}"
-        kind = "row of the memory, left out of it" if self.leave_one_out else "validation row"
-        if self.rows != 1:
-            kind = "rows of the memory, each left out of it" if self.leave_one_out else "validation rows"
-        where = f"on {self.rows} {kind}"
-        notes = "".join(f"; {note}" for note in self.notes)
-        if self.params.strength == 0:
-            compared = f"{compared} {where}"
-            return (
-                f"the memory does not help ({len(self.table)} settings, {compared}): strength 0, the base alone{notes}"
-            )
-        params = self.params
-        refined = f", {self.refined} of them around the best of the grid" if self.refined else ""
-        other = f", {self.objective} {self.base_objective:.4f} -> {self.best_objective:.4f}"
-        return (
-            f"chose k={params.k}, sigma={params.sigma:.4g}, softmax_temperature={params.softmax_temperature:.4g}, "
-            f"strength={params.strength:.4g} of {len(self.table)} settings{refined}: {compared} "
-            f"({self.score - self.base_score:+.4f} ± {self.gain_error:.4f})"
-            f"{other if self.objective not in ('accuracy', 'mse') else ''} {where}{notes}"
-        )
 
 
 class Tuner(ABC):
@@ -296,7 +232,7 @@ class GridTuner(Tuner):
             notes=() if choice.note is None else (choice.note,),
         )
         if self.gate and choice.place:
-            result = _gated(result, sweep, self.max_negative_flip_rate)
+            result = gated(result, sweep, self.max_negative_flip_rate)
         _warn(result, measure_residuals(memory, rows, gather))
         return result
 
@@ -319,38 +255,6 @@ def _checked_rows(memory: ResidualMemory, embeddings: Tensor, outputs: Tensor, t
         if len(ids) != len(targets):
             raise InputError(f"ids has shape {tuple(ids.shape)}, expected ({len(targets)},): one for every row.")
     return Rows(embeddings, outputs, targets, ids)
-
-
-def _gated(result: TuningResult, sweep: Sweep, most_lost: float | None) -> TuningResult:
-    """The result with a gate, if that helps for rows that it was not fitted on."""
-    task, params, rows = sweep.task, result.params, sweep.pooled(result.params)
-    fit = fit_gate(task, *rows, sigma=params.sigma, strength=params.strength)
-    numbers = [*astuple(fit.gate), fit.loss, fit.constant_loss, fit.error, fit.helps]
-    *coefficients, loss, constant_loss, error, helps = sweep.agreed(numbers)
-    gate = Gate(*coefficients)
-    combined = combine(
-        rows.base, rows.residual, params.strength * gate.factors(task, rows.base, rows.distances, params.sigma)
-    )
-    scores, before = task.score(combined, rows.targets).double(), task.score(rows.base, rows.targets).double()
-    gains = scores - before
-    lost = 0.0
-    if sweep.counts_flips:
-        lost = float(negative_flip_rate(rows.base, combined, rows.targets))
-    score, squares, lost = sweep.agreed([float(scores.mean()), float(gains.square().mean()), lost])
-    compared = f"loss {constant_loss:.4f} -> {loss:.4f} (± {error:.4f}) on rows that it was not fitted on"
-    if not helps:
-        return replace(result, notes=(*result.notes, f"the gate does not help ({compared}): none is used"))
-    if most_lost is not None and lost > most_lost:
-        note = f"the gate loses {lost:.4f} of the answers, more than max_negative_flip_rate={most_lost:g}: none is used"
-        return replace(result, notes=(*result.notes, note))
-    gain = torch.tensor(score - result.base_score)
-    return replace(
-        result,
-        params=replace(params, gate=gate),
-        score=score,
-        gain_error=float(standard_error(torch.tensor(squares), gain, result.rows)),
-        notes=(*result.notes, f"with a gate, {compared}"),
-    )
 
 
 def _warn(result: TuningResult, residuals: Residuals) -> None:

