@@ -13,7 +13,8 @@ from .errors import (
     StaleMemoryError,
     StorageError,
 )
-from .explanation.influence import Influence, Ranking, influence, label_errors, usefulness
+from .explanation.influence import Influence, Ranking, influence, usefulness
+from .explanation.label_errors import label_errors
 from .explanation.neighbors import Explanation, explain
 from .memorization import memorize
 from .memory.answers import Neighbors, Predictions

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lightning_resmem import GridTuner, InputError, LocalMemory, ResMemCallback, ResMemModule, explain, memorize
-from lightning_resmem.explanation.influence import influence, label_errors, usefulness
+from lightning_resmem.explanation.influence import influence, usefulness
+from lightning_resmem.explanation.label_errors import label_errors
 from lightning_resmem.reporting import plots
 from tests.models import CallsSelf, Data, make, memory_for, trainer
 

@@ -2,56 +2,28 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_resmem.errors import StorageError
-from lightning_resmem.explanation.influence import judge, other_neighbors
-from lightning_resmem.memory.answers import Neighbors
 from lightning_resmem.memory.capacity import size
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.storage import disk
 from lightning_resmem.params import checked_k
 from lightning_resmem.reporting.charts import Chart, bar_chart, histogram
+from lightning_resmem.reporting.samples import Read, Searched, read_rows, search_rows
 from lightning_resmem.tasks import Multiclass, Multilabel
 
-# Rows whose labels, outputs and keys are read; those whose neighbours are searched are fewer.
-_READ_ROWS = 100_000
-_BLOCK = 4096
-# Neighbours that judge a label, as `label_errors` has it.
-_JUDGES = 20
 # Lines of the tables.
 _SAMPLES, _SUSPECTS = 10, 20
 # Classes that get a bar each.
 _BARS = 50
-
-
-@dataclass(frozen=True)
-class _Read:
-    """What a sample of rows holds: `n` rows."""
-
-    targets: Tensor  # as the task stores them
-    base: Tensor  # (n, C) base prediction
-    errors: NDArray[np.float64]  # (n,) largest residual of an output
-    losses: NDArray[np.float64]  # (n,)
-    norms: NDArray[np.float64]  # (n,)
-
-
-@dataclass(frozen=True)
-class _Searched:
-    """The nearest other rows of a smaller sample: `n` rows with `k` neighbours each."""
-
-    ids: Tensor  # (n,)
-    neighbors: Neighbors  # (n, k)
-    averages: Tensor  # (n, C) label average of the neighbours
-    scores: Tensor  # (n,) how likely the label is wrong
 
 
 def write_report(
@@ -89,8 +61,8 @@ def write_report(
 
 def render(memory: LocalMemory, path: Path, rows: int, k: int, verified: bool) -> str:
     """The HTML page about a memory that was loaded from `path`; see `write_report`."""
-    read = _read(memory, _drawn(memory.ids, _READ_ROWS))
-    searched = _search(memory, _drawn(memory.ids, rows), k) if len(memory) > 1 else None
+    read = read_rows(memory)
+    searched = search_rows(memory, rows, k) if len(memory) > 1 else None
     environment = Environment(
         loader=PackageLoader("lightning_resmem.reporting", "."),
         autoescape=True,
@@ -111,35 +83,6 @@ def render(memory: LocalMemory, path: Path, rows: int, k: int, verified: bool) -
         suspects=[] if searched is None else _suspects(memory, searched),
         k=k,
     )
-
-
-def _drawn(ids: Tensor, count: int) -> Tensor:
-    """So many ids at random, but the same ones each time, ascending."""
-    if len(ids) <= count:
-        return ids
-    return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[:count]].sort().values
-
-
-def _read(memory: LocalMemory, ids: Tensor) -> _Read:
-    task, temperature = memory.task, memory.params.softmax_temperature
-    parts = []
-    for block in ids.split(_BLOCK):
-        values = memory.fetch(block)
-        outputs, targets = values.outputs.float(), values.targets
-        base = task.predict(outputs, temperature)
-        errors = task.residuals(outputs, targets, temperature).abs().amax(dim=1)
-        parts.append((targets, base, errors, task.loss(base, base, targets), memory._query_rows(block).norm(dim=1)))
-    targets, base, *numbers = (torch.cat(column) for column in zip(*parts, strict=True))
-    return _Read(targets, base, *(column.double().numpy() for column in numbers))
-
-
-def _search(memory: LocalMemory, ids: Tensor, k: int) -> _Searched:
-    scale, parts = memory.distance_scale(), []
-    for block, found in other_neighbors(memory, ids, max(k, _JUDGES)):
-        judges = Neighbors(*(column[:, :_JUDGES] for column in found))
-        parts.append((block, *(column[:, :k] for column in found), *judge(memory, block, judges, scale)))
-    block, distances, neighbors, averages, scores = (torch.cat(column) for column in zip(*parts, strict=True))
-    return _Searched(block, Neighbors(distances, neighbors), averages, scores)
 
 
 def _summary(memory: LocalMemory, path: Path, verified: bool) -> dict[str, dict[str, str]]:
@@ -174,7 +117,7 @@ def _summary(memory: LocalMemory, path: Path, verified: bool) -> dict[str, dict[
     }
 
 
-def _notes(memory: LocalMemory, read: _Read, searched: _Searched | None) -> list[str]:
+def _notes(memory: LocalMemory, read: Read, searched: Searched | None) -> list[str]:
     """What a person should know before anything else, as sentences."""
     notes = []
     if memory.params.strength == 0:
@@ -201,7 +144,7 @@ def _notes(memory: LocalMemory, read: _Read, searched: _Searched | None) -> list
     return notes
 
 
-def _charts(memory: LocalMemory, read: _Read, searched: _Searched | None) -> list[Chart]:
+def _charts(memory: LocalMemory, read: Read, searched: Searched | None) -> list[Chart]:
     charts = [_label_chart(memory, read)]
     if searched is not None:
         nearest = searched.neighbors.distances[:, 0].double().numpy()
@@ -212,7 +155,7 @@ def _charts(memory: LocalMemory, read: _Read, searched: _Searched | None) -> lis
     return charts
 
 
-def _label_chart(memory: LocalMemory, read: _Read) -> Chart:
+def _label_chart(memory: LocalMemory, read: Read) -> Chart:
     num_outputs = read.base.shape[1]
     if isinstance(memory.task, Multiclass):
         counts = torch.bincount(read.targets, minlength=num_outputs).tolist()
@@ -226,7 +169,7 @@ def _label_chart(memory: LocalMemory, read: _Read) -> Chart:
     return bar_chart("Labels", counts, "class", "rows")
 
 
-def _samples(memory: LocalMemory, searched: _Searched, k: int) -> list[dict[str, Any]]:
+def _samples(memory: LocalMemory, searched: Searched, k: int) -> list[dict[str, Any]]:
     """A few rows and their neighbours, as words."""
     samples = []
     for row in torch.linspace(0, len(searched.ids) - 1, min(_SAMPLES, len(searched.ids))).long().tolist():
@@ -241,7 +184,7 @@ def _samples(memory: LocalMemory, searched: _Searched, k: int) -> list[dict[str,
     return samples
 
 
-def _suspects(memory: LocalMemory, searched: _Searched) -> list[dict[str, Any]]:
+def _suspects(memory: LocalMemory, searched: Searched) -> list[dict[str, Any]]:
     """The rows whose labels disagree most with those of their neighbours."""
     worst = searched.scores.argsort(descending=True, stable=True)[:_SUSPECTS]
     worst = worst[searched.scores[worst] > 0]

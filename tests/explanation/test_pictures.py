@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_resmem.explanation.pictures import find_picture
+from lightning_resmem.explanation.pictures import find_images, find_picture
 from lightning_resmem.reporting.pictures import picture_lookup
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8)
@@ -89,3 +89,18 @@ def test_random_augmentation_leaves_the_generators_alone():
     before = torch.get_rng_state()
     assert look_up(1) is not None
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("batch", "shape"),
+    [
+        ((torch.zeros(2, 3, 8, 8), torch.zeros(2)), (2, 3, 8, 8)),
+        ({"pixel_values": torch.zeros(2, 8, 8), "labels": torch.zeros(2)}, (2, 8, 8)),
+        (torch.zeros(2, 1, 8, 8), (2, 1, 8, 8)),
+        ((torch.zeros(2, 64), torch.zeros(2)), None),
+        ((torch.zeros(2, 16, 8, 8), torch.zeros(2)), None),
+    ],
+)
+def test_images_of_a_batch(batch, shape):
+    found = find_images(batch)
+    assert shape == (None if found is None else tuple(found.shape))

@@ -12,7 +12,6 @@ import torch
 
 from lightning_resmem import InputError, LocalMemory, ResMemParams, SparseConfig, StorageError, label_errors
 from lightning_resmem.params import Gate
-from lightning_resmem.reporting.charts import bar_chart, histogram
 from lightning_resmem.reporting.html_report import write_report
 from lightning_resmem.tasks import TASKS
 from tests.models import num_outputs, rows
@@ -185,7 +184,7 @@ def test_tiny_memories(task, count, tmp_path):
 
 
 def test_samples_are_bounded_and_the_same_each_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_resmem.reporting.html_report._READ_ROWS", 50)
+    monkeypatch.setattr("lightning_resmem.reporting.samples._READ_ROWS", 50)
     page, html = report(filled(), tmp_path, rows=20)
     assert "50 random rows of 200 rows; distances of 20 random rows." in " ".join(page.text.split())
     assert sum(int(count) for _, count in page.table("class")) == 50
@@ -240,42 +239,6 @@ def test_bad_arguments(tmp_path):
         write_report(directory, tmp_path / "page.html", rows=0)
     with pytest.raises(StorageError, match="cannot be written"):
         write_report(directory, tmp_path)
-
-
-# -- charts
-
-
-def test_bars_are_in_proportion():
-    chart = bar_chart("Labels", [3, 0, 6], "class", "rows")
-    assert [bar.height for bar in chart.bars] == [80, 0, 160]
-    assert [bar.y + bar.height for bar in chart.bars] == [160, 160, 160]
-    assert chart.summary == "From 0 rows (1) to 6 rows (2)."
-    assert [label for _, label in chart.ticks] == ["0", "1", "2"]
-    assert bar_chart("Labels", [0], "class", "rows").bars[0].height == 0
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "ticks"),
-    [
-        (0.0, 1.0, ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
-        (-3.0, 47.0, ["0", "10", "20", "30", "40"]),
-        (1.23, 1.24, ["1.23", "1.232", "1.234", "1.236", "1.238", "1.24"]),
-    ],
-)
-def test_ticks_are_round(low, high, ticks):
-    chart = histogram("Norms", np.array([low, high]), "norm", "rows")
-    assert [label for _, label in chart.ticks] == ticks
-    for x, label in chart.ticks:
-        assert x == pytest.approx((float(label) - low) / (high - low) * 480)
-
-
-def test_histogram_of_equal_values():
-    chart = histogram("Norms", np.full(5, 2.0), "norm", "rows")
-    assert sum(bar.count for bar in chart.bars) == 5
-    assert chart.summary == "All are 2."
-
-
-# -- a browser
 
 
 def browse(page, tmp_path, size, *arguments):
