@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_resmem.memory.answers import Neighbors, Predictions
 
-_FLIP_NEIGHBORS = 5
+_FLIP_NEIGHBORS = 5  # that a flip shows
 
 
 class Answer(NamedTuple):

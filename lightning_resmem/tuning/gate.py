@@ -106,7 +106,7 @@ def fit_gate(
         return GateFit(gate, loss, loss + gain, error, score_gain, gain > error and score_gain >= 0)
 
 
-def gated(result: TuningResult, sweep: Sweep, most_lost: float | None) -> TuningResult:
+def with_gate(result: TuningResult, sweep: Sweep, most_lost: float | None) -> TuningResult:
     """A tuner's result with a gate, if that helps for rows that it was not fitted on.
 
     Args:

@@ -16,7 +16,7 @@ from lightning_resmem.memory.checks import as_ids, as_tensor, check_shapes
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Regression, Task, check_finite
-from lightning_resmem.tuning.gate import gated
+from lightning_resmem.tuning.gate import with_gate
 from lightning_resmem.tuning.grid import Axes, GridSearch
 from lightning_resmem.tuning.interpolation import Residuals, measure_residuals
 from lightning_resmem.tuning.objectives import check_objective, check_task, make_objective
@@ -232,7 +232,7 @@ class GridTuner(Tuner):
             notes=() if choice.note is None else (choice.note,),
         )
         if self.gate and choice.place:
-            result = gated(result, sweep, self.max_negative_flip_rate)
+            result = with_gate(result, sweep, self.max_negative_flip_rate)
         _warn(result, measure_residuals(memory, rows, gather))
         return result
 
