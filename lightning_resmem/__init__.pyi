@@ -21,7 +21,8 @@ from .memory.answers import Neighbors, Predictions
 from .memory.interface import ResidualMemory
 from .memory.local import LocalMemory
 from .memory.search.faiss_index import FaissIndex
-from .memory.values.dense import DenseConfig, DenseValues, Values
+from .memory.values.dense import DenseConfig, DenseValues
+from .memory.values.interface import Values
 from .memory.values.sparse import SparseConfig, SparseValues
 from .metrics.binned import NeighborhoodAccuracy
 from .metrics.evaluation import Evaluation, Flip

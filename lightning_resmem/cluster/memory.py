@@ -27,7 +27,9 @@ from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.memory.storage import disk
 from lightning_resmem.memory.storage.saved import manifest, read_saved
-from lightning_resmem.memory.values.dense import DenseConfig, Values
+from lightning_resmem.memory.storage.tensor_file import Streamed
+from lightning_resmem.memory.values.dense import DenseConfig
+from lightning_resmem.memory.values.interface import Values
 from lightning_resmem.memory.values.sparse import SparseConfig
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Task
@@ -304,7 +306,7 @@ class RayMemory(ResidualMemory):
         first = next(shard for shard, own in enumerate(owned) if len(own))
         sample = self._shards.rows(first, 0, 1)
 
-        def streamed(name: str) -> disk.Streamed:
+        def streamed(name: str) -> Streamed:
             step = max(1, _CHUNK_BYTES // max(1, sample[name].nbytes))
 
             def parts() -> Iterator[tuple[Tensor, Tensor]]:
@@ -312,7 +314,7 @@ class RayMemory(ResidualMemory):
                     for start in range(0, len(own), step):
                         yield own[start : start + step], self._shards.rows(shard, start, start + step, [name])[name]
 
-            return disk.Streamed((len(ids), *sample[name].shape[1:]), sample[name].dtype, parts)
+            return Streamed((len(ids), *sample[name].shape[1:]), sample[name].dtype, parts)
 
         index, _ = self._shards.ask_one(first, "index")
         described = manifest(

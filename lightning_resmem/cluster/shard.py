@@ -23,7 +23,7 @@ from lightning_resmem.errors import InputError, ResMemError, StorageError
 from lightning_resmem.memory.capacity import available_bytes
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.locks import ReadWriteLock
-from lightning_resmem.memory.search import faiss_index
+from lightning_resmem.memory.search import faiss_search
 from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.params import ResMemParams
 
@@ -212,11 +212,11 @@ class Shard:
 
     def sample_size(self, config: FaissIndex) -> int:
         """How many keys an index is trained on."""
-        return faiss_index.sample_size(self.state()["width"], config)
+        return faiss_search.sample_size(self.state()["width"], config)
 
     def train(self, config: FaissIndex, *samples: Array) -> bytes:
         """An index trained on keys `(n, D)` from all shards, without rows."""
-        return faiss_index.train(_tensor(np.concatenate([keys for keys in samples if len(keys)])), config)
+        return faiss_search.train(_tensor(np.concatenate([keys for keys in samples if len(keys)])), config)
 
     def index(self, known: int) -> tuple[str | FaissIndex, bytes | None]:
         """What `build` was called with."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.memory.interface import ResidualMemory
-from lightning_resmem.memory.values.dense import Values
+from lightning_resmem.memory.values.interface import Values
 
 
 def fetch_neighbors(memory: ResidualMemory, ids: Tensor) -> tuple[Values, Tensor]:

@@ -11,6 +11,9 @@ from lightning_resmem.errors import InputError
 # What travels at once, in bytes.
 _CHUNK_BYTES = 16 * 2**20
 
+# Shape and dtype of each tensor, by its name.
+_Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
 
 def all_gather_rows(tensors: dict[str, Tensor], group: dist.ProcessGroup) -> dict[str, Tensor]:
     """Give every rank the rows of all ranks, ascending by id, whatever the number of ranks.
@@ -31,24 +34,13 @@ def all_gather_rows(tensors: dict[str, Tensor], group: dist.ProcessGroup) -> dic
         InputError: On all ranks, if an id is on two of them or their rows have different shapes or dtypes.
     """
     world, rank = dist.get_world_size(group), dist.get_rank(group)
-    layouts: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = [{}] * world
+    layouts: list[_Layout] = [{}] * world
     dist.all_gather_object(
         layouts, {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}, group=group
     )
-    kinds = {
-        source: {name: (shape[1:], dtype) for name, (shape, dtype) in layout.items()}
-        for source, layout in enumerate(layouts)
-        if layout
-    }
-    if not kinds:
+    kind = _common_kind(layouts)
+    if kind is None:
         return {}
-    first = next(iter(kinds))
-    for source, kind in kinds.items():
-        if kind != kinds[first]:
-            raise InputError(
-                f"Ranks hold rows of different kinds: rank {first} {kinds[first]}, rank {source} {kind}. "
-                "Does the model or the data differ by rank?"
-            )
     counts = [layout["ids"][0][0] if layout else 0 for layout in layouts]
 
     def broadcast(name: str, out: Tensor, places: list[Tensor] | None) -> None:
@@ -86,8 +78,27 @@ def all_gather_rows(tensors: dict[str, Tensor], group: dist.ProcessGroup) -> dic
     places = list(torch.empty_like(order).scatter_(0, order, torch.arange(total)).split(counts))
     del by_rank, order
     gathered = {"ids": ids}
-    for name, (shape, dtype) in kinds[first].items():
+    for name, (shape, dtype) in kind.items():
         if name != "ids":
             gathered[name] = torch.empty(total, *shape, dtype=dtype)
             broadcast(name, gathered[name], places)
     return gathered
+
+
+def _common_kind(layouts: list[_Layout]) -> _Layout | None:
+    """Shape of a single row and dtype of each tensor, None if no rank has rows; raises an error where ranks differ."""
+    kinds = {
+        source: {name: (shape[1:], dtype) for name, (shape, dtype) in layout.items()}
+        for source, layout in enumerate(layouts)
+        if layout
+    }
+    if not kinds:
+        return None
+    first = next(iter(kinds))
+    for source, kind in kinds.items():
+        if kind != kinds[first]:
+            raise InputError(
+                f"Ranks hold rows of different kinds: rank {first} {kinds[first]}, rank {source} {kind}. "
+                "Does the model or the data differ by rank?"
+            )
+    return kinds[first]

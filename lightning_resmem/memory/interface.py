@@ -14,7 +14,7 @@ from lightning_resmem.errors import EmptyMemoryError, InputError, check_type
 from lightning_resmem.functional import combine
 from lightning_resmem.memory.answers import Neighbors, Predictions
 from lightning_resmem.memory.checks import as_compared, as_tensor, check_batched
-from lightning_resmem.memory.values.dense import Values
+from lightning_resmem.memory.values.interface import Values
 from lightning_resmem.params import ResMemParams, checked_k
 from lightning_resmem.tasks import Multiclass, Task, check_finite
 

@@ -16,14 +16,16 @@ from lightning_resmem.functional import neighbor_weights
 from lightning_resmem.memory.answers import Neighbors
 from lightning_resmem.memory.checks import as_ids, check_different, checked_changes, checked_rows, repeated
 from lightning_resmem.memory.exchange import all_gather_rows
+from lightning_resmem.memory.growing import GrowingTensor
 from lightning_resmem.memory.interface import ResidualMemory
-from lightning_resmem.memory.rows import GrowingTensor
 from lightning_resmem.memory.search import faiss_index
 from lightning_resmem.memory.search.exact import ExactIndex
-from lightning_resmem.memory.search.faiss_index import FaissIndex, FaissSearch
+from lightning_resmem.memory.search.faiss_index import FaissIndex
+from lightning_resmem.memory.search.faiss_search import FILE, FaissSearch
 from lightning_resmem.memory.storage import disk
 from lightning_resmem.memory.storage.saved import manifest, read_index, read_saved
-from lightning_resmem.memory.values.dense import DenseConfig, Values
+from lightning_resmem.memory.values.dense import DenseConfig
+from lightning_resmem.memory.values.interface import Values
 from lightning_resmem.memory.values.sparse import SparseConfig
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Multiclass, Task, check_finite
@@ -361,7 +363,7 @@ class LocalMemory(ResidualMemory):
             searched = {**dataclasses.asdict(index.config), **index.settings()}
         described = manifest(self.task, self.params, self.tunable, self.provenance, len(self), searched, values)
         tensors = {"keys": self._keys.finish(), "ids": self._ids.finish(), **values.tensors()}
-        extra = {faiss_index.FILE: index.save} if isinstance(index, FaissSearch) else {}
+        extra = {FILE: index.save} if isinstance(index, FaissSearch) else {}
         return disk.write(directory, described, tensors, extra)
 
     @classmethod

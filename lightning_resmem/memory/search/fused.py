@@ -137,6 +137,17 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return compile_()(function)
 
 
+def _number(value):
+    return ir.Constant(_INT64, value)
+
+
+def _everywhere(builder, value):
+    """One number in all lanes of a vector."""
+    nothing = ir.Constant(ir.VectorType(value.type, _LANES), ir.Undefined)
+    first = builder.insert_element(nothing, value, ir.Constant(_INT32, 0))
+    return builder.shuffle_vector(first, nothing, ir.Constant(_INTS, None))
+
+
 @intrinsic
 def _tile(typing_context, keys, block, rows, tile, limits, masks, scores):
     """Multiply 64 keys with 6 queries.
@@ -162,30 +173,21 @@ def _tile(typing_context, keys, block, rows, tile, limits, masks, scores):
         )
         steps = cgutils.unpack_tuple(builder, rows.shape)[1]
 
-        def number(value):
-            return ir.Constant(_INT64, value)
-
         def pointer(array, kind, first=None):
-            return builder.gep(builder.bitcast(array.data, kind.as_pointer()), [first or number(0)])
+            return builder.gep(builder.bitcast(array.data, kind.as_pointer()), [first or _number(0)])
 
         def load(start, index):
             return builder.load(builder.gep(start, [index]), align=4)
 
         def store(value, start, index):
-            builder.store(value, builder.gep(start, [number(index)]), align=4)
-
-        def everywhere(value):
-            """One number in all lanes."""
-            nothing = ir.Constant(ir.VectorType(value.type, _LANES), ir.Undefined)
-            first = builder.insert_element(nothing, value, ir.Constant(_INT32, 0))
-            return builder.shuffle_vector(first, nothing, ir.Constant(_INTS, None))
+            builder.store(value, builder.gep(start, [_number(index)]), align=4)
 
         def place(step, index, count):
-            return builder.add(builder.mul(step, number(count)), number(index))
+            return builder.add(builder.mul(step, _number(count)), _number(index))
 
-        key = pointer(keys, _INTS, builder.mul(builder.mul(block, steps), number(_VECTORS)))
-        row = pointer(rows, _INT32, builder.mul(builder.mul(tile, steps), number(QUERIES)))
-        limit = pointer(limits, _FLOAT, builder.mul(tile, number(QUERIES)))
+        key = pointer(keys, _INTS, builder.mul(builder.mul(block, steps), _number(_VECTORS)))
+        row = pointer(rows, _INT32, builder.mul(builder.mul(tile, steps), _number(QUERIES)))
+        limit = pointer(limits, _FLOAT, builder.mul(tile, _number(QUERIES)))
         mask, score = pointer(masks, _INT64), pointer(scores, _FLOATS)
 
         name, kind = "llvm.x86.avx512bf16.dpbf16ps.512", ir.FunctionType(_FLOATS, [_FLOATS, _PAIRS, _PAIRS])
@@ -198,19 +200,19 @@ def _tile(typing_context, keys, block, rows, tile, limits, masks, scores):
         with cgutils.for_range(builder, steps) as loop:
             vectors = [builder.bitcast(load(key, place(loop.index, v, _VECTORS)), _PAIRS) for v in range(_VECTORS)]
             for q in range(QUERIES):
-                pair = builder.bitcast(everywhere(load(row, place(loop.index, q, QUERIES))), _PAIRS)
+                pair = builder.bitcast(_everywhere(builder, load(row, place(loop.index, q, QUERIES))), _PAIRS)
                 for total, vector in zip(sums[q], vectors, strict=True):
                     builder.store(builder.call(multiply_add, [builder.load(total), vector, pair]), total)
 
-        every = number(0)
+        every = _number(0)
         for q in range(QUERIES):
-            highest, bits = everywhere(load(limit, number(q))), number(0)
+            highest, bits = _everywhere(builder, load(limit, _number(q))), _number(0)
             for v, total in enumerate(sums[q]):
                 below = builder.bitcast(builder.fcmp_ordered("<", builder.load(total), highest), _INT16)
-                bits = builder.or_(bits, builder.shl(builder.zext(below, _INT64), number(v * _LANES)))
+                bits = builder.or_(bits, builder.shl(builder.zext(below, _INT64), _number(v * _LANES)))
             store(bits, mask, q)
             every = builder.or_(every, bits)
-        any_below = builder.icmp_unsigned("!=", every, number(0))
+        any_below = builder.icmp_unsigned("!=", every, _number(0))
         with builder.if_then(any_below):
             for q in range(QUERIES):
                 for v, total in enumerate(sums[q]):

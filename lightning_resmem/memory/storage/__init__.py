@@ -1,4 +1,5 @@
 """Memories on disk.
 
-`disk` writes and reads directories of tensors with a manifest and checksums; `saved` says what a manifest stands for.
+`disk` writes and reads directories of tensors with a manifest and checksums, `tensor_file` one tensor of them; `saved`
+says what a manifest stands for.
 """

@@ -1,52 +1,24 @@
 """One saved memory: a directory of `manifest.json` and safetensors files, with a checksum each. No pickle."""
 
-import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from lightning_resmem.errors import InputError, StorageError
+from lightning_resmem.memory.storage import tensor_file
+from lightning_resmem.memory.storage.tensor_file import Streamed
 
 FORMAT = "lightning_resmem"
 VERSION = 1
 MANIFEST = "manifest.json"
-
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-}
-
-
-@dataclass(frozen=True)
-class Streamed:
-    """A tensor that is written to its file part by part, and never held in whole.
-
-    Attributes:
-        shape: Of the whole.
-        dtype: Of the whole.
-        parts: Yields places `(n,)` along the first dimension and the rows `(n, ...)` that belong there.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    parts: Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 
 def as_path(directory: str | os.PathLike[str]) -> Path:
@@ -106,20 +78,17 @@ def write(
         entries = {}
         for name, tensor in tensors.items():
             file = staging / f"{name}.safetensors"
-            if isinstance(tensor, Tensor):
-                safetensors.torch.save_file({name: tensor.detach().cpu().contiguous()}, file)
-            else:
-                _save_parts(file, name, tensor)
+            tensor_file.write(file, name, tensor)
             entries[name] = {
                 "file": file.name,
                 "shape": list(tensor.shape),
                 "dtype": str(tensor.dtype).removeprefix("torch."),
-                "sha256": sha256(file),
+                "sha256": tensor_file.sha256(file),
             }
         derived = {}
         for name, write_file in (extra or {}).items():
             write_file(staging / name)
-            derived[name] = {"sha256": sha256(staging / name), "keys_sha256": entries["keys"]["sha256"]}
+            derived[name] = {"sha256": tensor_file.sha256(staging / name), "keys_sha256": entries["keys"]["sha256"]}
         document = {"format": FORMAT, "version": VERSION, **manifest, "tensors": entries, "extra": derived}
         (staging / MANIFEST).write_text(json.dumps(document, indent=2) + "\n")
         _swap(staging, target)
@@ -132,23 +101,6 @@ def write(
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
     return target
-
-
-def _save_parts(file: Path, name: str, tensor: Streamed) -> None:
-    """Write a safetensors file (8 bytes of header length, JSON header, data) in place."""
-    size = prod(tensor.shape) * tensor.dtype.itemsize
-    code = next(code for code, dtype in _SAFETENSORS_DTYPES.items() if dtype == tensor.dtype)
-    entry = {"dtype": code, "shape": [*tensor.shape], "data_offsets": [0, size]}
-    header = json.dumps({name: entry}, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    with file.open("wb") as stream:
-        stream.write(len(header).to_bytes(8, "little") + header)
-        stream.truncate(8 + len(header) + size)
-    data = np.memmap(file, np.uint8, mode="r+", offset=8 + len(header))
-    rows = torch.from_numpy(data).view(tensor.dtype).view(tensor.shape)
-    for places, part in tensor.parts():
-        rows[places] = part
-    data.flush()
 
 
 def verify(directory: str | os.PathLike[str], manifest: Mapping[str, Any]) -> None:
@@ -164,7 +116,7 @@ def verify(directory: str | os.PathLike[str], manifest: Mapping[str, Any]) -> No
 
 def _check_sum(file: Path, entry: Mapping[str, Any]) -> None:
     try:
-        found = sha256(file)
+        found = tensor_file.sha256(file)
     except FileNotFoundError:
         raise StorageError(f"{file} is missing. Restore it from a backup, or memorize again.") from None
     if found != entry["sha256"]:
@@ -241,7 +193,7 @@ def read_tensors(
         try:
             if not mmap:
                 _check_sum(file, entry)
-            held = _mapped(file) if mmap else safetensors.torch.load_file(file)
+            held = tensor_file.read_mapped(file) if mmap else safetensors.torch.load_file(file)
             if name not in held:
                 raise StorageError(f"{file} is damaged: it holds {sorted(held)}, the manifest says {name!r}.")
             tensor = held[name]
@@ -275,33 +227,7 @@ def read_extra(directory: str | os.PathLike[str], manifest: Mapping[str, Any], n
         return file, "is missing"
     if entry.get("keys_sha256") != _entries(path, manifest)["keys"]["sha256"]:
         return file, "belongs to other keys"
-    return file, None if sha256(file) == entry.get("sha256") else "is damaged"
-
-
-def _mapped(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file (8 bytes of header length, JSON header, data), mapped copy-on-write."""
-    data = np.memmap(file, np.uint8, mode="c")
-    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    header = json.loads(data[8:start].tobytes())
-    header.pop("__metadata__", None)
-    size = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if len(data) != size:
-        raise StorageError(
-            f"{file} is damaged: it has {len(data)} bytes, its header says {size}. Restore it from a backup, or "
-            "memorize again."
-        )
-    tensors = {}
-    for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        flat = torch.from_numpy(data[start + first : start + last])
-        tensors[name] = flat.view(_SAFETENSORS_DTYPES[entry["dtype"]]).view(entry["shape"])
-    return tensors
-
-
-def sha256(file: Path) -> str:
-    """The checksum of a file, as hexadecimal digits."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return file, None if tensor_file.sha256(file) == entry.get("sha256") else "is damaged"
 
 
 def _entries(path: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

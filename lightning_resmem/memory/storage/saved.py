@@ -11,10 +11,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lightning_resmem.errors import StorageError
-from lightning_resmem.memory.search import faiss_index
-from lightning_resmem.memory.search.faiss_index import FaissIndex, FaissSearch
+from lightning_resmem.memory.search import faiss_search
+from lightning_resmem.memory.search.faiss_index import FaissIndex
+from lightning_resmem.memory.search.faiss_search import FaissSearch
 from lightning_resmem.memory.storage import disk
-from lightning_resmem.memory.values.dense import DenseConfig, Values
+from lightning_resmem.memory.values.dense import DenseConfig
+from lightning_resmem.memory.values.interface import Values
 from lightning_resmem.memory.values.sparse import SparseConfig
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import TASKS, Multiclass, Task
@@ -94,11 +96,11 @@ def read_index(
     directory: str | os.PathLike[str], manifest: Mapping[str, Any], keys: Tensor, config: FaissIndex
 ) -> FaissSearch | None:
     """The index saved with a memory, or None, with a logged reason, if it has to be built again from the keys."""
-    file, problem = disk.read_extra(directory, manifest, faiss_index.FILE)
+    file, problem = disk.read_extra(directory, manifest, faiss_search.FILE)
     reason = f"{file} {problem}"
     if problem is None:
         try:
-            return faiss_index.load(file, keys, config)
+            return faiss_search.load(file, keys, config)
         except StorageError as error:
             reason = str(error)
     _log.warning("%s: it is built again from the keys.", reason)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.errors import InputError
-from lightning_resmem.memory.rows import GrowingTensor
-from lightning_resmem.memory.values.dense import Values
+from lightning_resmem.memory.growing import GrowingTensor
+from lightning_resmem.memory.values.interface import Values
 from lightning_resmem.tasks import Multiclass, Task
 
 # Entries of temporary tables: rows x classes when rows are added, queries x neighbours x top_m when they are summed.

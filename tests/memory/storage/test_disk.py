@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from lightning_resmem import InputError, LocalMemory, ResMemParams, StorageError
-from lightning_resmem.memory.storage import disk
+from lightning_resmem.memory.storage import tensor_file
 from lightning_resmem.memory.values.sparse import SparseConfig
 
 
@@ -66,7 +66,7 @@ def test_missing_file(saved: Path, name: str, mmap: bool) -> None:
 def test_other_shape_shows_both_sides(saved: Path, mmap: bool) -> None:
     file = saved / "keys.safetensors"
     safetensors.torch.save_file({"keys": torch.zeros(3, 2)}, file)
-    _edited(saved, lambda manifest: manifest["tensors"]["keys"].update(sha256=disk.sha256(file)))
+    _edited(saved, lambda manifest: manifest["tensors"]["keys"].update(sha256=tensor_file.sha256(file)))
     with pytest.raises(StorageError, match=r"shape \[3, 2\] and dtype float32, the manifest says \[200, 4\]"):
         LocalMemory.load(saved, mmap=mmap)
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_resmem.memory.rows import GrowingTensor
+from lightning_resmem.memory.growing import GrowingTensor
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(0, 30), st.integers(0, 2**32))
