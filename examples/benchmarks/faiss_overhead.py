@@ -16,7 +16,7 @@ def main() -> None:
         memory = LocalMemory(params=ResMemParams(k=53), index=config)
         memory.add(keys, torch.zeros(len(keys), 1), torch.zeros(len(keys)).long())
         memory.build()
-        raw = memory._index.index
+        raw = memory._rows.index.index
         for threads in thread_counts():
             use_threads(threads)
             times = seconds(

@@ -1,4 +1,4 @@
-"""What is checked of rows before a memory takes them in."""
+"""What is checked of rows before a memory takes them in, and of queries before it looks for them."""
 
 from typing import Any
 
@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.errors import InputError
+from lightning_resmem.params import checked_k
 from lightning_resmem.tasks import Task, check_finite
+
+# Bytes of a search result (12 a place) beyond which places that no row can fill are refused.
+_PADDED_BYTES = 2**32
 
 
 def as_tensor(name: str, value: Any) -> Tensor:
@@ -152,6 +156,45 @@ def checked_changes(
     if "targets" in changes:
         changes["targets"] = task.check_targets(changes["targets"], shape[1], ids)
     return ids, changes
+
+
+def checked_search(queries: Any, width: int, k: int, rows: int) -> tuple[Tensor, int]:
+    """Queries and `k` as `ResidualMemory.search` takes them; raises an error that names the argument.
+
+    Args:
+        queries: Shape `(B, D)`.
+        width: `D`.
+        k: How many neighbours.
+        rows: `N`.
+    """
+    k = checked_k(k)
+    queries = as_tensor("queries", queries)
+    check_batched("queries", queries, f"(B, {width})")
+    if queries.ndim != 2 or queries.shape[1] != width:
+        raise InputError(
+            f"queries has shape {tuple(queries.shape)}, expected (B, {width}): the memory's keys have width "
+            f"{width}. Query with the same embedding that filled the memory."
+        )
+    if k > rows and len(queries) * k * 12 > _PADDED_BYTES:
+        raise InputError(
+            f"k={k} for {len(queries)} queries takes {len(queries) * k * 12 / 2**30:.1f} GiB, but the memory has "
+            f"only {rows} rows: ask for at most so many neighbours."
+        )
+    check_finite("queries", as_compared(queries))
+    return queries, k
+
+
+def checked_batch(queries: Any, outputs: Any) -> tuple[Tensor, Tensor]:
+    """Queries `(B, D)` and the head's outputs `(B, C)` for them as tensors; raises an error for what does not fit."""
+    queries, outputs = as_tensor("queries", queries), as_tensor("outputs", outputs)
+    check_batched("queries", queries, "(B, D)")
+    if outputs.ndim != 2 or outputs.shape[:1] != queries.shape[:1]:
+        raise InputError(
+            f"outputs has shape {tuple(outputs.shape)} for queries of shape {tuple(queries.shape)}: "
+            "give one row of head outputs for every query."
+        )
+    check_finite("outputs", outputs)
+    return queries, outputs
 
 
 def check_different(ordered: Tensor) -> None:

@@ -11,17 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_resmem.errors import EmptyMemoryError, InputError, check_type
-from lightning_resmem.functional import combine
-from lightning_resmem.memory.answers import Neighbors, Predictions
-from lightning_resmem.memory.checks import as_compared, as_tensor, check_batched
+from lightning_resmem.memory.answers import Neighbors, Predictions, combined, evenly_spaced, typical_distance
+from lightning_resmem.memory.checks import checked_batch, checked_search
 from lightning_resmem.memory.values.interface import Values
-from lightning_resmem.params import ResMemParams, checked_k
-from lightning_resmem.tasks import Multiclass, Task, check_finite
-
-# Bytes of a search result (12 a place) beyond which places that no row can fill are refused.
-_PADDED_BYTES = 2**32
-# Rows on which the distance scale of a memory is measured when no params were given.
-_SCALE_ROWS = 512
+from lightning_resmem.params import ResMemParams
+from lightning_resmem.tasks import Multiclass, Task
 
 
 class ResidualMemory(nn.Module, ABC):
@@ -33,6 +27,12 @@ class ResidualMemory(nn.Module, ABC):
         task: What a residual is; `Multiclass()` by default.
         params: How the memory is read. By default they are measured when they are first needed (`k=50`, `sigma` the
             median neighbour distance over the training rows), and a callback may tune them.
+
+    Methods that a memory implements come first: rows are added and edited (`add`, `update`, `remove`, `clear`,
+    `build`), found and summed up (`search`, `sums`, `fetch`), saved and counted (`save`, `stats`, `estimate_bytes`); it
+    may want to know of rows before they come (`rehearse`, `reserve`) and of a job's ranks (`join`, `gather`, `publish`).
+    From these follow predictions (`forward`, `knn`, `predict`, ...) and what they are read with (`params`,
+    `distance_scale`).
 
     Attributes:
         provenance: Where the rows come from, plain strings that are saved with the memory: the `fingerprint` of the
@@ -52,8 +52,6 @@ class ResidualMemory(nn.Module, ABC):
         self._params: ResMemParams | None = None
         if params is not None:
             self.params = params
-
-    # -- what every memory implements
 
     @abstractmethod
     def __len__(self) -> int:
@@ -226,8 +224,6 @@ class ResidualMemory(nn.Module, ABC):
             group: A process group on the CPU.
         """
 
-    # -- what follows from it
-
     @property
     def params(self) -> ResMemParams:
         """How the memory is read; assign new ones at any time. Residuals follow, no second memory pass is needed."""
@@ -301,21 +297,9 @@ class ResidualMemory(nn.Module, ABC):
             outputs: What the head returned for them, shape `(B, C)`.
         """
         params = self.params
-        queries, outputs = as_tensor("queries", queries), as_tensor("outputs", outputs)
-        check_batched("queries", queries, "(B, D)")
-        if outputs.ndim != 2 or outputs.shape[:1] != queries.shape[:1]:
-            raise InputError(
-                f"outputs has shape {tuple(outputs.shape)} for queries of shape {tuple(queries.shape)}: "
-                "give one row of head outputs for every query."
-            )
-        check_finite("outputs", outputs)
-        base = self.task.predict(outputs, params.softmax_temperature)
+        queries, outputs = checked_batch(queries, outputs)
         neighbors = self._nearest(queries)
-        residual, labels = self.sums(neighbors)
-        if base.shape != residual.shape:
-            raise InputError(f"outputs has {base.shape[1]} columns, the memory was filled with {residual.shape[1]}.")
-        strengths = params.strengths(self.task, base, neighbors.distances[:, 0].to(base.device))
-        return Predictions(base, labels, combine(base, residual.to(base.device), strengths)), neighbors
+        return combined(self.task, params, outputs, neighbors, self.sums(neighbors)), neighbors
 
     def _nearest(self, queries: Tensor) -> Neighbors:
         """The neighbours that a prediction reads: no places for more of them than there are rows."""
@@ -328,14 +312,8 @@ class ResidualMemory(nn.Module, ABC):
             The median over up to 512 evenly spaced rows of the mean distance to the 10 nearest other rows; 1.0 when
             there is no other row or all of them are equal.
         """
-        ids = self.ids
-        sample = ids[torch.linspace(0, len(ids) - 1, min(len(ids), _SCALE_ROWS)).long()]
-        neighbors = self.search(self._query_rows(sample), k=11)
-        others = torch.isfinite(neighbors.distances) & (neighbors.ids != sample[:, None].to(neighbors.ids.device))
-        count = others.sum(dim=1)
-        means = neighbors.distances.where(others, 0).sum(dim=1)[count > 0] / count[count > 0]
-        scale = means.median().item() if len(means) else 0.0
-        return scale or 1.0
+        sample = evenly_spaced(self.ids)
+        return typical_distance(sample, self.search(self._query_rows(sample), k=11))
 
     def _forget(self) -> None:
         self.provenance = {}
@@ -355,21 +333,7 @@ class ResidualMemory(nn.Module, ABC):
 
     def _checked_search(self, queries: Tensor, width: int, k: int) -> tuple[Tensor, int]:
         """Queries and k as `search` needs them; raises an error that names the argument."""
-        k = checked_k(k)
-        queries = as_tensor("queries", queries)
-        check_batched("queries", queries, f"(B, {width})")
-        if queries.ndim != 2 or queries.shape[1] != width:
-            raise InputError(
-                f"queries has shape {tuple(queries.shape)}, expected (B, {width}): the memory's keys have width "
-                f"{width}. Query with the same embedding that filled the memory."
-            )
-        if k > len(self) and len(queries) * k * 12 > _PADDED_BYTES:
-            raise InputError(
-                f"k={k} for {len(queries)} queries takes {len(queries) * k * 12 / 2**30:.1f} GiB, but the memory has "
-                f"only {len(self)} rows: ask for at most so many neighbours."
-            )
-        check_finite("queries", as_compared(queries))
-        return queries, k
+        return checked_search(queries, width, k, len(self))
 
 
 def check_memory(memory: object) -> None:

@@ -203,7 +203,7 @@ def test_repr_shows_what_is_held_and_builds_nothing() -> None:
     assert repr(LocalMemory()) == "LocalMemory(empty, index='auto', values='auto')"
     memory = _memory()
     assert repr(memory) == "LocalMemory(3 rows x 2, 4 outputs, index='auto', values='dense')"
-    assert memory._index is None
+    assert memory._rows.index is None
     memory.build()
     assert repr(memory) == "LocalMemory(3 rows x 2, 4 outputs, index='exact', values='dense')"
     assert repr(LocalMemory(index="HNSW8", values="sparse")) == "LocalMemory(empty, index='HNSW8', values='sparse')"

@@ -1,5 +1,6 @@
 """Approximate search with FAISS, which is imported when it is used."""
 
+import dataclasses
 import logging
 import os
 import warnings
@@ -90,6 +91,10 @@ class FaissSearch:
     def save(self, file: Path) -> None:
         """Write FAISS's own file."""
         self._faiss.write_index(self.index, str(file))
+
+    def describe(self) -> dict[str, Any]:
+        """What to build, with the search parameters in force: as a `FaissIndex` takes it."""
+        return {**dataclasses.asdict(self.config), **self.settings()}
 
     def settings(self) -> dict[str, int]:
         """The search parameters in force: `nprobe` or `ef_search`, where the index has them."""

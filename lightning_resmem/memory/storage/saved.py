@@ -113,16 +113,19 @@ def manifest(
     tunable: bool,
     provenance: dict[str, str],
     rows: int,
-    index: FaissIndex | dict[str, Any] | Literal["exact"],
+    index: FaissIndex | FaissSearch | Literal["exact"],
     values: Values,
 ) -> dict[str, Any]:
     """What `read_saved` reads, for a memory of so many rows; arguments as the attributes of `Saved`."""
+    wanted: dict[str, Any] | Literal["exact"] = "exact"
+    if index != "exact":
+        wanted = index.describe() if isinstance(index, FaissSearch) else dataclasses.asdict(index)
     return {
         "task": task.name,
         "params": dataclasses.asdict(params),
         "tunable": tunable,
         "rows": rows,
-        "index": dataclasses.asdict(index) if isinstance(index, FaissIndex) else index,
+        "index": wanted,
         "values": values.describe(),
         "provenance": provenance,
     }

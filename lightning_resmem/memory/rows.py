@@ -1,0 +1,181 @@
+"""The rows of a memory in this process, and the index over their keys."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_resmem.errors import EmptyMemoryError
+from lightning_resmem.memory.answers import Neighbors
+from lightning_resmem.memory.checks import repeated
+from lightning_resmem.memory.growing import GrowingTensor
+from lightning_resmem.memory.local_config import LocalConfig
+from lightning_resmem.memory.row_ids import RowIds
+from lightning_resmem.memory.search.exact import ExactIndex
+from lightning_resmem.memory.search.faiss_search import FaissSearch
+from lightning_resmem.memory.values.interface import Values
+
+
+class Rows:
+    """Keys, ids and values of the same rows, in the same order, which is that of the ids once they have settled.
+
+    Args:
+        device: Where they are; who adds rows brings them there.
+
+    Attributes:
+        device: Where they are.
+        keys: `(N, D)`.
+        ids: `(N,)`.
+        shape: `(D, C)`; None before the first rows.
+        index: Finds keys; None where rows have changed since it was built, if it was.
+        mapped: Where the rows are mapped from, directory and manifest, if their checksums were not looked at.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.keys, self.ids = GrowingTensor(), RowIds()
+        self._values: Values | None = None
+        self.shape: tuple[int, int] | None = None
+        self.index: ExactIndex | FaissSearch | None = None
+        self._reserved = 0
+        self.mapped: tuple[str | os.PathLike[str], dict[str, Any]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def values(self) -> Values:
+        """Of `N` rows; there are none before the first."""
+        assert self._values is not None
+        return self._values
+
+    def reserve(self, rows: int) -> None:
+        """Expect `rows` more rows."""
+        self._reserved = rows
+        self.keys.reserve(rows)
+        self.ids.reserve(rows)
+        if self._values is not None:
+            self._values.reserve(rows)
+
+    def growing_values(self, config: LocalConfig, num_outputs: int) -> Values:
+        """The values that rows are added to; the first rows decide of which kind and width."""
+        if self._values is not None:
+            return self._values
+        values = config.new_values(num_outputs)
+        values.reserve(self._reserved)
+        return values
+
+    def check_new(self, ids: Tensor) -> None:
+        """Raise an error for ids `(n,)` that are there, if rows were built; others are found when they settle."""
+        if len(ids) and self.index is not None and int(ids.min()) <= self.ids.last:
+            known = ids[(self.ids.positions(ids.to(self.device)) >= 0).cpu()]
+            if len(known):
+                raise repeated(known)
+
+    def append(self, keys: Tensor, ids: Tensor, values: Values) -> None:
+        """Add the keys `(n, D)` and ids `(n,)`, on the CPU, of rows that `values` has just been given."""
+        self.keys.append(keys)
+        self.ids.append(ids, keys.device)
+        self._values, self.shape, self.index = values, (keys.shape[1], values.num_outputs), None
+
+    def replace(self, tensors: Mapping[str, Tensor], values: Values) -> None:
+        """Hold exactly these rows, named as by `tensors` and ascending by id; `values` takes its own."""
+        tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        self.keys.replace(tensors["keys"])
+        self.ids.replace(tensors["ids"])
+        values.replace(tensors)
+        self._values, self.shape, self.index = values, (tensors["keys"].shape[1], values.num_outputs), None
+
+    def settle(self) -> None:
+        """Put rows in the order of their ids.
+
+        Raises:
+            InputError: If an id is repeated.
+        """
+        order = self.ids.sort()
+        if order is not None:
+            self.keys.reorder(order)
+            if self._values is not None:
+                self._values.reorder(order)
+
+    def build(self, config: LocalConfig, k: int | None) -> None:
+        """Finish the rows after some were added, and build an index if there is none; `k` as for `new_index`.
+
+        Raises:
+            EmptyMemoryError: If there are no rows.
+            InputError: If an id is repeated.
+        """
+        if self.index is None:
+            self.settle()
+            if not len(self):
+                raise EmptyMemoryError("The memory is empty: add(embeddings, outputs, targets) before it is used.")
+            self.index = config.new_index(self.keys.finish(), k)
+
+    def drop(self, positions: Tensor) -> None:
+        """Forget the rows at `positions` `(n,)`."""
+        kept = torch.ones(len(self), dtype=torch.bool, device=self.device)
+        kept[positions] = False
+        for part in (self.keys, self.ids, self._values):
+            if part is not None:
+                part.keep(kept)
+        self.index = None
+
+    def assign(self, positions: Tensor, keys: Tensor | None, outputs: Tensor | None, targets: Tensor | None) -> None:
+        """Replace keys `(n, D)`, outputs `(n, C)` or checked targets of the rows at `positions` `(n,)`."""
+        self.values.assign(positions, outputs, targets)  # checks what it stores, and comes first
+        if keys is not None:
+            self.keys.finish()[positions] = keys
+            self.index = None
+
+    def to(self, device: torch.device) -> None:
+        """Move all rows."""
+        self.device, self.index = device, None
+        if len(self):
+            self.keys.replace(self.keys.finish().to(device))
+            self.ids.to(device)
+            if self._values is not None:
+                self._values.to(device)
+
+    def search(self, queries: Tensor, k: int) -> Neighbors:
+        """The nearest rows of built ones, as `ResidualMemory.search` returns them, for checked queries and `k`."""
+        assert self.index is not None
+        distances, positions = self.index.search(queries.to(self.device), min(k, len(self)))
+        ids = self.ids.finish()[positions.clamp_min(0)].masked_fill_(positions < 0, -1)
+        missing = k - distances.shape[1]
+        if missing > 0:
+            distances = torch.nn.functional.pad(distances, (0, missing), value=torch.inf)
+            ids = torch.nn.functional.pad(ids, (0, missing), value=-1)
+        return Neighbors(distances.to(queries.device), ids.to(queries.device))
+
+    def weighted_sums(self, ids: Tensor, weights: Tensor, softmax_temperature: float) -> tuple[Tensor, Tensor]:
+        """Residual sum and label sum over rows with given weights, as `LocalMemory.weighted_sums` returns them."""
+        # A trainer's autocast would sum in half precision.
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            positions, weights = self.ids.positions(ids.to(self.device)), weights.to(self.device)
+            residual = self.values.residual_sum(positions, weights, softmax_temperature)
+            return residual.to(ids.device), self.values.label_sum(positions, weights).to(ids.device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`keys`, `ids` and the tensors of the values; there have to be some."""
+        held = {} if self._values is None else self._values.tensors()
+        return {"keys": self.keys.finish(), "ids": self.ids.finish(), **held}
+
+    @property
+    def index_name(self) -> str:
+        """What was built, in a word; empty as long as nothing is."""
+        if self.index is None:
+            return ""
+        return self.index.config.factory if isinstance(self.index, FaissSearch) else self.index.name
+
+    def stats(self) -> dict[str, Any]:
+        """Rows, key width, outputs, bytes (keys, values and ids), values, and how well an approximate index does."""
+        width, num_outputs = self.shape or (0, 0)
+        stats: dict[str, Any] = {"rows": len(self), "width": width, "outputs": num_outputs, "bytes": 0, "values": ""}
+        if self._values is not None:
+            stats["bytes"] = self._values.nbytes() + self.keys.finish().nbytes + self.ids.finish().nbytes
+            stats["values"] = self._values.name
+        if isinstance(self.index, FaissSearch):
+            stats |= {"recall": self.index.recall, **self.index.settings()}
+        return stats
