@@ -30,7 +30,7 @@ class ResidualMemory(nn.Module, ABC):
 
     Methods that a memory implements come first: rows are added and edited (`add`, `update`, `remove`, `clear`,
     `build`), found and summed up (`search`, `sums`, `fetch`), saved and counted (`save`, `stats`, `estimate_bytes`); it
-    may want to know of rows before they come (`rehearse`, `reserve`) and of a job's ranks (`join`, `gather`, `publish`).
+    may want to know of rows before they come (`rehearse`, `reserve`) and of the ranks (`join`, `gather`, `publish`).
     From these follow predictions (`forward`, `knn`, `predict`, ...) and what they are read with (`params`,
     `distance_scale`).
 

@@ -30,8 +30,7 @@ class RowIds:
         self.last = -1
         self._ids = GrowingTensor()
         self._ascending = True  # they arrived so, as far as they did
-        self._looked_up = False  # since the rows changed
-        self._table: Tensor | None = None
+        self._table: Tensor | None = None  # of the ids as they are now
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -93,15 +92,14 @@ class RowIds:
         known = self._ids.finish()
         if int(known[-1]) == len(known) - 1:  # ids are 0, 1, 2, ...: the position is the id
             return ids.where(ids < len(known), -1)
+        if int(known[-1]) >= _TABLE_IDS * len(known):
+            positions = torch.searchsorted(known, ids).clamp_max(len(known) - 1)
+            return positions.where(known[positions] == ids, -1)
         table = self._table
-        if table is None and self._looked_up and int(known[-1]) < _TABLE_IDS * len(known):
+        if table is None:
             table = torch.full((int(known[-1]) + 2,), -1, device=known.device)
             table[known] = torch.arange(len(known), device=known.device)
             self._table = table
-        self._looked_up = True  # a table pays from the second time on: rows that are edited need none
-        if table is None:
-            positions = torch.searchsorted(known, ids).clamp_max(len(known) - 1)
-            return positions.where(known[positions] == ids, -1)
         return table[ids.clamp(-1, len(table) - 1)]  # its last entry is for ids that are too large
 
     def known_positions(self, ids: Tensor) -> Tensor:
@@ -117,4 +115,4 @@ class RowIds:
         return positions
 
     def _changed(self) -> None:
-        self._looked_up, self._table = False, None
+        self._table = None
