@@ -1,10 +1,9 @@
-"""One shard: a LocalMemory with a journal, for many callers at once. `pool.py` makes a Ray actor of it."""
+"""One shard: rows that are kept, for many callers at once. `placement.py` makes a Ray actor of it."""
 
 import os
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,21 +13,17 @@ import numpy.typing as npt
 import ray
 import safetensors.torch
 import torch
-from ray.util.metrics import Gauge, Histogram
 from torch import Tensor
 
 from lightning_resmem.cluster.config import PoolConfig
-from lightning_resmem.cluster.journal import Entry, Journal
-from lightning_resmem.errors import InputError, ResMemError, StorageError
+from lightning_resmem.cluster.durable import DurableMemory, RowsLostError
+from lightning_resmem.cluster.meters import Meters
 from lightning_resmem.memory.capacity import available_bytes
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.locks import ReadWriteLock
 from lightning_resmem.memory.search import faiss_search
 from lightning_resmem.memory.search.faiss_index import FaissIndex
-from lightning_resmem.params import ResMemParams
 
-# Searches that the times of `stats` are of.
-_TIMED_SEARCHES = 1000
 # Rows that travel at once from one replica to another.
 _COPIED_ROWS = 65536
 # How long a chunk of them may take.
@@ -39,10 +34,6 @@ _COPY_SECONDS = 60.0
 SEARCHES = "searches"
 
 Array = npt.NDArray[Any]
-
-
-class RowsLostError(ResMemError):
-    """A shard was started again without the rows that it had acknowledged."""
 
 
 class Shard:
@@ -63,25 +54,8 @@ class Shard:
         torch.set_num_threads(max(1, int(config.cpus_per_shard)))
         self._config, self._shard, self._replica = config, shard, replica
         self._lock, self._copying = ReadWriteLock(), threading.Lock()
-        self._journal = Journal(f"{config.storage_path}/shard-{shard:04d}-{replica}")
-        self._restarts, self._failure = 0, ""  # why nothing can be answered
-        self._number, self._keys, self._memory = 0, set[str](), self._empty()
-        self._seconds: deque[float] = deque(maxlen=_TIMED_SEARCHES)
-        tags = {"pool": str(config.name), "shard": str(shard), "replica": str(replica)}
-        self._histogram = Histogram(
-            "resmem_search_seconds", boundaries=[0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0], tag_keys=(*tags,)
-        )
-        self._histogram.set_default_tags(tags)
-        self._rows_gauge, self._bytes_gauge = (
-            Gauge(f"resmem_shard_{kind}", tag_keys=(*tags,)) for kind in ("rows", "bytes")
-        )
-        for gauge in (self._rows_gauge, self._bytes_gauge):
-            gauge.set_default_tags(tags)
-        try:
-            self._restarts = self._journal.start()
-            self._restore()
-        except ResMemError as error:  # raised to whoever asks: an actor whose constructor fails is not started again
-            self._failure = str(error)
+        self._rows = DurableMemory(config, f"{config.storage_path}/shard-{shard:04d}-{replica}")
+        self._meters = Meters(config, shard, replica)
 
     # -- changes
 
@@ -102,20 +76,7 @@ class Shard:
             StorageError: If the change cannot be kept; it is undone then.
         """
         with self._lock.writing():
-            if key in self._keys:
-                return self._number
-            if operation == "clear":  # makes good whatever was lost
-                self._failure, self._number = "", max(self._number, known)
-            self._check(known)
-            self._make(operation, safetensors.torch.load(data))
-            try:
-                self._journal.write(Entry(self._number + 1, operation, key, data))
-            except StorageError as error:
-                self._undo(error)
-                raise
-            self._number += 1
-            self._keys.add(key)
-            return self._number
+            return self._rows.change(key, operation, data, known)
 
     def build(self, index: str | FaissIndex, trained: bytes | None, known: int) -> dict[str, Any]:
         """Build the index, and keep all rows under `storage_path` in the form they are loaded from.
@@ -129,11 +90,8 @@ class Shard:
             As `state`.
         """
         with self._lock.writing():
-            self._check(known)
-            if len(self._memory):
-                self._memory.build_with(index, trained)
-                if self._journal.base() < self._number:
-                    self._journal.write_base(self._number, self._memory.save)
+            self._rows.check(known)
+            self._rows.build(index, trained)
             return self._state()
 
     def copy_from(self, peer: Any, known: int) -> int:
@@ -149,7 +107,7 @@ class Shard:
     def destroy(self) -> None:
         """Delete what was kept under `storage_path`."""
         with self._lock.writing():
-            self._journal.remove()
+            self._rows.remove()
 
     # -- questions
 
@@ -162,8 +120,8 @@ class Shard:
             if not len(memory):
                 return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
             found = memory.search(_tensor(queries), min(k, len(memory)))
-            self._seconds.append(time.perf_counter() - started)
-        self._histogram.observe(self._seconds[-1])
+            seconds = time.perf_counter() - started
+        self._meters.searched(seconds)
         return found.distances.numpy(), found.ids.numpy()
 
     @ray.method(concurrency_group=SEARCHES)
@@ -226,13 +184,13 @@ class Shard:
     def changes(self) -> tuple[int, set[str]]:
         """The number of the last change, and the keys of all."""
         with self._lock.reading():
-            self._check(1)
-            return self._number, set(self._keys)
+            self._rows.check(1)
+            return self._rows.number, set(self._rows.keys)
 
     def state(self) -> dict[str, Any]:
         """What a pool has to know: see `_state`."""
         with self._lock.reading():
-            self._check(0)
+            self._rows.check(0)
             return self._state()
 
     def config(self) -> PoolConfig:
@@ -242,11 +200,9 @@ class Shard:
     def stats(self) -> dict[str, Any]:
         """Numbers about this shard, for `RayMemory.stats`."""
         with self._lock.reading():
-            self._check(0)
-            stats = self._memory.stats()
-            times = np.array(self._seconds or [0.0]) * 1e3
-            self._rows_gauge.set(stats["rows"])
-            self._bytes_gauge.set(stats["bytes"])
+            self._rows.check(0)
+            stats = self._rows.memory.stats()
+            self._meters.holds(stats["rows"], stats["bytes"])
             return {
                 "shard": self._shard,
                 "replica": self._replica,
@@ -254,55 +210,38 @@ class Shard:
                 "node": ray.get_runtime_context().get_node_id(),
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
-                "restarts": self._restarts,
-                "searches": len(self._seconds),
-                "search_p50_ms": float(np.percentile(times, 50)),
-                "search_p99_ms": float(np.percentile(times, 99)),
+                "restarts": self._rows.restarts,
+                **self._meters.times(),
             }
 
     def ping(self, known: int = 0) -> tuple[str, int]:
         """The node and the process that this shard runs on; raises an error if its rows are lost."""
         with self._lock.reading():
-            self._check(known)
+            self._rows.check(known)
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
     # -- details
 
     def _state(self) -> dict[str, Any]:
         """Rows, shape, number of changes, description, device and free bytes."""
-        stats = self._memory.stats()
+        memory = self._rows.memory
+        stats = memory.stats()
         return {
             **{name: stats[name] for name in ("rows", "width", "outputs", "bytes", "values")},
-            "last_id": self._memory.last_id,
-            "built": self._memory.is_built,
-            "number": self._number,
-            "about": self._memory.provenance.get("about", ""),
-            "device": str(self._memory.device),
+            "last_id": memory.last_id,
+            "built": memory.is_built,
+            "number": self._rows.number,
+            "about": memory.provenance.get("about", ""),
+            "device": str(memory.device),
             "free_bytes": available_bytes() or 0,
         }
 
-    def _make(self, operation: str, tensors: dict[str, Tensor]) -> None:
-        memory = self._memory
-        if operation == "add":
-            memory.add_stored(tensors, int(tensors.pop("num_outputs")))
-        elif operation == "remove":
-            memory.remove(tensors["ids"])
-        elif operation == "update":
-            memory.update(**tensors)
-        elif operation == "describe":
-            # Kept and given back, never read: what the params and the provenance of the whole memory are.
-            memory.provenance = {"about": tensors["about"].numpy().tobytes().decode()}
-        elif operation == "clear":
-            self._memory = self._empty()
-        else:
-            raise InputError(f"operation={operation!r} is not known.")
-
     def _copied_from(self, peer: Any, known: int) -> int:
-        if not self._failure and self._number >= known:
-            return self._number
+        if not self._rows.lacks(known):
+            return self._rows.number
         number: int
         number, keys = ray.get(peer.changes.remote(), timeout=_COPY_SECONDS)
-        state, memory = ray.get(peer.state.remote(), timeout=_COPY_SECONDS), self._empty()
+        state, memory = ray.get(peer.state.remote(), timeout=_COPY_SECONDS), self._rows.empty()
         for start in range(0, state["rows"], _COPIED_ROWS):
             stored = ray.get(peer.stored.remote(start, start + _COPIED_ROWS, (), number), timeout=_COPY_SECONDS)
             memory.add_stored(safetensors.torch.load(stored), state["outputs"])
@@ -312,68 +251,22 @@ class Shard:
         with self._lock.writing():
             if ray.get(peer.changes.remote(), timeout=_COPY_SECONDS)[0] != number:
                 raise RowsLostError("the other replica changed while it was copied")
-            self._journal.start()
-            self._memory, self._number, self._keys, self._failure = memory, number, keys, ""
-            if len(memory):
-                self._journal.write_base(number, memory.save)
+            self._rows.replace(memory, number, keys)
             return number
-
-    def _undo(self, error: Exception) -> None:
-        """Go back to what is kept; if that is gone, too, nothing is answered until `clear`."""
-        try:
-            self._restore()
-        except ResMemError:
-            self._failure = str(error)
-
-    def _restore(self) -> None:
-        number = self._number = self._journal.base()
-        self._keys, self._memory = set(), self._empty()
-        if number:
-            with self._journal.reading_base() as directory:
-                self._memory = LocalMemory.load(directory, self._device())
-        for entry in self._journal.entries():
-            self._make(entry.operation, safetensors.torch.load(entry.data))
-            self._number = entry.number
-            self._keys.add(entry.key)
-
-    def _empty(self) -> LocalMemory:
-        config = self._config
-        # Params stay with the callers, who weigh; those of a shard only fill its manifest.
-        memory = LocalMemory(config.task, ResMemParams(), config.index, config.values, config.key_dtype)
-        memory.to(self._device())
-        return memory
-
-    def _device(self) -> torch.device:
-        if not self._config.gpus_per_shard:
-            return torch.device("cpu")
-        if not torch.cuda.is_available():
-            raise InputError(
-                f"gpus_per_shard={self._config.gpus_per_shard}, but torch sees no GPU on {socket.gethostname()}: "
-                "install torch with CUDA there, or use gpus_per_shard=0."
-            )
-        return torch.device("cuda")
-
-    def _check(self, known: int) -> None:
-        if self._failure:
-            raise RowsLostError(self._failure)
-        if self._number < known:
-            raise RowsLostError(
-                f"it was started again on {socket.gethostname()}, where {self._journal.url} does not hold its rows "
-                f"(change {self._number} of {known})"
-            )
 
     @contextmanager
     def _reading(self, known: int) -> Iterator[LocalMemory]:
         """The memory, built, while nobody changes it."""
         while True:
             with self._lock.reading():
-                self._check(known)
-                if self._memory.is_built or not len(self._memory):
-                    yield self._memory
+                self._rows.check(known)
+                memory = self._rows.memory
+                if memory.is_built or not len(memory):
+                    yield memory
                     return
             with self._lock.writing():
-                if len(self._memory):
-                    self._memory.build()
+                if len(self._rows.memory):
+                    self._rows.memory.build()
 
 
 def _packed(tensors: Mapping[str, Tensor]) -> bytes:

@@ -1,0 +1,145 @@
+"""The rows of a shard, and every change of them on disk before it is acknowledged. Knows nothing of Ray."""
+
+import socket
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lightning_resmem.cluster.config import PoolConfig
+from lightning_resmem.cluster.journal import Entry, Journal
+from lightning_resmem.errors import InputError, ResMemError, StorageError
+from lightning_resmem.memory.local import LocalMemory
+from lightning_resmem.memory.search.faiss_index import FaissIndex
+from lightning_resmem.params import ResMemParams
+
+
+class RowsLostError(ResMemError):
+    """A shard was started again without the rows that it had acknowledged."""
+
+
+class DurableMemory:
+    """A LocalMemory and its journal, from which it is there again when it is made again. For one caller at a time.
+
+    Args:
+        config: Of the pool.
+        url: Of its journal.
+
+    Attributes:
+        memory: The rows.
+        number: Of the last change.
+        keys: Of all changes.
+        restarts: How often it was made before.
+    """
+
+    def __init__(self, config: PoolConfig, url: str) -> None:
+        self._config, self._journal = config, Journal(url)
+        self._failure = ""  # why nothing can be answered
+        self.number, self.keys, self.memory = 0, set[str](), self.empty()
+        self.restarts = 0
+        try:
+            self.restarts = self._journal.start()
+            self._restore()
+        except ResMemError as error:  # raised by `check`: an actor whose constructor fails is not started again
+            self._failure = str(error)
+
+    def check(self, known: int) -> None:
+        """Raise an error if the rows are not those after change `known`, or after a later one."""
+        if self._failure:
+            raise RowsLostError(self._failure)
+        if self.number < known:
+            raise RowsLostError(
+                f"it was started again on {socket.gethostname()}, where {self._journal.url} does not hold its rows "
+                f"(change {self.number} of {known})"
+            )
+
+    def lacks(self, known: int) -> bool:
+        """Whether `check` would raise an error."""
+        return bool(self._failure) or self.number < known
+
+    def change(self, key: str, operation: str, data: bytes, known: int) -> int:
+        """Make a change, unless one of that key was made: see `Shard.apply`."""
+        if key in self.keys:
+            return self.number
+        if operation == "clear":  # makes good whatever was lost
+            self._failure, self.number = "", max(self.number, known)
+        self.check(known)
+        self._make(operation, safetensors.torch.load(data))
+        try:
+            self._journal.write(Entry(self.number + 1, operation, key, data))
+        except StorageError as error:
+            self._undo(error)
+            raise
+        self.number += 1
+        self.keys.add(key)
+        return self.number
+
+    def build(self, index: str | FaissIndex, trained: bytes | None) -> None:
+        """Build the index, and keep all rows in the form they are loaded from."""
+        if len(self.memory):
+            self.memory.build_with(index, trained)
+            if self._journal.base() < self.number:
+                self._journal.write_base(self.number, self.memory.save)
+
+    def replace(self, memory: LocalMemory, number: int, keys: set[str]) -> None:
+        """Take the rows of another replica after change `number`, and keep them."""
+        self._journal.start()
+        self.memory, self.number, self.keys, self._failure = memory, number, keys, ""
+        if len(memory):
+            self._journal.write_base(number, memory.save)
+
+    def remove(self) -> None:
+        """Delete what was kept."""
+        self._journal.remove()
+
+    def empty(self) -> LocalMemory:
+        """A memory of this kind, without rows."""
+        config = self._config
+        # Params stay with the callers, who weigh; those of a shard only fill its manifest.
+        memory = LocalMemory(config.task, ResMemParams(), config.index, config.values, config.key_dtype)
+        memory.to(self._device())
+        return memory
+
+    def _make(self, operation: str, tensors: dict[str, Tensor]) -> None:
+        memory = self.memory
+        if operation == "add":
+            memory.add_stored(tensors, int(tensors.pop("num_outputs")))
+        elif operation == "remove":
+            memory.remove(tensors["ids"])
+        elif operation == "update":
+            memory.update(**tensors)
+        elif operation == "describe":
+            # Kept and given back, never read: what the params and the provenance of the whole memory are.
+            memory.provenance = {"about": tensors["about"].numpy().tobytes().decode()}
+        elif operation == "clear":
+            self.memory = self.empty()
+        else:
+            raise InputError(f"operation={operation!r} is not known.")
+
+    def _undo(self, error: Exception) -> None:
+        """Go back to what is kept; if that is gone, too, nothing is answered until `clear`."""
+        try:
+            self._restore()
+        except ResMemError:
+            self._failure = str(error)
+
+    def _restore(self) -> None:
+        number = self.number = self._journal.base()
+        self.keys, self.memory = set(), self.empty()
+        if number:
+            with self._journal.reading_base() as directory:
+                self.memory = LocalMemory.load(directory, self._device())
+        for entry in self._journal.entries():
+            self._make(entry.operation, safetensors.torch.load(entry.data))
+            self.number = entry.number
+            self.keys.add(entry.key)
+
+    def _device(self) -> torch.device:
+        if not self._config.gpus_per_shard:
+            return torch.device("cpu")
+        if not torch.cuda.is_available():
+            raise InputError(
+                f"gpus_per_shard={self._config.gpus_per_shard}, but torch sees no GPU on {socket.gethostname()}: "
+                "install torch with CUDA there, or use gpus_per_shard=0."
+            )
+        return torch.device("cuda")
