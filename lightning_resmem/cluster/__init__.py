@@ -1,6 +1,10 @@
 """A memory over a Ray cluster: `RayMemory`, and all that knows Ray.
 
-In come the rows of all ranks; out come the answers that a `LocalMemory` would give. `memory` is what users see,
-`client` how a process reaches the pool, `pool` the actors and what is known of them, `requests` a question to all,
-`shard` what runs in an actor, `journal` how it keeps its rows, `sharding` which rows are whose.
+In come the rows of all ranks; out come the answers that a `LocalMemory` would give.
+
+What users see: `memory`; below it `sharded`, the shards and what processes agree on (`ranks`), `merging`, their answers
+put together, and `files`, rows to disk and back. How a process gets there: `client`, which finds a cluster (`reach`,
+`address`) and starts a `pool` on it (`placement`). Questions to all shards: `requests`; a dead one is noticed in
+`liveness`. What runs in an actor: `shard`, with its rows and changes in `durable`, on disk by `journal`, and its
+`meters`. Which rows are whose: `sharding`.
 """

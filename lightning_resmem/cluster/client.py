@@ -10,11 +10,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from lightning_resmem.cluster.config import PoolConfig, check_answers
+from lightning_resmem.cluster.address import check_answers
+from lightning_resmem.cluster.config import PoolConfig
 from lightning_resmem.cluster.sharding import split
 from lightning_resmem.errors import ShardUnavailableError
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:  # Ray takes a second to import: it is imported when a cluster
 
 # Bytes of rows on their way to the shards; a process that sends more waits.
 BYTES_UNDERWAY = 64 * 2**20
+# Arrays that are larger are put into the object store once, not sent with every request.
+_INLINE_BYTES = 2**16
 
 
 class ShardClient:
@@ -58,22 +62,23 @@ class ShardClient:
         Returns:
             The address of the cluster, the name of the pool, and Ray's mode of authentication: for `follow`.
         """
-        from lightning_resmem.cluster import pool as pools
+        from lightning_resmem.cluster.pool import Pool
+        from lightning_resmem.cluster.reach import reach
 
         config = self.config
         places = config.num_shards * config.replicas
-        address = pools.reach(self._address, hosts, cpus=places * config.cpus_per_shard)
+        address = reach(self._address, hosts, cpus=places * config.cpus_per_shard)
         if self._pool is None and self.name is not None:
-            self._pool = pools.Pool.find(self.name, config.namespace, config.request_timeout_s)
+            self._pool = Pool.find(self.name, config.namespace, config.request_timeout_s)
         elif self._pool is None:
             token = f"{config.name or 'resmem'}-{uuid.uuid4().hex[:8]}"
             root = config.storage_path or f"{tempfile.gettempdir()}/lightning_resmem"
             name = config.name or token
             made = replace(config, name=name, storage_path=f"{root.rstrip('/')}/{token}", detached=bool(config.name))
-            self._pool, self.name = pools.Pool.create(made, config.request_timeout_s), name
+            self._pool, self.name = Pool.create(made, config.request_timeout_s), name
             if not made.detached:
                 # Actors end with this process in any case; what they keep on disk would stay.
-                close = weakref.finalize(self, pools.Pool.close, self._pool)
+                close = weakref.finalize(self, Pool.close, self._pool)
                 atexit.register(close)  # before Ray's own, which was registered when it was imported
         assert self.name is not None
         return address, self.name, os.environ.get("RAY_AUTH_MODE", "disabled")
@@ -189,6 +194,14 @@ class ShardClient:
         loaded: dict[str, Tensor] = safetensors.torch.load(self.ask_one(shard, "stored", start, stop, names))
         return loaded
 
+    def rows_of(self, ids: Tensor, like: int) -> dict[str, Tensor]:
+        """Rows as they are stored, in the order of their ids `(n,)`; `like` is a shard that has rows of that form."""
+        rows = {name: row.new_empty(len(ids), *row.shape[1:]) for name, row in self.rows(like, 0, 1).items()}
+        for positions, data in self.ask_owners("fetch", ids):
+            for name, tensor in safetensors.torch.load(data).items():
+                rows[name][positions] = tensor
+        return rows
+
     def _request(self, method: str, arguments: Sequence[Sequence[Any] | None], partial: bool = False) -> "Request":
         from lightning_resmem.cluster.requests import Request
 
@@ -198,3 +211,12 @@ class ShardClient:
         # A copy asks the same shards, which end with the process that made them.
         self.flush()
         return {**self.__dict__, "_pool": None}
+
+
+def in_store(*arrays: np.ndarray[Any, Any]) -> Any:
+    """Arrays for all shards: in Ray's object store, once, if they are large."""
+    if sum(array.nbytes for array in arrays) <= _INLINE_BYTES:
+        return arrays
+    import ray
+
+    return ray.put(arrays)

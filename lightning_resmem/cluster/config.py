@@ -1,21 +1,17 @@
 """What a pool of shards is made with, checked. Knows nothing of Ray."""
 
 import os
-import socket
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import fsspec
 import torch
 
-from lightning_resmem.errors import InputError, first_line
+from lightning_resmem.errors import InputError
 from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.memory.values.dense import DenseConfig
 from lightning_resmem.memory.values.sparse import SparseConfig
 from lightning_resmem.tasks import Task
-
-# How long a cluster may take to accept a connection.
-_CONNECT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +62,10 @@ class PoolConfig:
             if text is not None and (not isinstance(text, str) or not text):
                 raise InputError(f"{name}={text!r}: give a string that is not empty.")
 
+    def arguments(self) -> dict[str, Any]:
+        """As `RayMemory` takes them."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "detached"}
+
 
 def absolute(storage_path: str | os.PathLike[str] | None) -> str | None:
     """A path or URL as processes with other working directories understand it."""
@@ -81,44 +81,3 @@ def absolute(storage_path: str | os.PathLike[str] | None) -> str | None:
             except (ImportError, ValueError) as error:  # a package that is not installed, or no such storage
                 raise InputError(f"storage_path={text!r} cannot be used: {error}.") from error
     return text if "://" in text or "::" in text else os.path.abspath(os.path.expanduser(text))
-
-
-def check_address(address: str | None) -> None:
-    """Refuse what is no address of a cluster, or one that cannot be used."""
-    if address is not None and (not isinstance(address, str) or not address):
-        raise InputError(f"address={address!r}: give HOST:PORT of a Ray cluster, or None.")
-    if address is not None and address.startswith("ray://"):
-        raise InputError(
-            f"address={address!r} is one of Ray Client, which cannot share actors with other processes: run the script "
-            "on a node of the cluster (`ray job submit`), with its address HOST:6379 or none."
-        )
-
-
-def check_answers(address: str | None) -> None:
-    """Raise an error if it is a `HOST:PORT` where nothing listens."""
-    if address is None or "://" in address or ":" not in address:  # "auto", say
-        return
-    try:
-        knock(address)
-    except (OSError, OverflowError, ValueError) as error:  # no answer, or a port that there cannot be
-        raise no_cluster(address, error) from error
-
-
-def knock(address: str) -> None:
-    """Raise an OSError if nothing listens at `HOST:PORT`: Ray would try to join it for more than a minute."""
-    host, port = host_and_port(address)
-    socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
-
-
-def no_cluster(address: str, error: Exception) -> InputError:
-    """The error for an address where no cluster can be joined."""
-    return InputError(
-        f"address={address!r}: no Ray cluster can be joined there ({first_line(error)}). Start one with `ray start "
-        "--head --port=6379`, and export RAY_AUTH_MODE=token before Python starts if it wants tokens."
-    )
-
-
-def host_and_port(address: str) -> tuple[str, str]:
-    """The two parts of an address."""
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), port

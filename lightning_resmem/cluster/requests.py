@@ -7,8 +7,8 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
+from lightning_resmem.cluster.durable import RowsLostError
 from lightning_resmem.cluster.pool import Pool
-from lightning_resmem.cluster.shard import RowsLostError
 from lightning_resmem.errors import ResMemError, first_line
 
 # After so many seconds without an answer, another replica is asked as well.
@@ -36,7 +36,7 @@ class Request:
         self._untried: dict[int, list[int]] = {}
         for shard, given in enumerate(arguments):
             if given is not None:
-                self._untried[shard] = pool.replicas_in_any_order(shard)
+                self._untried[shard] = pool.liveness.replicas_in_any_order(shard)
                 if self._untried[shard] or not partial:
                     self._try_next(shard)
 
@@ -68,11 +68,11 @@ class Request:
             if given is None or shard in self._answers:
                 continue
             for replica in range(self._pool.config.replicas):
-                self._pool.mark_down(shard, replica)
+                self._pool.liveness.mark_down(shard, replica)
             if not self._partial:
                 reason = self._reasons.get(shard, f"it did not answer within {timeout:g} s")
                 raise self._pool.unavailable(shard, reason)
-            self._pool.left_out(shard)
+            self._pool.liveness.left_out(shard)
         return [self._answers.get(shard) for shard in range(len(self._arguments))]
 
     def _take(self, ref: Any) -> None:
@@ -93,15 +93,15 @@ class Request:
             else:
                 raise
         else:
-            self._pool.answered(shard)
+            self._pool.liveness.answered(shard)
             for late in [ref for ref, where in self._pending.items() if where[0] == shard]:
                 # Until it answers a ping: Ray keeps requests to an actor that it starts again, without an error.
-                self._pool.mark_down(*self._pending.pop(late))
+                self._pool.liveness.mark_down(*self._pending.pop(late))
                 late.future()  # whatever it is, Ray must not report it as an error that nobody looked at
 
     def _failed(self, shard: int, replica: int, reason: str, is_final: bool = False, lost_rows: bool = False) -> None:
         self._reasons[shard] = reason
-        self._pool.mark_down(shard, replica, lost_rows)
+        self._pool.liveness.mark_down(shard, replica, lost_rows)
         if self._untried[shard]:
             self._try_next(shard)
         elif (

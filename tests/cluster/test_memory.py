@@ -1,13 +1,7 @@
 """RayMemory against LocalMemory and ResMem in float64, on a Ray of one node."""
 
 import copy
-import os
 import pickle
-import shutil
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 
@@ -28,18 +21,16 @@ from lightning_resmem import (
     RayMemory,
     Regression,
     ResMemParams,
-    ShardUnavailableError,
     SparseConfig,
-    StorageError,
     explain,
     influence,
     label_errors,
 )
+from tests.cluster.ending import SECONDS, ended
 from tests.memory.test_contract import CLASSES, PARAMS, ROWS, WIDTH, Data
 
 pytestmark = pytest.mark.slow
 
-SECONDS = 120.0  # machines may be busy
 SHARDS = (1, 2, 3, 5)
 
 
@@ -75,35 +66,13 @@ def two(pools: dict[str, RayMemory]) -> RayMemory:
     return cleared(pools["2"])
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def ended(memory: RayMemory) -> None:
-    """Shut down, and wait until the processes are gone."""
-    pids = [shard["pid"] for shard in memory.stats()["shards"]]
-    memory.shutdown()
-    deadline = time.monotonic() + SECONDS
-    while any(is_running(pid) for pid in pids):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def cleared(memory: RayMemory) -> RayMemory:
     pool = memory.shards.pool
     # Another memory may have changed the shards since.
-    pool.known = [[answer["number"] for answer in replicas] for replicas in pool.everywhere("state")]
+    pool.known[:] = [[answer["number"] for answer in replicas] for replicas in pool.everywhere("state")]
     memory.clear()
     memory.params = PARAMS
     return memory
-
-
-@pytest.fixture
-def data() -> Data:
-    return Data()
 
 
 def local(data: Data, **options: Any) -> LocalMemory:
@@ -308,177 +277,7 @@ def test_empty_memory(two: RayMemory) -> None:
         two.build()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_shards": 0}, "num_shards=0"),
-        ({"num_shards": 2.0}, "num_shards=2.0"),
-        ({"replicas": 0}, "replicas=0"),
-        ({"cpus_per_shard": -1}, "cpus_per_shard=-1"),
-        ({"cpus_per_shard": 0}, "needs one or the other"),
-        ({"gpus_per_shard": "all"}, "gpus_per_shard='all'"),
-        ({"gpus_per_shard": 1.5}, "gpus_per_shard=1.5"),
-        ({"placement": "EVEN"}, "STRICT_SPREAD"),
-        ({"on_shard_loss": "ignore"}, "partial"),
-        ({"request_timeout_s": 0}, "request_timeout_s=0"),
-        ({"address": "ray://head:10001"}, "Ray Client"),
-        ({"name": ""}, "name=''"),
-        ({"storage_path": 3}, "storage_path=3"),
-        ({"storage_path": "simplecache::nosuch://rows"}, "storage_path='simplecache::nosuch://rows' .* nosuch"),
-        ({"index": ""}, "index=''"),
-        ({"index": "exakt"}, "index='exakt' is not understood"),
-        ({"values": "half"}, "values='half'"),
-        ({"key_dtype": torch.int8}, "key_dtype"),
-        ({"task": "multiclass"}, "task='multiclass'"),
-    ],
-)
-def test_bad_arguments_are_refused_where_they_are_written(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        RayMemory(**arguments)
-
-
-def test_no_room(ray_address: str, tmp_path: Path) -> None:
-    memory = RayMemory(3, cpus_per_shard=100, storage_path=tmp_path, request_timeout_s=1.0)
-    with pytest.raises(ShardUnavailableError, match=r"Asked: 3 x \{'CPU': 100\}. The cluster has: .*CPU 16"):
-        memory.add(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([0]))
-    memory = RayMemory(1, gpus_per_shard=1, storage_path=tmp_path, request_timeout_s=1.0)
-    with pytest.raises(ShardUnavailableError, match="GPU 0"):
-        memory.add(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([0]))
-
-
-def test_no_room_beside_other_pools(ray_address: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"cpus_per_shard": 0.001, "storage_path": tmp_path, "request_timeout_s": SECONDS}
-    first, second = RayMemory(2, **options), RayMemory(1, name="mine", **options)
-    for memory in (first, second):
-        memory.shards.open()
-    crowded = RayMemory(1, cpus_per_shard=15.9999, storage_path=tmp_path, request_timeout_s=1.0)
-    with pytest.raises(ShardUnavailableError, match=r"shutdown\(\) of a memory frees") as caught:
-        crowded.shards.open()
-    assert f"{first.shards.name!r} (2 actors)" in str(caught.value)
-    assert "'mine' (1 actor)" in str(caught.value)
-    for memory in (first, second):
-        ended(memory)
-
-
 # -- sharing
-
-
-@pytest.mark.parametrize(
-    "address",
-    ["nonsense", "127.0.0.1:{free}", "localhost:{free}", "[::1]:{free}", "127.0.0.1:99999", "localhost:redis"],
-)
-def test_what_is_no_address(address: str) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))  # a port that nobody listens at
-        address = address.format(free=listener.getsockname()[1])
-        code = f"""if True:
-            import time, ray, torch
-            from lightning_resmem import RayMemory
-            started = time.monotonic()
-            try:
-                RayMemory(1, address={address!r}).add(torch.eye(2), torch.eye(2), torch.arange(2))
-            finally:
-                print("seconds", time.monotonic() - started)
-        """
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=False)
-    assert f"InputError: address={address!r}: no Ray cluster can be joined there" in done.stderr
-    assert "ray start --head --port=6379" in done.stderr
-    assert float(done.stdout.split()[-1]) < 30  # Ray itself takes more than 80
-
-
-def test_another_cluster_than_the_one_that_the_process_is_in(ray_address: str, data: Data) -> None:
-    host, _, port = ray_address.rpartition(":")
-    memory = RayMemory(1, address=f"{host}:{int(port) + 1}")
-    with pytest.raises(InputError, match=rf"address='{host}:\d+', but this process is connected .* at {ray_address}"):
-        data.add_to(memory, torch.arange(3))
-
-
-def test_a_named_pool_is_found_until_it_is_shut_down(ray_address: str, data: Data, tmp_path: Path) -> None:
-    memory = RayMemory(2, name="shared", storage_path=tmp_path, request_timeout_s=SECONDS)
-    data.add_to(memory, torch.arange(ROWS))
-    memory.build()
-    memory.params, memory.provenance = PARAMS, {"fingerprint": "f"}
-    memory.publish()
-    with pytest.raises(InputError, match=r"RayMemory.connect\('shared'\)"):
-        RayMemory(2, name="shared", storage_path=tmp_path, request_timeout_s=SECONDS).shards.open()
-    actors = [psutil.Process(shard["pid"]) for shard in memory.stats()["shards"]]
-    del memory
-    for actor in actors:
-        actor.suspend()
-    try:
-        with pytest.raises(ShardUnavailableError, match=r"name='shared' .* request_timeout_s=0.2"):
-            RayMemory.connect("shared", request_timeout_s=0.2)
-    finally:
-        for actor in actors:
-            actor.resume()
-    for wrong in ({"request_timeout_s": 0}, {"on_shard_loss": "ignore"}, {"namespace": ""}):
-        with pytest.raises(InputError, match=next(iter(wrong))):
-            RayMemory.connect("shared", **wrong)
-    found = RayMemory.connect("shared", request_timeout_s=SECONDS)
-    data.check(found, 1e-5)
-    assert (found.params, found.provenance, found.tunable) == (PARAMS, {"fingerprint": "f"}, True)
-    ended(found)
-    assert len(found) == 0
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(InputError, match="is no pool"):
-        RayMemory.connect("shared", request_timeout_s=5.0)
-
-
-def test_a_name_that_is_taken_starts_no_shards(
-    ray_address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    import ray
-
-    from lightning_resmem.cluster import pool
-
-    memory = RayMemory(1, name="taken", storage_path=tmp_path, request_timeout_s=SECONDS)
-    memory.shards.open()
-    monkeypatch.setattr(pool, "assign", lambda nodes, num_shards: [1, 0])  # as it may be on several nodes
-    with pytest.raises(InputError, match="name='taken'"):
-        RayMemory(2, name="taken", storage_path=tmp_path, request_timeout_s=SECONDS).shards.open()
-    names = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
-    assert "taken/0.0" in names
-    assert "taken/1.0" not in names
-    ended(memory)
-
-
-def test_a_pool_that_was_shut_down_elsewhere_is_missed_at_once(ray_address: str, data: Data, tmp_path: Path) -> None:
-    memory = RayMemory(1, params=PARAMS, storage_path=tmp_path, request_timeout_s=SECONDS)
-    data.add_to(memory, torch.arange(ROWS))
-    memory.build()
-    twin = copy.deepcopy(memory)
-    data.check(twin, 1e-5)
-    ended(memory)
-    started = time.monotonic()
-    with pytest.raises(ShardUnavailableError, match="its process is gone"):
-        twin.search(data.queries, 1)
-    assert time.monotonic() - started < SECONDS / 2
-
-
-_LEAVES_RAY = """
-import sys, ray, torch
-from lightning_resmem import RayMemory, ResMemParams, ShardUnavailableError
-
-memory = RayMemory(1, params=ResMemParams(k=1), storage_path=sys.argv[1])
-memory.add(torch.eye(2), torch.zeros(2, 2), torch.tensor([0, 1]))
-memory.build()
-ray.shutdown()
-for ask in (lambda: memory.search(torch.eye(2), 1), memory.metrics):
-    try:
-        ask()
-    except ShardUnavailableError as error:
-        print(error)
-memory.clear()
-print(len(memory), "rows")
-"""
-
-
-def test_a_process_that_leaves_ray(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    command = [sys.executable, "-c", _LEAVES_RAY, str(tmp_path)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
-    assert ended.stdout.count("The shards ended when this process left Ray (ray.shutdown())") == 2
-    assert ended.stdout.endswith("0 rows\n")
 
 
 def test_copies_ask_the_same_shards(pools: dict[str, RayMemory], data: Data) -> None:
@@ -560,7 +359,7 @@ def test_building_shows_a_bar_only_when_asked(two: RayMemory, data: Data, capsys
     assert "Building shards" in capsys.readouterr().err
 
 
-# -- approximate indexes
+# -- building
 
 
 def test_an_index_is_trained_once_for_all_shards(
@@ -582,28 +381,3 @@ def test_an_index_is_trained_once_for_all_shards(
     one = LocalMemory(params=PARAMS)
     one.add(keys, torch.zeros(800, 2), torch.zeros(800).long())
     assert torch.equal(memory.search(keys[:50], 10).ids, one.search(keys[:50], 10).ids)
-
-
-# -- storage
-
-
-def test_a_storage_path_that_cannot_be_made(ray_address: str, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    memory = RayMemory(1, storage_path=tmp_path / "file" / "below", request_timeout_s=SECONDS)
-    with pytest.raises(ShardUnavailableError, match=r"storage_path .*below.* cannot be made \(NotADirectoryError"):
-        memory.add(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([0]))
-
-
-def test_a_storage_path_that_vanishes(ray_address: str, data: Data, tmp_path: Path) -> None:
-    memory = RayMemory(1, params=PARAMS, storage_path=tmp_path / "shards", request_timeout_s=SECONDS)
-    data.add_to(memory, torch.arange(ROWS))
-    memory.build()
-    shutil.rmtree(tmp_path / "shards")
-    data.check(memory, 1e-5)  # what it holds, it answers
-    memory.remove(data.ids[:1])
-    with pytest.raises((StorageError, ShardUnavailableError), match="vanished"):
-        memory.build()
-    memory.clear()  # makes the directory again, or other actors
-    data.add_to(memory, torch.arange(ROWS))
-    data.check(memory, 1e-5)
-    ended(memory)

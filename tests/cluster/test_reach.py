@@ -1,0 +1,71 @@
+"""Reaching a cluster, and leaving it."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_resmem import InputError, RayMemory
+from tests.memory.test_contract import Data
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["nonsense", "127.0.0.1:{free}", "localhost:{free}", "[::1]:{free}", "127.0.0.1:99999", "localhost:redis"],
+)
+def test_what_is_no_address(address: str) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))  # a port that nobody listens at
+        address = address.format(free=listener.getsockname()[1])
+        code = f"""if True:
+            import time, ray, torch
+            from lightning_resmem import RayMemory
+            started = time.monotonic()
+            try:
+                RayMemory(1, address={address!r}).add(torch.eye(2), torch.eye(2), torch.arange(2))
+            finally:
+                print("seconds", time.monotonic() - started)
+        """
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=False)
+    assert f"InputError: address={address!r}: no Ray cluster can be joined there" in done.stderr
+    assert "ray start --head --port=6379" in done.stderr
+    assert float(done.stdout.split()[-1]) < 30  # Ray itself takes more than 80
+
+
+def test_another_cluster_than_the_one_that_the_process_is_in(ray_address: str, data: Data) -> None:
+    host, _, port = ray_address.rpartition(":")
+    memory = RayMemory(1, address=f"{host}:{int(port) + 1}")
+    with pytest.raises(InputError, match=rf"address='{host}:\d+', but this process is connected .* at {ray_address}"):
+        data.add_to(memory, torch.arange(3))
+
+
+_LEAVES_RAY = """
+import sys, ray, torch
+from lightning_resmem import RayMemory, ResMemParams, ShardUnavailableError
+
+memory = RayMemory(1, params=ResMemParams(k=1), storage_path=sys.argv[1])
+memory.add(torch.eye(2), torch.zeros(2, 2), torch.tensor([0, 1]))
+memory.build()
+ray.shutdown()
+for ask in (lambda: memory.search(torch.eye(2), 1), memory.metrics):
+    try:
+        ask()
+    except ShardUnavailableError as error:
+        print(error)
+memory.clear()
+print(len(memory), "rows")
+"""
+
+
+def test_a_process_that_leaves_ray(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-c", _LEAVES_RAY, str(tmp_path)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert ended.stdout.count("The shards ended when this process left Ray (ray.shutdown())") == 2
+    assert ended.stdout.endswith("0 rows\n")
