@@ -1,38 +1,32 @@
 """ResMemCallback: when a memory is filled, and when it answers. No maths."""
 
-import copy
-import gc
-import os
 import time
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as L
-import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_resmem.collection.ranks import Ranks, check_strategy
-from lightning_resmem.errors import EmptyMemoryError, InputError, MemoryPassError, ResMemWarning, StorageError
+from lightning_resmem.collection.ranks import check_strategy
+from lightning_resmem.errors import EmptyMemoryError, InputError, ResMemWarning
 from lightning_resmem.memorization import Memorizer, choose_tuner
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.memory.local import LocalMemory
-from lightning_resmem.memory.storage import disk
 from lightning_resmem.metrics.evaluation import Evaluation
 from lightning_resmem.metrics.reported import UserMetrics, as_collection
 from lightning_resmem.model.batches import BatchReader, ForwardFn, IdsFn, TargetsFn
-from lightning_resmem.model.fingerprint import check_fingerprint
 from lightning_resmem.module import ResMemModule
-from lightning_resmem.progress import shows_progress, working
+from lightning_resmem.progress import shows_progress
 from lightning_resmem.reporting.report import Report
 from lightning_resmem.reporting.wandb_report import finish_forked_run
-from lightning_resmem.routing import Routing
+from lightning_resmem.routing import Routing, make_ready
+from lightning_resmem.trainer.limits import is_fast_dev_run, train_limit, val_limit
+from lightning_resmem.trainer.processes import trainer_of
+from lightning_resmem.trainer.restoring import RestorableMemory
+from lightning_resmem.trainer.save_directory import SaveDirectory
+from lightning_resmem.trainer.weights import check_weights, memorized_weights
 from lightning_resmem.tuning.result import TuningResult
 from lightning_resmem.tuning.tuner import Tuner
 
@@ -54,8 +48,10 @@ class ResMemCallback(Callback):
             default the last `nn.Linear` that a forward executes.
         embedding: Name of the module whose output is the key, e.g. `"net.layer4"`; by default the head's input.
         targets_fn: `targets_fn(batch)` returns the targets; by default the second of a pair, or the entry `labels`,
-            `label`, `target`, `targets` or `y` of a dict.
-        forward_fn: `forward_fn(model, batch)` runs the model in the memory pass; by default `model(inputs)`.
+            `label`, `target`, `targets` or `y` of a dict (or an attribute of that name).
+        forward_fn: `forward_fn(model, batch)` runs the model in the memory pass; by default `model(inputs)`, with the
+            entries of a dict by the names of `forward`'s arguments. A model without a `forward` of its own is run
+            through its `predict_step`, `validation_step` or `test_step`, with logging switched off.
         ids_fn: `ids_fn(batch)` returns the rows' ids, unique over the training set; by default their positions in the
             dataset. Needed to detect rows that an IterableDataset gives to several ranks.
         memory_dataloader: The rows to memorize, e.g. without augmentation; by default those of the training loader.
@@ -99,30 +95,21 @@ class ResMemCallback(Callback):
             check_memory(memory)
         if weights not in ("last", "best"):
             raise InputError(f'weights={weights!r} is not known: give "last" or "best".')
-        if not isinstance(name, str) or not name or Path(name).name != name or name == "..":
-            raise InputError(f"name={name!r}: give a plain name, it also names a directory.")
         for flag, value in (("route", route), ("log_memory_artifact", log_memory_artifact)):
             if not isinstance(value, bool):
                 raise InputError(f"{flag}={value!r}: give True or False.")
-        if dirpath is not None and (not isinstance(dirpath, (str, os.PathLike)) or not os.fspath(dirpath)):
-            raise InputError(f"dirpath={dirpath!r} is not a path: give a directory for the memory, or None.")
-        self._memory: ResidualMemory = LocalMemory() if memory is None else memory
+        self._kept = RestorableMemory(LocalMemory() if memory is None else memory, SaveDirectory(dirpath, name))
         self.tuning: TuningResult | None = None
         self.evaluations: tuple[Evaluation, ...] = ()
         self._tuner = choose_tuner(tuner, self._memory)
-        self._head, self._embedding = head, embedding
-        self._targets_fn, self._forward_fn = targets_fn, forward_fn
-        self._reader = BatchReader(targets_fn, forward_fn, ids_fn)
+        self._reader = BatchReader(targets_fn, forward_fn, ids_fn, head, embedding)
         self._memory_dataloader, self._weights, self._dirpath = memory_dataloader, weights, dirpath
         self._name, self._route = name, route
         self._report = Report(name, log_memory_artifact)
         self._metrics = None if metrics is None else as_collection(metrics, self._memory.task)
         self._base: L.LightningModule | None = None
-        self._directory: Path | None = None  # where the memory was saved
         self._memorized = False  # in the current fit
         self._routing: Routing | None = None
-        # Under spawn and fork nothing comes back to this process; the others find this name in their copy, too.
-        self._token = uuid.uuid4().hex[:8]
 
     @property
     def state_key(self) -> str:
@@ -150,9 +137,8 @@ class ResMemCallback(Callback):
         base = self._found_base()
         if base is None or not len(self._memory):
             raise EmptyMemoryError("Nothing was memorized yet: ResMemCallback.module is there after trainer.fit(...).")
-        return ResMemModule(
-            base, self._memory, targets_fn=self._targets_fn, forward_fn=self._forward_fn, metrics=self._metrics
-        )
+        functions = self._reader.targets_fn, self._reader.forward_fn
+        return ResMemModule(base, self._memory, None, None, *functions, self._metrics)
 
     # -- fit: fill the memory
 
@@ -162,17 +148,13 @@ class ResMemCallback(Callback):
         if stage != TrainerFn.FITTING:
             return
         self._memorized, self.tuning = False, None
-        if self._weights == "best" and not _is_fast_dev_run(trainer) and not _checkpoints(trainer):
-            raise InputError('weights="best" needs a ModelCheckpoint with a monitor among the Trainer\'s callbacks.')
+        check_weights(self._weights, trainer)
         # Weight averaging swaps its weights in, and checkpoints are written, in on_train_end: memorize after them.
         others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
         trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        directory = self._save_directory(trainer)
-        with Ranks(trainer).together("looking where the memory will be saved"):
-            if directory is not None and trainer.is_global_zero:
-                disk.check_target(directory)
+        self._kept.check_target(trainer)
         self._memorizer(trainer).rehearse(
             trainer, pl_module, self._memory_loaders(trainer), self._limit_batches(trainer), self._metrics
         )
@@ -181,14 +163,14 @@ class ResMemCallback(Callback):
         self._base, started = pl_module, time.monotonic()
         if trainer.val_dataloaders is None and trainer.enable_validation:  # no epoch was validated
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        with self._chosen_weights(trainer, pl_module):
+        with memorized_weights(self._weights, trainer, pl_module):
             self.tuning = self._memorizer(trainer).run(
                 trainer,
                 pl_module,
                 self._memory_loaders(trainer),
                 trainer.val_dataloaders,
                 self._limit_batches(trainer),
-                _limit(trainer.limit_val_batches, trainer.num_val_batches),
+                val_limit(trainer),
             )
         self._memorized, seconds = True, time.monotonic() - started
         if self.tuning is None and self._memory.tunable:
@@ -197,21 +179,15 @@ class ResMemCallback(Callback):
                 f"ResMem: without a tuner, or without validation rows and with few others, params are measured, not "
                 f"tuned: k={params.k}, sigma={params.sigma:.4g}."
             )
-        self._directory = trainer.strategy.broadcast(self._free_directory(trainer))
-        if self._directory is not None:
-            showing = trainer.is_global_zero and shows_progress(trainer)
-            with Ranks(trainer).together("saving the memory"), working(showing, "saving the memory"):
-                if trainer.is_global_zero:
-                    self._memory.save(self._directory)
-            rank_zero_info(f"ResMem: saved the memory to {self._directory}.")
+        self._kept.save(trainer)
         loaders = None if self._reader.gives_ids else self._memory_loaders(trainer)  # ids are positions in them
-        self._report.memorized(trainer, self._memory, self.tuning, seconds, self._directory, loaders)
+        self._report.memorized(trainer, self._memory, self.tuning, seconds, self._kept.directory, loaders)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._base = pl_module
         if self._memorized:
             return
-        if self._has_rows():
+        if self._kept.has_rows():
             rank_zero_info("ResMem: no training took place, so the memory stays as it is.")
         else:
             rank_zero_warn(
@@ -221,11 +197,10 @@ class ResMemCallback(Callback):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._directory is None else {"directory": str(self._directory)}
+        return self._kept.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if "directory" in state_dict and not len(self._memory):
-            self._directory = Path(state_dict["directory"])
+        self._kept.load_state_dict(state_dict)
 
     # -- validate, test, predict: answer from it
 
@@ -289,8 +264,8 @@ class ResMemCallback(Callback):
             self.evaluations = ()
         if isinstance(pl_module, ResMemModule):  # it combines by itself
             return
-        self._find_saved(trainer)
-        if not self._has_rows():
+        self._kept.look(trainer)
+        if not self._kept.has_rows():
             rank_zero_warn(
                 "ResMemCallback has no memory yet, so this run shows the base model alone. Call trainer.fit first, or "
                 "give it a filled one: ResMemCallback(memory=LocalMemory.load(directory)).",
@@ -298,17 +273,7 @@ class ResMemCallback(Callback):
             )
             return
         assert trainer.state.fn is not None
-        check_fingerprint(pl_module, self._memory.provenance, f"trainer.{trainer.state.fn.value} runs")
-        if "head" not in self._memory.provenance and self._head is not None:  # it was filled by hand
-            names = {"head": self._head, "embedding": self._embedding}
-            self._memory.provenance.update({name: value for name, value in names.items() if value is not None})
-        if "head" not in self._memory.provenance:
-            raise InputError(
-                'The memory does not know the head of the model: give ResMemCallback(memory=..., head="net.fc").'
-            )
-        with torch.inference_mode(False):  # what is made in inference mode can never be changed again
-            self._memory.build()
-        _follow_to_gpu(self._memory, pl_module.device)
+        make_ready(self._memory, pl_module, self._reader, f"trainer.{trainer.state.fn.value} runs")
         prefix = stage if stage is None or self._name == "resmem" else f"{stage}/{self._name}"
         self._base = pl_module
         self._routing = Routing(trainer, pl_module, self._memory, self._reader, self._route, prefix, self._metrics)
@@ -320,111 +285,30 @@ class ResMemCallback(Callback):
 
     # -- details
 
+    @property
+    def _memory(self) -> ResidualMemory:
+        return self._kept.memory
+
     def _memorizer(self, trainer: L.Trainer) -> Memorizer:
-        return Memorizer(self._memory, self._tuner, self._reader, self._head, self._embedding, shows_progress(trainer))
+        return Memorizer(self._memory, self._tuner, self._reader, shows_progress(trainer))
 
     def _memory_loaders(self, trainer: L.Trainer) -> Any:
         return trainer.train_dataloader if self._memory_dataloader is None else self._memory_dataloader
 
     def _limit_batches(self, trainer: L.Trainer) -> int | None:
         """How many batches of training rows a rank memorizes, None for all of them."""
-        if self._memory_dataloader is not None and not _is_fast_dev_run(trainer):
+        if self._memory_dataloader is not None and not is_fast_dev_run(trainer):
             return None
-        return _limit(trainer.limit_train_batches, [trainer.num_training_batches])
+        return train_limit(trainer)
 
     def _found_base(self) -> L.LightningModule | None:
         """The base, if there is one; the memory is then there as well, if it was filled or saved."""
         base = self._base
-        if base is None and (trainer := _owner(self)) is not None:
+        if base is None and (trainer := trainer_of(self)) is not None:
             base = trainer.lightning_module
-            self._find_saved(trainer)
-        self._has_rows()
+            self._kept.look(trainer)
+        self._kept.has_rows()
         return base
-
-    def _has_rows(self) -> bool:
-        """Whether there is a memory, if need be from where it was saved."""
-        if not len(self._memory) and self._directory is not None:
-            try:
-                with torch.inference_mode(False):  # what is made in inference mode can never be changed again
-                    self._memory = LocalMemory.load(self._directory)
-            except StorageError as error:
-                raise StorageError(
-                    f"{error} That is where ResMemCallback saved it. If it is elsewhere now, give "
-                    "ResMemCallback(memory=LocalMemory.load(directory)); if it is lost, fill it again: "
-                    "memorize(trainer, model, dataloader)."
-                ) from error
-        return len(self._memory) > 0
-
-    def _find_saved(self, trainer: L.Trainer) -> None:
-        """Under spawn and fork the memory was filled in processes that are gone: look where they saved it."""
-        if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-            return
-        if self._directory is None:
-            directory = self._save_directory(trainer)
-            self._directory = directory if directory is not None and directory.is_dir() else None
-        elif len(self._memory) and self._directory.is_dir():
-            # What this process loaded after one fit is replaced by the next.
-            saved = disk.read_manifest(self._directory).get("provenance")
-            self._memory = self._memory if saved == self._memory.provenance else LocalMemory()
-
-    def _save_directory(self, trainer: L.Trainer) -> Path | None:
-        if self._dirpath is not None:
-            return Path(self._dirpath).expanduser().absolute()
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-            # The only way back to the main process, which does not know the log_dir of the others.
-            return Path(trainer.default_root_dir).absolute() / f"{self._name}-{self._token}"
-        if _is_fast_dev_run(trainer) or not any(isinstance(c, ModelCheckpoint) for c in trainer.callbacks):  # type: ignore[attr-defined]
-            return None
-        dirpath = trainer.checkpoint_callback.dirpath  # type: ignore[union-attr]
-        if dirpath is None or "://" in str(dirpath):
-            return Path(trainer.default_root_dir).absolute() / self._name
-        checkpoints = Path(dirpath).absolute()  # relative where the logger's directory is: TensorBoardLogger("logs")
-        return (checkpoints.parent if checkpoints.name == "checkpoints" else checkpoints) / self._name
-
-    def _free_directory(self, trainer: L.Trainer) -> Path | None:
-        """Where to save without replacing the memory of another run, as checkpoints get a version then, too."""
-        directory = self._save_directory(trainer)
-        if directory is None or self._dirpath is not None or self._token in directory.name:
-            return directory
-        versions = (directory.with_name(f"{directory.name}-v{version}") for version in count(1))
-        return next(free for free in chain([directory], versions) if not free.exists())
-
-    @contextmanager
-    def _chosen_weights(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
-        """The weights to memorize, and those at the end of training again afterwards."""
-        if self._weights == "last" or _is_fast_dev_run(trainer):
-            yield
-            return
-        path = next((c.best_model_path for c in _checkpoints(trainer) if c.best_model_path), None)
-        if path is None:
-            raise MemoryPassError(
-                'weights="best": no best checkpoint was saved in this fit. The model is trained, and '
-                "memorize(trainer, model, dataloader) gives it a memory."
-            )
-        last = copy.deepcopy(pl_module.state_dict())
-        try:
-            # This very fit wrote it, with whatever hyperparameters the model has: it can be trusted.
-            best = trainer.strategy.load_checkpoint(path, weights_only=False)["state_dict"]
-            pl_module.load_state_dict(best, strict=pl_module.strict_loading)
-            yield
-        finally:
-            pl_module.load_state_dict(last, strict=pl_module.strict_loading)
-
-
-def _checkpoints(trainer: L.Trainer) -> list[ModelCheckpoint]:
-    """The checkpoints that know a best epoch."""
-    return [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
-
-
-def _is_fast_dev_run(trainer: L.Trainer) -> bool:
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-
-
-def _limit(setting: int | float | None, num_batches: list[int | float]) -> int | None:
-    """How many batches a rank reads, or None for all of them: `1.0` is all, `1` is one batch."""
-    if isinstance(setting, float) and setting == 1.0:
-        return None
-    return int(min(num_batches, default=0))
 
 
 def _check_siblings(callbacks: list[ResMemCallback]) -> None:
@@ -433,19 +317,3 @@ def _check_siblings(callbacks: list[ResMemCallback]) -> None:
             f"{len(callbacks)} ResMemCallbacks would each replace the head's output. Keep one of them, and give the "
             'others name="..." and route=False: they fill memories and log scores of their own under that name.'
         )
-
-
-def _owner(callback: ResMemCallback) -> L.Trainer | None:
-    """The trainer of a callback whose hooks ran in other processes only: spawn and fork call none in this one."""
-    # `isinstance` would also ask proxies for the class they stand for, and some of them warn.
-    trainers = (o for o in gc.get_objects() if issubclass(type(o), L.Trainer))
-    return next((t for t in trainers if callback in t.callbacks), None)
-
-
-def _follow_to_gpu(memory: ResidualMemory, device: torch.device) -> None:
-    """Search on the model's GPU where the memory takes no more than half of what is free there."""
-    if device.type == "cuda" and memory.device.type == "cpu":
-        free, _ = torch.cuda.mem_get_info(device)
-        if memory.stats()["bytes"] < free / 2:
-            with torch.inference_mode(False):
-                memory.to(device)

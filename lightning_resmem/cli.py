@@ -70,16 +70,18 @@ class ResMemTrainer(L.Trainer):
         """
         _load_weights(model, ckpt_path, weights_only)
         callback = self._callback()
+        reader = callback._reader
         module = memorize(
             self,
             model,
             datamodule,
             memory=callback._memory,
             tuner=callback._tuner,
-            head=callback._head,
-            embedding=callback._embedding,
-            targets_fn=callback._targets_fn,
-            forward_fn=callback._forward_fn,
+            head=reader.head,
+            embedding=reader.embedding,
+            targets_fn=reader.targets_fn,
+            forward_fn=reader.forward_fn,
+            ids_fn=reader.ids_fn,
         )
         if self.is_global_zero:
             saved = module.save(directory or callback._dirpath or _DIRECTORY)
@@ -110,7 +112,8 @@ class ResMemTrainer(L.Trainer):
         callback = self._callback()
         directory = str(directory or callback._dirpath or _DIRECTORY)
         memory = LocalMemory.load(directory)
-        module = _Collector(model, memory, targets_fn=callback._targets_fn, forward_fn=callback._forward_fn)
+        reader = callback._reader
+        module = _Collector(model, memory, targets_fn=reader.targets_fn, forward_fn=reader.forward_fn)
         with _without_callbacks(self):
             self.validate(module, datamodule=datamodule, verbose=False)
         if not module.rows:

@@ -1,17 +1,12 @@
 """Fill a memory from a trained model, and tune it: what `ResMemCallback` does after `fit`, as functions."""
 
-import tempfile
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import MetricCollection
@@ -25,19 +20,13 @@ from lightning_resmem.memory.capacity import available_bytes, check_capacity, si
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.metrics.side_by_side import ResMemMetrics
-from lightning_resmem.model.batches import (
-    TRANSFER_HOOKS,
-    BatchReader,
-    ForwardFn,
-    IdsFn,
-    TargetsFn,
-    borrow_transfer_hooks,
-)
+from lightning_resmem.model.batches import BatchReader, ForwardFn, IdsFn, TargetsFn
 from lightning_resmem.model.fingerprint import fingerprint
 from lightning_resmem.model.head import HeadTap, check_diverged
 from lightning_resmem.module import ResMemModule, describe
 from lightning_resmem.progress import shows_progress, working
 from lightning_resmem.tasks import check_finite
+from lightning_resmem.trainer.job import Job, run_job
 from lightning_resmem.tuning.result import TuningResult
 from lightning_resmem.tuning.tuner import GridTuner, Tuner
 
@@ -99,21 +88,9 @@ def memorize(
     check_type("model", model, L.LightningModule, "the LightningModule that was trained")
     check_memory(memory)
     check_strategy(trainer.strategy)
-    reader = BatchReader(targets_fn, forward_fn, ids_fn)
-    memorizer = Memorizer(memory, choose_tuner(tuner, memory), reader, head, embedding, shows_progress(trainer))
-    job = _Job(model, memorizer, dataloader, val_dataloader)
-    callbacks, trainer.callbacks = trainer.callbacks, []  # type: ignore[attr-defined]
-    limit, trainer.limit_predict_batches = trainer.limit_predict_batches, 1
-    attached = trainer.lightning_module or model
-    try:
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-            memory = _run_in_processes(trainer, job)
-        else:
-            trainer.predict(job, _Once(), return_predictions=False)
-    finally:
-        trainer.callbacks = callbacks  # type: ignore[attr-defined]
-        trainer.limit_predict_batches = limit
-        trainer.strategy.connect(attached)  # `trainer.test()` means the model, not the job
+    reader = BatchReader(targets_fn, forward_fn, ids_fn, head, embedding)
+    memorizer = Memorizer(memory, choose_tuner(tuner, memory), reader, shows_progress(trainer))
+    memory = run_job(trainer, Job(model, memory, memorizer.run, dataloader, val_dataloader))
     return ResMemModule(model, memory, targets_fn=targets_fn, forward_fn=forward_fn)
 
 
@@ -124,8 +101,6 @@ class Memorizer:
     memory: ResidualMemory
     tuner: Tuner | None
     reader: BatchReader
-    head: str | None
-    embedding: str | None
     show_progress: bool = False
 
     def rehearse(
@@ -273,7 +248,7 @@ class Memorizer:
         return result
 
     def _reading(self, trainer: L.Trainer, model: L.LightningModule) -> Pass:
-        return Pass(trainer, model, self.reader, self.head, self.embedding, self.show_progress)
+        return Pass(trainer, model, self.reader, self.show_progress)
 
     def _plan(self, reading: Pass, loaders: Any, limit_batches: int | None = None) -> list[Part]:
         ranks = reading.ranks
@@ -306,70 +281,3 @@ def _count_rows(ranks: Ranks, parts: list[Part]) -> int | None:
     gathered = ranks.gather_objects(sum(counts) if len(counts) == len(parts) else None)
     known = [count for count in gathered if isinstance(count, int)]
     return sum(known) if len(known) == len(gathered) else None
-
-
-class _Job(L.LightningModule):
-    """A prediction over nothing: the trainer sets up processes, devices and precision, and this hook does the work."""
-
-    def __init__(self, model: L.LightningModule, memorizer: Memorizer, loaders: Any, val_loaders: Any) -> None:
-        super().__init__()
-        self.model, self._memorizer, self._loaders, self._val_loaders = model, memorizer, loaders, val_loaders
-        self._datamodule = loaders if isinstance(loaders, L.LightningDataModule) else None
-        self.directory: Path | None = None  # where the memory goes if this process ends with the job
-
-    def prepare_data(self) -> None:
-        if self._datamodule is not None:
-            self._datamodule.prepare_data()
-
-    def setup(self, stage: str) -> None:
-        if self._datamodule is not None:
-            self._datamodule.trainer = self.trainer
-            with Ranks(self.trainer).together("setting up the datamodule"):
-                self._datamodule.setup("fit")
-
-    def on_predict_model_eval(self) -> None:
-        """Do nothing: the pass changes the model's mode, and restores it even when it fails."""
-
-    def on_predict_start(self) -> None:
-        borrow_transfer_hooks(self, [self.model] if self._datamodule is None else [self._datamodule, self.model])
-        try:
-            self._memorize()
-        finally:  # they know nothing of the trainer's empty batch
-            for hook in TRANSFER_HOOKS:
-                vars(self).pop(hook, None)
-
-    def _memorize(self) -> None:
-        loaders, val_loaders = self._loaders, self._val_loaders
-        if self._datamodule is not None:
-            with Ranks(self.trainer).together("making the loaders"):
-                loaders = self._datamodule.train_dataloader()
-                if val_loaders is None and is_overridden("val_dataloader", self._datamodule, L.LightningDataModule):
-                    val_loaders = self._datamodule.val_dataloader()
-        self._memorizer.run(self.trainer, self.model, loaders, val_loaders)
-        if self.directory is not None:
-            with Ranks(self.trainer).together("saving the memory"):
-                if self.trainer.is_global_zero:
-                    self._memorizer.memory.save(self.directory)
-
-    def predict_step(self, batch: Any) -> bool:
-        return True  # the trainer warns about None
-
-
-class _Once:
-    """One empty batch."""
-
-    def __iter__(self) -> Iterator[None]:
-        yield None
-
-    def __len__(self) -> int:
-        return 1
-
-
-def _run_in_processes(trainer: L.Trainer, job: _Job) -> ResidualMemory:
-    """Under spawn and fork the filled memory is in another process: it comes back through the disk."""
-    root = Path(trainer.default_root_dir)
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="resmem-", dir=root) as directory:
-        job.directory = Path(directory) / "memory"
-        trainer.predict(job, _Once(), return_predictions=False)
-        return LocalMemory.load(job.directory)

@@ -38,10 +38,10 @@ class ResMemModule(L.LightningModule):
     Args:
         base: The trained model.
         memory: Filled with its embeddings and residuals.
-        head: Name of the base's head; by default as it was when the memory was filled, or found with the first batch.
-        embedding: Name of the module whose output is the key; by default as it was when the memory was filled.
-        targets_fn: Returns the targets of a batch; see `BatchReader`.
-        forward_fn: Runs the base on a batch; see `BatchReader`.
+        head: As for `ResMemCallback`; by default as it was when the memory was filled, or found with the first batch.
+        embedding: As for `ResMemCallback`; by default as it was when the memory was filled.
+        targets_fn: As for `ResMemCallback`.
+        forward_fn: As for `ResMemCallback`.
         metrics: Your own torchmetrics metrics, reported as `{stage}/{name}_base`, `_knn` and `_resmem`; see
             `ResMemMetrics`.
 
@@ -85,10 +85,10 @@ class ResMemModule(L.LightningModule):
         self.base, self.memory = base, memory
         self._versions: list[int] | None = None
         self._check_weights("ResMemModule is made from a base")
-        self._reader = BatchReader(targets_fn, forward_fn)
         head = head or memory.provenance.get("head")
-        self._embedding = embedding or memory.provenance.get("embedding")
-        self._tap = None if head is None else HeadTap(base, head, self._embedding)
+        embedding = embedding or memory.provenance.get("embedding")
+        self._reader = BatchReader(targets_fn, forward_fn, head=head, embedding=embedding)
+        self._tap = None if head is None else HeadTap(base, head, embedding)
         self._metrics = None if metrics is None else as_collection(metrics, memory.task, memory.num_outputs)
         self._board: Scoreboard | None = None
         self.evaluations: tuple[Evaluation, ...] = ()
@@ -233,7 +233,7 @@ class ResMemModule(L.LightningModule):
         self._check_weights("ResMemModule runs")
         with evaluation_mode(self.base):
             if self._tap is None:
-                self._tap = HeadTap.find(self.base, run, self._embedding, returns_outputs)
+                self._tap = HeadTap.find(self.base, run, self._reader.embedding, returns_outputs)
             with self._tap.capture():
                 run()
                 return self._tap.take()

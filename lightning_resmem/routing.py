@@ -4,6 +4,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -16,8 +17,43 @@ from lightning_resmem.metrics.evaluation import Evaluation
 from lightning_resmem.metrics.reported import UserMetrics
 from lightning_resmem.metrics.scoreboard import Scoreboard
 from lightning_resmem.model.batches import BatchReader
+from lightning_resmem.model.fingerprint import check_fingerprint
 from lightning_resmem.model.head import Captured, HeadTap
 from lightning_resmem.model.modes import eager
+
+
+def make_ready(memory: ResidualMemory, model: L.LightningModule, reader: BatchReader, doing: str) -> None:
+    """Let a memory that is filled answer for a model: its weights and its head are the same, its index is built.
+
+    Args:
+        memory: Filled with the model's residuals.
+        model: On its device.
+        reader: Names the head, if the memory was filled by hand.
+        doing: What is about to happen, for the message: "trainer.test runs".
+
+    Raises:
+        StaleMemoryError: If the model has other weights than the memory was filled with.
+        InputError: If nobody knows the head.
+    """
+    check_fingerprint(model, memory.provenance, doing)
+    if "head" not in memory.provenance and reader.head is not None:  # it was filled by hand
+        names = {"head": reader.head, "embedding": reader.embedding}
+        memory.provenance.update({name: value for name, value in names.items() if value is not None})
+    if "head" not in memory.provenance:
+        raise InputError(
+            'The memory does not know the head of the model: give ResMemCallback(memory=..., head="net.fc").'
+        )
+    with torch.inference_mode(False):  # what is made in inference mode can never be changed again
+        memory.build()
+        _follow_to_gpu(memory, model.device)
+
+
+def _follow_to_gpu(memory: ResidualMemory, device: torch.device) -> None:
+    """Search on the model's GPU where the memory takes no more than half of what is free there."""
+    if device.type == "cuda" and memory.device.type == "cpu":
+        free, _ = torch.cuda.mem_get_info(device)
+        if memory.stats()["bytes"] < free / 2:
+            memory.to(device)
 
 
 class Routing:

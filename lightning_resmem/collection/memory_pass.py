@@ -69,9 +69,7 @@ class Pass:
     Args:
         trainer: With its strategy set up (inside `fit`, or another of its entry points).
         model: On its device.
-        reader: Reads batches.
-        head: Name of the head, found when it is None.
-        embedding: Name of the module whose output is the key; the head's input when it is None.
+        reader: Reads batches, and names the head if it is not to be found.
         show_progress: Whether rank zero shows progress bars.
     """
 
@@ -80,12 +78,9 @@ class Pass:
         trainer: L.Trainer,
         model: L.LightningModule,
         reader: BatchReader,
-        head: str | None = None,
-        embedding: str | None = None,
         show_progress: bool = False,
     ) -> None:
         self._trainer, self._model, self._reader = trainer, model, reader
-        self._head, self._embedding = head, embedding
         self.ranks = Ranks(trainer)
         self.num_local_processes = trainer.num_devices
         self._transfers = _transfers(trainer)
@@ -93,7 +88,7 @@ class Pass:
         # Holds the tap's hooks, from the first batch to the end of a pass.
         self._capturing = ExitStack()
         self._tapped = False
-        self.tap: HeadTap | None = None if head is None else HeadTap(model, head, embedding)
+        self.tap: HeadTap | None = None if reader.head is None else HeadTap(model, reader.head, reader.embedding)
 
     def rehearse(self, parts: Sequence[Part]) -> Chunk | None:
         """Read one small batch, so that what is wrong shows before hours of training; randomness is left as it was.
@@ -161,7 +156,7 @@ class Pass:
                 self.tap = HeadTap.find(
                     model,
                     lambda: self._reader.run(model, batch),
-                    self._embedding,
+                    self._reader.embedding,
                     returns_outputs=self._reader.returns_outputs(model),
                 )
             if not self._tapped:
@@ -171,8 +166,9 @@ class Pass:
             self.tap.clear()
             returned = self._reader.run(model, batch)
             captured = self.tap.take()
-        if self._head is not None and index == 0 and self._reader.returns_outputs(model):
-            check_returned(model, self._head, captured, returned)
+        head = self._reader.head
+        if head is not None and index == 0 and self._reader.returns_outputs(model):
+            check_returned(model, head, captured, returned)
         targets = self._reader.targets(batch)
         count = len(captured.embedding)
         if not targets.ndim or len(targets) != count:

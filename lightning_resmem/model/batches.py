@@ -5,6 +5,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as L
@@ -24,29 +25,25 @@ TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_af
 _TARGET_KEYS = ("labels", "label", "target", "targets", "y")
 
 
+@dataclass(frozen=True)
 class BatchReader:
-    """Reads targets from a batch and runs the model on it.
+    """What is read of a batch, and of the model that it is run through.
 
-    Args:
-        targets_fn: `targets_fn(batch)` returns the targets. By default the entry `labels`, `label`, `target`, `targets`
-            or `y` of a dict (or an attribute of that name), or the second of an `(inputs, targets)` pair.
-        ids_fn: `ids_fn(batch)` returns the rows' ids, unique over the training set, where positions in the dataset are
-            not to be used.
-        forward_fn: `forward_fn(model, batch)` runs the model. By default `model(inputs)`; the entries of a dict (or
-            dataclass, or namedtuple) are passed by the names of `forward`'s arguments. A model without a `forward` of
-            its own is run through its `predict_step`, `validation_step` or `test_step`, with logging switched off.
+    Users give these as arguments of `ResMemCallback`, `memorize` or `ResMemModule`; `ResMemCallback` says what each of
+    them is and what is read without it.
     """
 
-    def __init__(
-        self,
-        targets_fn: TargetsFn | None = None,
-        forward_fn: ForwardFn | None = None,
-        ids_fn: IdsFn | None = None,
-    ) -> None:
-        for name, function in (("targets_fn", targets_fn), ("forward_fn", forward_fn), ("ids_fn", ids_fn)):
+    targets_fn: TargetsFn | None = None
+    forward_fn: ForwardFn | None = None
+    ids_fn: IdsFn | None = None
+    head: str | None = None
+    embedding: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("targets_fn", "forward_fn", "ids_fn"):
+            function = getattr(self, name)
             if function is not None and not callable(function):
                 raise InputError(f"{name}={function!r} is not a function of a batch.")
-        self._targets_fn, self._forward_fn, self._ids_fn = targets_fn, forward_fn, ids_fn
 
     def targets(self, batch: Any) -> Tensor:
         """The targets of a batch, in its order.
@@ -54,7 +51,7 @@ class BatchReader:
         Raises:
             InputError: If the batch has none that can be told from its inputs.
         """
-        targets = self._targets_fn(batch) if self._targets_fn is not None else _default_targets(batch)
+        targets = self.targets_fn(batch) if self.targets_fn is not None else _default_targets(batch)
         try:
             return torch.as_tensor(targets)
         except (TypeError, ValueError, RuntimeError):
@@ -66,13 +63,13 @@ class BatchReader:
     @property
     def gives_ids(self) -> bool:
         """Whether ids come from the batches rather than from positions in the dataset."""
-        return self._ids_fn is not None
+        return self.ids_fn is not None
 
     def ids(self, batch: Any) -> Tensor | None:
         """The ids of a batch's rows, or None where they are positions in the dataset."""
-        if self._ids_fn is None:
+        if self.ids_fn is None:
             return None
-        ids = self._ids_fn(batch)
+        ids = self.ids_fn(batch)
         try:
             return torch.as_tensor(ids)
         except (TypeError, ValueError, RuntimeError):
@@ -90,7 +87,7 @@ class BatchReader:
 
     def returns_outputs(self, model: L.LightningModule) -> bool:
         """Whether `run` returns what the model's `forward` returns."""
-        return self._forward_fn is None and _has_forward(model)
+        return self.forward_fn is None and _has_forward(model)
 
     def run(self, model: L.LightningModule, batch: Any) -> Any:
         """Run the model on a batch.
@@ -98,8 +95,8 @@ class BatchReader:
         Raises:
             InputError: If it is unclear how to.
         """
-        if self._forward_fn is not None:
-            return self._forward_fn(model, batch)
+        if self.forward_fn is not None:
+            return self.forward_fn(model, batch)
         if _has_forward(model):
             args, kwargs = _inputs(model, batch)
             try:
@@ -124,7 +121,7 @@ class BatchReader:
     @contextmanager
     def quiet(self, model: L.LightningModule) -> Iterator[None]:
         """Switch off what the model's steps do besides computing: `self.log` and the state of its metrics."""
-        if self._forward_fn is None and _has_forward(model):
+        if self.forward_fn is None and _has_forward(model):
             yield
             return
         metrics = [(module, _state(module)) for module in model.modules() if isinstance(module, Metric)]

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from lightning_resmem.errors import InputError, StorageError, check_type
 from lightning_resmem.explanation.pictures import Picture
@@ -19,6 +18,7 @@ from lightning_resmem.memory.contributions import fetch_neighbors
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.metrics.evaluation import Evaluation, Flip
 from lightning_resmem.reporting.summary import score_rows
+from lightning_resmem.trainer.processes import runs_elsewhere
 from lightning_resmem.tuning.result import TuningResult
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def download_memory(name: str, root: str | os.PathLike[str] | None = None) -> Pa
 
 def finish_forked_run(trainer: L.Trainer, succeeded: bool) -> None:
     """End a run that a forked process has begun: nothing else does, and its file would stay empty."""
-    if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) or not trainer.is_global_zero:
+    if not runs_elsewhere(trainer) or not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
         run = getattr(logger, "_experiment", None)  # `experiment` would begin one
