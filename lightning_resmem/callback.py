@@ -7,13 +7,12 @@ from typing import Any, Literal
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_resmem.collection.ranks import check_strategy
 from lightning_resmem.errors import EmptyMemoryError, InputError, ResMemWarning
 from lightning_resmem.memorization import Memorizer, choose_tuner
-from lightning_resmem.memory.interface import ResidualMemory, check_memory
-from lightning_resmem.memory.local import LocalMemory
+from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.metrics.evaluation import Evaluation
 from lightning_resmem.metrics.reported import UserMetrics, as_collection
 from lightning_resmem.model.batches import BatchReader, ForwardFn, IdsFn, TargetsFn
@@ -39,6 +38,10 @@ class ResMemCallback(Callback):
     the model's own steps and metrics see it; `{stage}/acc_base`, `{stage}/acc_knn` and `{stage}/acc_resmem` are logged
     beside them (`val` or `test` for the stage; `mse` in regression), and what else `ResMemMetrics` shows at a glance.
     Validation during `fit` shows the base.
+
+    Methods for users are `memory`, `module` and `evaluation`. The others are Lightning's hooks: those of `fit` fill the
+    memory, those of validate, test and predict answer from it, and `state_dict` and `load_state_dict` are for
+    checkpoints.
 
     Args:
         memory: Where the rows go; `LocalMemory()` by default. It may already be filled, for use without `fit`.
@@ -91,14 +94,12 @@ class ResMemCallback(Callback):
         metrics: UserMetrics | None = None,
         log_memory_artifact: bool = False,
     ) -> None:
-        if memory is not None:
-            check_memory(memory)
         if weights not in ("last", "best"):
             raise InputError(f'weights={weights!r} is not known: give "last" or "best".')
         for flag, value in (("route", route), ("log_memory_artifact", log_memory_artifact)):
             if not isinstance(value, bool):
                 raise InputError(f"{flag}={value!r}: give True or False.")
-        self._kept = RestorableMemory(LocalMemory() if memory is None else memory, SaveDirectory(dirpath, name))
+        self._kept = RestorableMemory(memory, SaveDirectory(dirpath, name))
         self.tuning: TuningResult | None = None
         self.evaluations: tuple[Evaluation, ...] = ()
         self._tuner = choose_tuner(tuner, self._memory)
@@ -137,8 +138,10 @@ class ResMemCallback(Callback):
         base = self._found_base()
         if base is None or not len(self._memory):
             raise EmptyMemoryError("Nothing was memorized yet: ResMemCallback.module is there after trainer.fit(...).")
-        functions = self._reader.targets_fn, self._reader.forward_fn
-        return ResMemModule(base, self._memory, None, None, *functions, self._metrics)
+        reader = self._reader
+        return ResMemModule(
+            base, self._memory, targets_fn=reader.targets_fn, forward_fn=reader.forward_fn, metrics=self._metrics
+        )
 
     # -- fit: fill the memory
 
@@ -155,46 +158,27 @@ class ResMemCallback(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._kept.check_target(trainer)
-        self._memorizer(trainer).rehearse(
-            trainer, pl_module, self._memory_loaders(trainer), self._limit_batches(trainer), self._metrics
-        )
+        loaders, limit_batches = self._rows(trainer)
+        self._memorizer(trainer).rehearse(trainer, pl_module, loaders, limit_batches, self._metrics)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._base, started = pl_module, time.monotonic()
         if trainer.val_dataloaders is None and trainer.enable_validation:  # no epoch was validated
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        loaders, limit_batches = self._rows(trainer)
         with memorized_weights(self._weights, trainer, pl_module):
             self.tuning = self._memorizer(trainer).run(
-                trainer,
-                pl_module,
-                self._memory_loaders(trainer),
-                trainer.val_dataloaders,
-                self._limit_batches(trainer),
-                val_limit(trainer),
+                trainer, pl_module, loaders, trainer.val_dataloaders, limit_batches, val_limit(trainer)
             )
         self._memorized, seconds = True, time.monotonic() - started
-        if self.tuning is None and self._memory.tunable:
-            params = self._memory.params
-            rank_zero_info(
-                f"ResMem: without a tuner, or without validation rows and with few others, params are measured, not "
-                f"tuned: k={params.k}, sigma={params.sigma:.4g}."
-            )
         self._kept.save(trainer)
-        loaders = None if self._reader.gives_ids else self._memory_loaders(trainer)  # ids are positions in them
-        self._report.memorized(trainer, self._memory, self.tuning, seconds, self._kept.directory, loaders)
+        pictured = None if self._reader.gives_ids else loaders  # ids are positions in them
+        self._report.memorized(trainer, self._memory, self.tuning, seconds, self._kept.directory, pictured)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._base = pl_module
-        if self._memorized:
-            return
-        if self._kept.has_rows():
-            rank_zero_info("ResMem: no training took place, so the memory stays as it is.")
-        else:
-            rank_zero_warn(
-                "ResMem: no training took place (limit_train_batches=0, or a checkpoint that had reached max_epochs), "
-                "so there is no memory. Fill one with memorize(trainer, model, dataloader).",
-                category=ResMemWarning,
-            )
+        if not self._memorized:
+            self._report.not_memorized(self._kept.has_rows())
 
     def state_dict(self) -> dict[str, Any]:
         return self._kept.state_dict()
@@ -292,14 +276,11 @@ class ResMemCallback(Callback):
     def _memorizer(self, trainer: L.Trainer) -> Memorizer:
         return Memorizer(self._memory, self._tuner, self._reader, shows_progress(trainer))
 
-    def _memory_loaders(self, trainer: L.Trainer) -> Any:
-        return trainer.train_dataloader if self._memory_dataloader is None else self._memory_dataloader
-
-    def _limit_batches(self, trainer: L.Trainer) -> int | None:
-        """How many batches of training rows a rank memorizes, None for all of them."""
-        if self._memory_dataloader is not None and not is_fast_dev_run(trainer):
-            return None
-        return train_limit(trainer)
+    def _rows(self, trainer: L.Trainer) -> tuple[Any, int | None]:
+        """The rows to memorize: their loaders, and how many batches of them a rank reads, None for all."""
+        if self._memory_dataloader is None:
+            return trainer.train_dataloader, train_limit(trainer)
+        return self._memory_dataloader, train_limit(trainer) if is_fast_dev_run(trainer) else None
 
     def _found_base(self) -> L.LightningModule | None:
         """The base, if there is one; the memory is then there as well, if it was filled or saved."""

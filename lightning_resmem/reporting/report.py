@@ -9,7 +9,7 @@ import lightning.pytorch as L
 import rich
 import torch
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_resmem.collection.loaders import evaluation_loaders
 from lightning_resmem.errors import ResMemWarning
@@ -62,6 +62,11 @@ class Report:
             loaders: That it was filled from, for pictures of neighbours, if ids are positions in their datasets.
         """
         self._memory_loaders = loaders
+        if tuning is None and memory.tunable:
+            rank_zero_info(
+                f"ResMem: without a tuner, or without validation rows and with few others, params are measured, not "
+                f"tuned: k={memory.params.k}, sigma={memory.params.sigma:.4g}."
+            )
         with warn_only("the memory is not reported"):
             stats = memory.stats()
             numbers = {
@@ -89,6 +94,21 @@ class Report:
                 _each_wandb(
                     trainer, "the memory", lambda run: wandb_report.log_memory(run, artifact, memory, directory)
                 )
+
+    def not_memorized(self, has_rows: bool) -> None:
+        """After a fit that trained nothing.
+
+        Args:
+            has_rows: Whether there is a memory from before.
+        """
+        if has_rows:
+            rank_zero_info("ResMem: no training took place, so the memory stays as it is.")
+        else:
+            rank_zero_warn(
+                "ResMem: no training took place (limit_train_batches=0, or a checkpoint that had reached max_epochs), "
+                "so there is no memory. Fill one with memorize(trainer, model, dataloader).",
+                category=ResMemWarning,
+            )
 
     def evaluated(self, trainer: L.Trainer, memory: ResidualMemory, evaluations: Sequence[Evaluation]) -> None:
         """After a validate or test run, on all ranks.

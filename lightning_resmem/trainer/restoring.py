@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_resmem.collection.ranks import Ranks
 from lightning_resmem.errors import StorageError
-from lightning_resmem.memory.interface import ResidualMemory
+from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.storage import disk
 from lightning_resmem.progress import shows_progress, working
@@ -21,7 +21,7 @@ class RestorableMemory:
     """The memory of a callback, which is read from where it was saved when this process does not have it.
 
     Args:
-        memory: Filled, or to be filled.
+        memory: Filled, or to be filled; None is a `LocalMemory`.
         place: Says where it is saved.
 
     Attributes:
@@ -29,8 +29,9 @@ class RestorableMemory:
         directory: Where it was saved, or None.
     """
 
-    def __init__(self, memory: ResidualMemory, place: SaveDirectory) -> None:
-        self.memory = memory
+    def __init__(self, memory: ResidualMemory | None, place: SaveDirectory) -> None:
+        self.memory: ResidualMemory = LocalMemory() if memory is None else memory
+        check_memory(self.memory)
         self.directory: Path | None = None
         self._place = place
 
