@@ -1,11 +1,9 @@
 """The callback under a real Trainer, on one process."""
 
-import dataclasses
 import random
 import signal
 import sys
 from collections import Counter
-from pathlib import Path
 
 import lightning.pytorch as L
 import numpy as np
@@ -15,13 +13,11 @@ from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
     EMAWeightAveraging,
-    ModelCheckpoint,
     RichProgressBar,
     StochasticWeightAveraging,
     Timer,
     WeightAveraging,
 )
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.tuner import Tuner
 from torch import nn
@@ -595,79 +591,6 @@ def test_a_memory_filled_by_hand_needs_the_head(root):
 # -- which weights
 
 
-def best_checkpoint(root, mode="min"):
-    return ModelCheckpoint(root / mode, monitor="val_loss", mode=mode)
-
-
-def test_weights_best(root):
-    # The worst epoch as the "best", so that it is not the last one.
-    class Partly(CallsSelf):
-        """Its checkpoints hold hyperparameters that are no plain tensors, and not all of the weights."""
-
-        def __init__(self, where=Path("somewhere")):
-            super().__init__()
-            self.save_hyperparameters()
-            self.frozen = torch.nn.Linear(2, 2)
-            self.strict_loading = False
-
-        def state_dict(self):
-            return {name: value for name, value in super().state_dict().items() if "frozen" not in name}
-
-    data, model = Data(), make(Partly)
-    seen = []
-    callback = ResMemCallback(memory_for(CallsSelf), weights="best")
-    checkpoint = best_checkpoint(root, "max")
-    model.on_train_end = lambda: seen.append(weights_of(model))
-    run = trainer(
-        root,
-        Spy("on_train_end", lambda _, module: seen.append(weights_of(module))),
-        callback,
-        checkpoint,
-        enable_checkpointing=True,
-        max_epochs=3,
-    )
-    run.fit(model, datamodule=data)
-    before, after = seen
-    assert same_weights(before, after)
-    assert same_weights(weights_of(model), before)
-    best = torch.load(checkpoint.best_model_path, weights_only=False)["state_dict"]
-    assert not same_weights(best, before)
-
-    with pytest.raises(StaleMemoryError):
-        run.test(model, datamodule=data)
-    (logged,) = run.test(datamodule=data, ckpt_path="best", weights_only=False, verbose=False)
-    assert same_weights(weights_of(model), best)
-    wanted = Trained(model).scores(data.train, data.test, callback.memory.params)
-    assert {part: logged[f"test/acc_{part}"] for part in wanted} == pytest.approx(wanted)
-    assert len(callback.module.memory) == 120
-
-
-def test_weights_last_with_another_epochs_checkpoint(root):
-    data, model = Data(), make(CallsSelf)
-    callback = ResMemCallback(memory_for(CallsSelf))
-    run = trainer(root, callback, best_checkpoint(root, "max"), enable_checkpointing=True, max_epochs=3)
-    run.fit(model, datamodule=data)
-    with pytest.raises(StaleMemoryError, match=r'weights="best".*memorize\(trainer, model, dataloader\)'):
-        run.test(model, datamodule=data, ckpt_path="best")
-    assert hooks_on(model) == 0
-
-
-@pytest.mark.parametrize("checkpoints", [[], [ModelCheckpoint()]], ids=["none", "unmonitored"])
-def test_weights_best_without_a_monitor_fails_before_training(checkpoints, root):
-    model = Counting()
-    run = trainer(root, ResMemCallback(weights="best"), *checkpoints, enable_checkpointing=bool(checkpoints))
-    with pytest.raises(InputError, match="ModelCheckpoint with a monitor"):
-        run.fit(model, datamodule=Data())
-    assert model.steps == 0
-
-
-def test_weights_best_in_a_fast_dev_run(root):
-    callback = ResMemCallback(memory_for(CallsSelf), weights="best")
-    run = trainer(root, callback, best_checkpoint(root), enable_checkpointing=True, fast_dev_run=True)
-    run.fit(make(CallsSelf), datamodule=Data())
-    assert len(callback.memory) == 16
-
-
 @pytest.mark.parametrize(
     "averaging",
     [
@@ -707,82 +630,6 @@ def test_training_that_stops_early_is_memorized(stop, root):
     assert logged["test/acc_resmem"] == pytest.approx(
         Trained(model).scores(data.train, data.test, callback.memory.params)["resmem"]
     )
-
-
-# -- saving and finding again
-
-
-def test_a_checkpoint_finds_the_memory_again(root):
-    data, model, callback = Data(), make(CallsSelf), ResMemCallback(tuner=QUICK)
-    run = trainer(root, callback, enable_checkpointing=True)
-    run.fit(model, datamodule=data)
-    assert (root / "resmem" / "manifest.json").is_file()
-    (expected,) = run.test(model, datamodule=data, verbose=False)
-    run.save_checkpoint(root / "model.ckpt")
-    outputs = torch.cat(run.predict(model, datamodule=data))
-
-    fresh, again = make(CallsSelf, seed=5), ResMemCallback()
-    run = trainer(root, again)
-    (logged,) = run.test(fresh, datamodule=data, ckpt_path=root / "model.ckpt", verbose=False)
-    assert logged == expected
-    assert torch.equal(torch.cat(run.predict(fresh, datamodule=data)), outputs)
-    again.memory.params = dataclasses.replace(again.memory.params, k=3)
-
-    (root / "resmem").rename(root / "elsewhere")
-    moved = ResMemCallback()
-    with pytest.raises(StorageError) as raised:
-        trainer(root, moved).test(make(CallsSelf), datamodule=data, ckpt_path=root / "model.ckpt")
-    assert str(root / "resmem") in str(raised.value)
-    assert "LocalMemory.load" in str(raised.value)
-    found = ResMemCallback(LocalMemory.load(root / "elsewhere"))
-    (logged,) = trainer(root, found).test(
-        make(CallsSelf), datamodule=data, ckpt_path=root / "model.ckpt", verbose=False
-    )
-    assert logged == expected
-
-
-def test_a_checkpoint_without_a_memory(root):
-    data, model = Data(), make(CallsSelf)
-    run = trainer(root)
-    run.fit(model, datamodule=data)
-    run.save_checkpoint(root / "plain.ckpt")
-    with pytest.warns(ResMemWarning, match="no memory yet"):
-        trainer(root, ResMemCallback()).test(model, datamodule=data, ckpt_path=root / "plain.ckpt", verbose=False)
-
-
-@pytest.mark.parametrize(
-    ("options", "where"),
-    [
-        ({"enable_checkpointing": True, "logger": False}, "resmem"),
-        ({"enable_checkpointing": True, "logger": True}, "*_logs/version_0/resmem"),
-        ({"enable_checkpointing": False, "logger": True}, None),
-        ({"enable_checkpointing": True, "fast_dev_run": True}, None),
-    ],
-    ids=str,
-)
-def test_where_it_is_saved(options, where, root):
-    trainer(root, ResMemCallback(memory_for(CallsSelf)), **options).fit(make(CallsSelf), datamodule=Data())
-    found = [path.parent for path in root.rglob("manifest.json")]
-    assert found == ([] if where is None else list(root.glob(where)))
-
-
-def test_it_is_saved_beside_checkpoints_with_a_relative_path(root, monkeypatch):
-    monkeypatch.chdir(root)
-    run = trainer(root, ResMemCallback(memory_for(CallsSelf)), logger=CSVLogger("logs"), enable_checkpointing=True)
-    run.fit(make(CallsSelf), datamodule=Data())
-    where = root / "logs" / "lightning_logs" / "version_0"
-    assert (where / "checkpoints").is_dir()
-    assert [path.parent for path in root.rglob("manifest.json")] == [where / "resmem"]
-
-
-def test_dirpath(root, monkeypatch):
-    monkeypatch.chdir(root)
-    callback = ResMemCallback(memory_for(CallsSelf), dirpath="here/memory")
-    trainer(root, callback).fit(make(CallsSelf), datamodule=Data())
-    loaded = LocalMemory.load(root / "here" / "memory")
-    assert torch.equal(loaded.ids, callback.memory.ids)
-    trainer(root, callback).fit(make(CallsSelf, seed=3), datamodule=Data())  # replaced, and used
-    assert LocalMemory.load(root / "here" / "memory").provenance != loaded.provenance
 
 
 # -- several callbacks
@@ -917,6 +764,15 @@ def test_fails_before_the_first_step(model, data, options, error, message, root)
     assert hooks_on(model) == 0
     assert all(module.training for module in model.modules())
     assert same_weights(weights_of(model), before)
+
+
+@pytest.mark.parametrize("checkpoints", [[], [ModelCheckpoint()]], ids=["none", "unmonitored"])
+def test_weights_best_without_a_monitor_fails_before_training(checkpoints, root):
+    model = Counting()
+    run = trainer(root, ResMemCallback(weights="best"), *checkpoints, enable_checkpointing=bool(checkpoints))
+    with pytest.raises(InputError, match="ModelCheckpoint with a monitor"):
+        run.fit(model, datamodule=Data())
+    assert model.steps == 0
 
 
 def test_a_failure_in_the_pass_names_the_rows_and_leaves_the_model(root):
@@ -1125,15 +981,6 @@ def test_names_of_own_metrics_that_are_taken_are_refused(kind, name):
     with pytest.raises(InputError, match=f"metrics has the name '{name}'"):
         ResMemCallback(memory_for(kind), metrics={name: MulticlassAccuracy(4)})
     ResMemCallback(memory_for(kind), metrics={f"my_{name}": MulticlassAccuracy(4)})
-
-
-def test_another_run_keeps_the_memory_of_the_first(root):
-    for seed in (1, 2):
-        trainer(root, ResMemCallback(memory_for(CallsSelf)), enable_checkpointing=True, logger=False).fit(
-            make(CallsSelf, seed=seed), datamodule=Data()
-        )
-    first, second = (LocalMemory.load(root / name) for name in ("resmem", "resmem-v1"))
-    assert first.provenance["fingerprint"] != second.provenance["fingerprint"]
 
 
 def test_an_error_in_the_pass_says_what_is_left(root):

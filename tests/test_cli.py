@@ -1,5 +1,6 @@
 """The `resmem` command, in this process where that is possible: building Lightning's parsers takes seconds."""
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -11,7 +12,15 @@ import pytest
 import torch
 
 from examples.digits_module import Classifier, Digits
-from lightning_resmem import InputError, LocalMemory, ResMemModule, ResMemParams, StaleMemoryError, StorageError
+from lightning_resmem import (
+    InputError,
+    LocalMemory,
+    ResMemCallback,
+    ResMemModule,
+    ResMemParams,
+    StaleMemoryError,
+    StorageError,
+)
 from lightning_resmem.cli import ResMemTrainer, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,6 +138,20 @@ def test_what_is_no_subcommand_lists_all_of_them(resmem, arguments, message):
 # -- the subcommands of LightningCLI, with the config that ships
 
 
+def test_help_explains_the_arguments_of_the_callback(resmem):
+    status, out, _ = resmem("fit", "--trainer.callbacks.help=lightning_resmem.ResMemCallback")
+    assert status == 0
+    told = " ".join(out.split())
+    for argument, words in {
+        "head": "Name of the module whose input is the embedding",
+        "embedding": "Name of the module whose output is the key",
+        "targets_fn": "`targets_fn(batch)` returns the targets",
+        "forward_fn": "`forward_fn(model, batch)` runs the model",
+        "ids_fn": "`ids_fn(batch)` returns the rows' ids",
+    }.items():
+        assert f"--trainer.callbacks.{argument} {argument.upper()} {words}" in told
+
+
 def number(printed, name):
     """The value that the trainer's table shows for a metric."""
     (found,) = re.findall(rf"{re.escape(name)}\W+([\d.]+)", printed)
@@ -194,3 +217,10 @@ def test_tune_refuses_other_weights(trainer, tmp_path):
     with pytest.raises(StaleMemoryError):
         trainer.tune(Classifier(), Digits(), directory)
     assert LocalMemory.load(directory).params == params
+
+
+def test_memorize_reads_batches_as_the_callback_is_told_to(trainer, tmp_path):
+    rows = itertools.count(5000)
+    trainer.callbacks.append(ResMemCallback(ids_fn=lambda batch: [next(rows) for _ in batch[1]]))
+    trainer.memorize(Classifier(), Digits(), str(tmp_path / "memory"))
+    assert LocalMemory.load(tmp_path / "memory").ids.min() >= 5000

@@ -1,0 +1,61 @@
+"""Where a memory is saved."""
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_resmem import (
+    LocalMemory,
+    ResMemCallback,
+)
+from tests.models import (
+    CallsSelf,
+    Data,
+    make,
+    memory_for,
+    trainer,
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ({"enable_checkpointing": True, "logger": False}, "resmem"),
+        ({"enable_checkpointing": True, "logger": True}, "*_logs/version_0/resmem"),
+        ({"enable_checkpointing": False, "logger": True}, None),
+        ({"enable_checkpointing": True, "fast_dev_run": True}, None),
+    ],
+    ids=str,
+)
+def test_where_it_is_saved(options, where, root):
+    trainer(root, ResMemCallback(memory_for(CallsSelf)), **options).fit(make(CallsSelf), datamodule=Data())
+    found = [path.parent for path in root.rglob("manifest.json")]
+    assert found == ([] if where is None else list(root.glob(where)))
+
+
+def test_it_is_saved_beside_checkpoints_with_a_relative_path(root, monkeypatch):
+    monkeypatch.chdir(root)
+    run = trainer(root, ResMemCallback(memory_for(CallsSelf)), logger=CSVLogger("logs"), enable_checkpointing=True)
+    run.fit(make(CallsSelf), datamodule=Data())
+    where = root / "logs" / "lightning_logs" / "version_0"
+    assert (where / "checkpoints").is_dir()
+    assert [path.parent for path in root.rglob("manifest.json")] == [where / "resmem"]
+
+
+def test_dirpath(root, monkeypatch):
+    monkeypatch.chdir(root)
+    callback = ResMemCallback(memory_for(CallsSelf), dirpath="here/memory")
+    trainer(root, callback).fit(make(CallsSelf), datamodule=Data())
+    loaded = LocalMemory.load(root / "here" / "memory")
+    assert torch.equal(loaded.ids, callback.memory.ids)
+    trainer(root, callback).fit(make(CallsSelf, seed=3), datamodule=Data())  # replaced, and used
+    assert LocalMemory.load(root / "here" / "memory").provenance != loaded.provenance
+
+
+def test_another_run_keeps_the_memory_of_the_first(root):
+    for seed in (1, 2):
+        trainer(root, ResMemCallback(memory_for(CallsSelf)), enable_checkpointing=True, logger=False).fit(
+            make(CallsSelf, seed=seed), datamodule=Data()
+        )
+    first, second = (LocalMemory.load(root / name) for name in ("resmem", "resmem-v1"))
+    assert first.provenance["fingerprint"] != second.provenance["fingerprint"]
