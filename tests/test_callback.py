@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
     EMAWeightAveraging,
+    ModelCheckpoint,
     RichProgressBar,
     StochasticWeightAveraging,
     Timer,
