@@ -39,9 +39,8 @@ class ResMemCallback(Callback):
     beside them (`val` or `test` for the stage; `mse` in regression), and what else `ResMemMetrics` shows at a glance.
     Validation during `fit` shows the base.
 
-    Methods for users are `memory`, `module` and `evaluation`. The others are Lightning's hooks: those of `fit` fill the
-    memory, those of validate, test and predict answer from it, and `state_dict` and `load_state_dict` are for
-    checkpoints.
+    Methods for users are `memory`, `module` and `evaluation`; the others are Lightning's hooks, in the order of a run:
+    `fit` fills the memory, checkpoints keep its path, and validate, test and predict answer from it.
 
     Args:
         memory: Where the rows go; `LocalMemory()` by default. It may already be filled, for use without `fit`.
