@@ -10,7 +10,7 @@ DEMO := $(VENV)/.installed-demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cluster bench docs clean distclean
+.PHONY: help demo test test-cluster bench docs diagram clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -35,8 +35,11 @@ bench: $(FULL) ## every script in examples/benchmarks/
 docs: $(FULL) ## the documentation site, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f docs/mkdocs.yml
 
+diagram: $(FULL) ## the picture of the packages in docs/, from the imports and docstrings
+	$(BIN)/python docs/diagram.py docs/pages/assets/packages.svg
+
 clean: ## remove build outputs and caches; keeps .venv
-	rm -rf site dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf site dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .grimp_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## also remove .venv
