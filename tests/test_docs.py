@@ -118,13 +118,17 @@ def test_left_out_blocks_say_why(page: Path) -> None:
     assert [p.line for p in pieces_of(page.read_text(encoding="utf-8")) if p.skipped == ""] == []
 
 
+def make_targets_in(markdown: str) -> set[str]:
+    """What a page tells its readers to make, in its shell blocks and in its text."""
+    shell = "\n".join(piece.source for piece in pieces_of(markdown) if piece.language in SHELL_NAMES)
+    inline = "\n".join(re.findall(r"`([^`\n]+)`", markdown))
+    return set(re.findall(r"^\s*\$?\s*make ([a-z][\w-]*)", f"{shell}\n{inline}", re.MULTILINE))
+
+
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name_of)
 def test_named_make_targets_exist(page: Path) -> None:
     targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    text = page.read_text(encoding="utf-8")
-    shell = "\n".join(piece.source for piece in pieces_of(text) if piece.language in SHELL_NAMES)
-    inline = "\n".join(re.findall(r"`([^`\n]+)`", text))
-    named = set(re.findall(r"^\s*\$?\s*make ([a-z][\w-]*)", f"{shell}\n{inline}", re.MULTILINE))
+    named = make_targets_in(page.read_text(encoding="utf-8"))
     assert named <= targets, f"{name_of(page)} names {sorted(named - targets)}, which the Makefile lacks"
 
 
@@ -167,6 +171,11 @@ def test_blocks_are_found_in_order_with_their_lines() -> None:
     page = "a\n<!-- setup:\nx = 1\n-->\n\n```python title='t'\ny = x + 1\n```\n\n- item\n\n  ```py\n  z = y\n  ```\n"
     found = [(p.language, p.line, p.source) for p in pieces_of(page)]
     assert found == [("setup", 2, "\nx = 1\n"), ("python", 7, "y = x + 1\n"), ("py", 13, "z = y\n")]
+
+
+def test_make_targets_are_found_in_blocks_and_in_text() -> None:
+    page = "Run `make bench`.\n\n```bash\n$ make demo  # see\nmake test\n```\n\n```python\nmake = 1\n```\n"
+    assert make_targets_in(page) == {"bench", "demo", "test"}
 
 
 def test_block_with_reason_is_left_out_and_only_that_one() -> None:

@@ -148,6 +148,17 @@ def test_other_weights_are_refused_and_left_alone(resmem, tmp_path):
         trainer(tmp_path).test(resmem, datamodule=Data())
 
 
+def test_weights_that_torch_has_not_seen_changing_are_refused(resmem, tmp_path):
+    resmem(Data().test[0])  # checked once
+    resmem.base.head.bias.data += 1e-3  # is not counted as a change
+    run = trainer(tmp_path)
+    for use in (run.test, run.validate, run.predict):
+        with pytest.raises(StaleMemoryError):
+            use(resmem, datamodule=Data())
+    with pytest.raises(StaleMemoryError):
+        resmem.save(tmp_path / "resmem")
+
+
 def test_the_base_may_be_in_training_mode(tmp_path):
     resmem, data = combined(NormAndDropout, tmp_path), Data()
     expected = resmem(data.test[0])

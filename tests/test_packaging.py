@@ -92,7 +92,7 @@ def test_a_shard_starts_without_lightning() -> None:
 def test_version_is_that_of_pyproject() -> None:
     version = project()["version"]
     assert importlib.metadata.version("lightning-resmem") == version
-    assert getattr(lightning_resmem, "__version__", version) == version
+    assert lightning_resmem.__version__ == version
 
 
 def test_package_is_typed() -> None:
@@ -130,8 +130,11 @@ def test_files_name_no_machine_path_and_no_registry() -> None:
     # A path starts where a word does not go on: "this/or/that" has none, "=/or/that" has one.
     paths = [r"(?<![\w.*])" + re.escape(path) for path in MACHINE_PATHS]
     forbidden = re.compile("|".join([*paths, *map(re.escape, REGISTRIES + PIP_OPTIONS)]))
-    found = []
-    for name in filter(None, listed.stdout.split("\0")):
+    for sign in (*MACHINE_PATHS, *REGISTRIES, *PIP_OPTIONS):
+        assert forbidden.search(f"as {sign}any")
+    names, found = listed.stdout.split("\0"), []
+    assert "pyproject.toml" in names
+    for name in filter(None, names):
         path = ROOT / name
         if path.is_file():
             text = path.read_bytes().decode("utf-8", errors="replace")

@@ -4,6 +4,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from lightning_resmem.cluster.journal import Entry, Journal
 from lightning_resmem.errors import StorageError
@@ -84,6 +85,39 @@ def test_what_is_half_written_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "shard" / "base-0000000002").rmdir()
     journal.write_base(3, save)
     assert sorted(path.name for path in (tmp_path / "shard").iterdir()) == ["base-0000000003", "started-0"]
+
+
+def test_changes_that_a_base_holds_are_not_made_again(tmp_path: Path) -> None:
+    journal = Journal(str(tmp_path / "shard"))
+    journal.start()
+    for number in (1, 2, 3):
+        journal.write(entry(number))
+    save(tmp_path / "shard" / "base-0000000002")  # as a process leaves it that is killed before it drops the changes
+    assert list(journal.entries()) == [entry(3)]
+
+
+def test_a_base_that_arrived_in_part_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(f"memory://{uuid.uuid4().hex}/shard")
+    journal.start()
+    journal.write(entry(1))
+    put_file, sent = MemoryFileSystem.put_file, []
+
+    def put_two(self: MemoryFileSystem, source: str, target: str) -> None:
+        if len(sent) == 2:
+            raise OSError("connection lost")
+        sent.append(target)
+        put_file(self, source, target)
+
+    def save_three(path: Path) -> None:
+        save(path)
+        (path / "outputs.safetensors").write_text("rows")
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", put_two)
+    with pytest.raises(StorageError, match="connection lost"):
+        journal.write_base(1, save_three)
+    assert len(sent) == 2
+    assert journal.base() == 0
+    assert list(journal.entries()) == [entry(1)]
 
 
 def test_a_base_that_cannot_be_saved_changes_nothing(url: str) -> None:

@@ -94,6 +94,13 @@ def test_merging_is_brute_force_in_any_order_and_grouping(parts: list[Found], k:
         assert as_lists(merge([*parts[:place], nothing, *parts[place:]], k)) == expected
 
 
+def test_rows_infinitely_far_come_before_missing_places() -> None:
+    beyond = torch.tensor([[torch.inf]])
+    far, missing = (beyond, torch.tensor([[7]])), (beyond, torch.tensor([[-1]]))
+    for parts in ([far, missing], [missing, far]):
+        assert merge(parts, 2)[1].tolist() == [[7, -1]]
+
+
 @given(
     rows=st.integers(1, 30),
     num_shards=st.integers(1, 5),

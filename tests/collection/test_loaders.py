@@ -121,6 +121,15 @@ def test_the_memory_pass_notices_rows_that_collate_fn_drops(drops):
         assert memorize(trainer, Net(), loader).memory.ids.tolist() == list(range(9))
 
 
+def start_at_100(_):
+    torch.utils.data.get_worker_info().dataset.start = 100
+
+
+def test_workers_are_prepared_as_the_users_are():
+    loader = DataLoader(Positions(3), batch_size=2, num_workers=1, worker_init_fn=start_at_100)
+    assert read(plan(loader, len)) == [(0, 100), (1, 101), (2, 102)]
+
+
 # -- samplers
 
 

@@ -187,6 +187,32 @@ def test_failed_save_keeps_the_old_memory(saved: Path, monkeypatch: pytest.Monke
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]  # nothing half-written is left
 
 
+def test_the_old_memory_is_put_back_if_the_new_one_cannot_take_its_place(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def refused(path: Path, target: Path) -> Path:
+        if path.suffix == ".partial":
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(StorageError, match="Input/output error"):
+        _memory(rows=7).save(saved)
+    assert len(LocalMemory.load(saved)) == 200
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        path = _memory().save(tmp_path / "memory")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o750
+
+
 def test_saving_again_replaces(saved: Path) -> None:
     _memory(rows=7).save(saved)
     assert len(LocalMemory.load(saved)) == 7
@@ -220,8 +246,20 @@ def _stale(file: Path) -> None:
     _edited(file.parent, lambda manifest: manifest["extra"]["index.faiss"].update(keys_sha256="0" * 64))
 
 
+def _of_fewer_rows(file: Path) -> None:
+    other = _memory("HNSW8", rows=100).save(file.parent.parent / "other") / file.name
+    file.write_bytes(other.read_bytes())
+    _edited(file.parent, lambda manifest: manifest["extra"][file.name].update(sha256=disk.sha256(file)))
+
+
 @pytest.mark.parametrize(
-    ("harm", "problem"), [(Path.unlink, "is missing"), (_damage, "is damaged"), (_stale, "belongs to other keys")]
+    ("harm", "problem"),
+    [
+        (Path.unlink, "is missing"),
+        (_damage, "is damaged"),
+        (_stale, "belongs to other keys"),
+        (_of_fewer_rows, r"holds 100 x 4 keys, the memory (200, 4)"),
+    ],
 )
 def test_faiss_file_is_built_again(
     tmp_path: Path, harm: Callable[[Path], None], problem: str, caplog: pytest.LogCaptureFixture

@@ -51,6 +51,13 @@ def test_bound_holds_for_the_hardest_tails() -> None:
         assert variation[1] < 1e-3  # an even tail is kept as it is
 
 
+def test_more_classes_than_16_bits_can_number() -> None:
+    outputs, targets = torch.zeros(3, 40_000), torch.tensor([5, 32_768, 39_999])
+    outputs[torch.arange(3), torch.tensor([32_767, 32_768, 39_998])] = 20.0
+    exact = oracle.residuals(outputs.numpy(), targets.numpy())
+    np.testing.assert_allclose(_one_by_one(_values(outputs, targets, 2), 1.0), exact, atol=1e-4)
+
+
 def test_residuals_sum_to_zero() -> None:
     values = _values(torch.randn(100, 30), torch.randint(30, (100,)), 4)
     assert np.abs(_one_by_one(values, 2.0).sum(axis=1)).max() < 1e-5
