@@ -72,7 +72,7 @@ class ResMemCallback(Callback):
         tuning: What the tuner chose and gained in the last `fit`, or None.
         evaluations: What the last validate or test run showed, for each of its dataloaders; empty before.
 
-    Example:
+    Examples:
         >>> trainer = L.Trainer(callbacks=[ResMemCallback()], logger=False, accelerator="cpu")
     """
 

@@ -36,7 +36,7 @@ def _wide(tensor: Tensor) -> Tensor:
 def argmax(rows: Tensor) -> Tensor:
     """`rows.argmax(dim=-1)`, shape `(..., C)` to `(...)`; on CPUs NumPy is up to fifteen times faster at it.
 
-    Example:
+    Examples:
         >>> argmax(torch.tensor([[0.2, 0.8], [0.6, 0.4]]))
         tensor([1, 0])
     """
@@ -54,7 +54,7 @@ def ascending(distances: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Sorted distances and the columns they come from, both `(B, n)`.
 
-    Example:
+    Examples:
         >>> ascending(torch.tensor([[2.0, 0.5, 2.0]]))
         (tensor([[0.5000, 2.0000, 2.0000]]), tensor([[1, 0, 2]]))
     """
@@ -81,7 +81,7 @@ def probabilities(outputs: Tensor, softmax_temperature: float = 1.0) -> Tensor:
     Returns:
         Probabilities, shape `(N, C)`; every row sums to 1.
 
-    Example:
+    Examples:
         >>> probabilities(torch.tensor([[0.0, 3.0]]), softmax_temperature=1.5)
         tensor([[0.1192, 0.8808]])
     """
@@ -104,7 +104,7 @@ def residuals(outputs: Tensor, targets: Tensor, softmax_temperature: float = 1.0
     Returns:
         Residuals, shape `(N, C)`; every row sums to 0.
 
-    Example:
+    Examples:
         >>> residuals(torch.zeros(1, 2), torch.tensor([1]))
         tensor([[-0.5000,  0.5000]])
     """
@@ -125,7 +125,7 @@ def neighbor_weights(distances: Tensor, sigma: float) -> Tensor:
     Returns:
         Weights, shape `(B, k)`: 0 for missing neighbours, each row sums to 1, or to 0 if it has no neighbour at all.
 
-    Example:
+    Examples:
         >>> neighbor_weights(torch.tensor([[0.0, 1.0, float("inf")]]), sigma=1.0)
         tensor([[0.7311, 0.2689, 0.0000]])
     """
@@ -154,7 +154,7 @@ def weighted_residual(positions: Tensor, weights: Tensor, values: Tensor) -> Ten
     Returns:
         Sums, shape `(B, C)`, float32 (float64 for a float64 table).
 
-    Example:
+    Examples:
         >>> table = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         >>> weighted_residual(torch.tensor([[1, 0, -1]]), torch.tensor([[0.75, 0.25, 0.0]]), table)
         tensor([[0.2500, 0.7500]])
@@ -190,7 +190,7 @@ def weighted_labels(positions: Tensor, weights: Tensor, targets: Tensor, num_cla
     Returns:
         Shape `(B, C)`, in the dtype of the weights.
 
-    Example:
+    Examples:
         >>> weighted_labels(torch.tensor([[0, 1]]), torch.tensor([[0.75, 0.25]]), torch.tensor([2, 0]), 3)
         tensor([[0.2500, 0.0000, 0.7500]])
     """
@@ -214,7 +214,7 @@ def combine(base: Tensor, residual: Tensor, strength: float | Tensor = 1.0) -> T
     Returns:
         Shape `(B, C)`. For probabilities every row sums to 1, but entries may lie below 0 or above 1.
 
-    Example:
+    Examples:
         >>> combine(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.2, -0.2]]))
         tensor([[0.7000, 0.3000]])
     """
@@ -237,7 +237,7 @@ def log_predictions(combined: Tensor, base: Tensor, floor: float = FLOOR) -> Ten
     Returns:
         Finite log-probabilities, shape `(B, C)`; `argmax` is that of `combined`.
 
-    Example:
+    Examples:
         >>> log_predictions(torch.tensor([[1.25, -0.25]]), torch.tensor([[0.75, 0.25]])).exp()
         tensor([[0.9804, 0.0196]])
     """
@@ -261,7 +261,7 @@ def proper_probabilities(combined: Tensor, base: Tensor, floor: float = FLOOR) -
     Returns:
         Probabilities, shape `(B, C)`; every row sums to 1, and `argmax` is that of `combined`, exactly.
 
-    Example:
+    Examples:
         >>> proper_probabilities(torch.tensor([[1.25, -0.25]]), torch.tensor([[0.75, 0.25]]))
         tensor([[0.9804, 0.0196]])
     """
@@ -285,7 +285,7 @@ def negative_log_likelihood(combined: Tensor, base: Tensor, targets: Tensor, flo
     Returns:
         Nats, shape `(B,)`.
 
-    Example:
+    Examples:
         >>> negative_log_likelihood(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.5, 0.5]]), torch.tensor([0]))
         tensor([0.6931])
     """

@@ -68,7 +68,7 @@ def memorize(
     Returns:
         Base and memory as one LightningModule.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from torch.utils.data import DataLoader, TensorDataset

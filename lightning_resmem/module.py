@@ -52,7 +52,7 @@ class ResMemModule(L.LightningModule):
         EmptyMemoryError: If the memory has no rows.
         StaleMemoryError: If the memory was filled with other weights than the base has.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from lightning_resmem import LocalMemory, ResMemParams

@@ -31,7 +31,7 @@ class Gate:
     Raises:
         InputError: If a value is not a finite number.
 
-    Example:
+    Examples:
         >>> gate = Gate(distance=-1.0)
         >>> probabilities = torch.tensor([[0.5, 0.5], [0.5, 0.5]])
         >>> gate.factors(Multiclass(), probabilities, distances=torch.tensor([0.0, 3.0]), sigma=1.0)
@@ -91,7 +91,7 @@ class ResMemParams:
     Raises:
         InputError: If a value is out of its range.
 
-    Example:
+    Examples:
         >>> ResMemParams(k=53, sigma=0.7, softmax_temperature=1.4)
         ResMemParams(k=53, sigma=0.7, softmax_temperature=1.4, strength=1.0, gate=None)
     """

@@ -43,7 +43,7 @@ class ResMemPredictor:
         StorageError: If the memory cannot be loaded.
         StaleMemoryError: If it was filled with other weights than the base has.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from lightning_resmem import ResMemParams
         >>> class Net(L.LightningModule):

@@ -90,7 +90,7 @@ class Task(ABC):
 class Multiclass(Task):
     """One label out of `C`: residuals are `onehot(y) - softmax(f(x) / T)`.
 
-    Example:
+    Examples:
         >>> Multiclass().predict(torch.tensor([[0.0, 0.0]]))
         tensor([[0.5000, 0.5000]])
     """
@@ -154,7 +154,7 @@ class Multiclass(Task):
 class Multilabel(Task):
     """Any number of `C` labels a row: residuals are `y - sigmoid(f(x) / T)`; the score is the share of right labels.
 
-    Example:
+    Examples:
         >>> Multilabel().residuals(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]))
         tensor([[ 0.5000, -0.5000]])
     """
@@ -202,7 +202,7 @@ class Multilabel(Task):
 class Regression(Task):
     """Real-valued outputs: residuals are `y - f(x)`, the score is the mean squared error (lower is better).
 
-    Example:
+    Examples:
         >>> Regression().residuals(torch.tensor([[1.0]]), torch.tensor([[3.0]]))
         tensor([[2.]])
     """

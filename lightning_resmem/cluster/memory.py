@@ -67,7 +67,7 @@ class RayMemory(ShardedMemory):
     Raises:
         InputError: If an argument is not one of these.
 
-    Example:
+    Examples:
         >>> memory = RayMemory(num_shards=2, params=ResMemParams(k=50, sigma=0.5), placement="PACK")
         >>> len(memory)
         0

@@ -22,7 +22,7 @@ def shards_of(ids: Tensor, num_shards: int) -> Tensor:
     Returns:
         Shape `(n,)`, int64, in `[0, num_shards)`.
 
-    Example:
+    Examples:
         >>> shards_of(torch.arange(0, 80_000, 8), 4).bincount().tolist()
         [2538, 2427, 2503, 2532]
     """
@@ -37,7 +37,7 @@ def shards_of(ids: Tensor, num_shards: int) -> Tensor:
 def split(ids: Tensor, num_shards: int) -> list[Tensor]:
     """Positions in `ids` `(n,)` of the rows of each shard, in their order.
 
-    Example:
+    Examples:
         >>> [part.tolist() for part in split(torch.arange(6), 2)]
         [[0, 2, 3, 4, 5], [1]]
     """
@@ -57,7 +57,7 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tenso
     Returns:
         Distances, ascending, and ids, both `(B, min(k, sum of m))`; missing places come last.
 
-    Example:
+    Examples:
         >>> near = torch.tensor([[1.0, 3.0]]), torch.tensor([[7, 2]])
         >>> far = torch.tensor([[1.0, torch.inf]]), torch.tensor([[4, -1]])
         >>> merge([near, far], k=3)
@@ -88,7 +88,7 @@ def assign(nodes: Sequence[str], num_shards: int) -> list[int]:
         The shard of each place; every shard has equally many. No node holds two copies of a shard, unless it has more
         than `num_shards` places.
 
-    Example:
+    Examples:
         >>> assign(["a", "b", "a", "b"], num_shards=2)
         [0, 0, 1, 1]
     """

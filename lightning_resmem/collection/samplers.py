@@ -39,7 +39,7 @@ def training_positions(loader: DataLoader[Any]) -> Sequence[int]:
     Raises:
         InputError: If that cannot be told from its sampler.
 
-    Example:
+    Examples:
         >>> data = torch.utils.data.TensorDataset(torch.arange(4))
         >>> training_positions(DataLoader(data, batch_size=2, shuffle=True, drop_last=True))
         range(0, 4)
@@ -138,7 +138,7 @@ def num_unpadded_rows(loader: Any) -> int | None:
 def row_positions(loader: Any) -> range | None:
     """The dataset positions of this rank's rows in the order an evaluation loader reads them; None if it is not known.
 
-    Example:
+    Examples:
         >>> row_positions(DataLoader(torch.utils.data.TensorDataset(torch.arange(3)), batch_size=2))
         range(0, 3)
     """

@@ -72,7 +72,7 @@ def influence(
     Raises:
         InputError: If the memory has no such row, shapes do not fit, or a gate needs outputs.
 
-    Example:
+    Examples:
         >>> from lightning_resmem import LocalMemory
         >>> memory = LocalMemory(params=ResMemParams(k=1))
         >>> memory.add(torch.eye(2), outputs=torch.zeros(2, 2), targets=torch.tensor([0, 1]))
@@ -125,7 +125,7 @@ def usefulness(
     Raises:
         InputError: If shapes or dtypes do not fit.
 
-    Example:
+    Examples:
         >>> from lightning_resmem import LocalMemory
         >>> memory = LocalMemory(params=ResMemParams(k=1))
         >>> memory.add(torch.eye(2), outputs=torch.zeros(2, 2), targets=torch.tensor([0, 0]))

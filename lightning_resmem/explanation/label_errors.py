@@ -51,7 +51,7 @@ def label_errors(
     Raises:
         InputError: If `by` is not known, an id is not in the memory, or validation rows are missing or not needed.
 
-    Example:
+    Examples:
         >>> from lightning_resmem import LocalMemory
         >>> memory = LocalMemory()
         >>> memory.add(torch.tensor([[0.0], [0.1], [0.2]]), torch.zeros(3, 2), torch.tensor([0, 1, 0]))

@@ -198,7 +198,7 @@ def explain(
     Raises:
         InputError: If shapes or dtypes do not fit, or `top` is below 1.
 
-    Example:
+    Examples:
         >>> from lightning_resmem import LocalMemory, ResMemParams
         >>> memory = LocalMemory(params=ResMemParams(k=2))
         >>> memory.add(torch.eye(2), outputs=torch.zeros(2, 2), targets=torch.tensor([0, 1]))

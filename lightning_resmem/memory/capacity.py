@@ -37,7 +37,7 @@ def check_capacity(needed: dict[str, int], available: int | None, copies: int = 
     Returns:
         What is needed, in words.
 
-    Example:
+    Examples:
         >>> check_capacity({"keys": 2**30, "values": 2**29}, available=2**40)
         '1.50 GiB (keys 1.00 GiB, values 0.50 GiB)'
     """
@@ -59,7 +59,7 @@ def check_capacity(needed: dict[str, int], available: int | None, copies: int = 
 def size(count: int) -> str:
     """A number of bytes for people.
 
-    Example:
+    Examples:
         >>> size(3 * 2**20)
         '3.0 MiB'
     """

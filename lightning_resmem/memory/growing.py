@@ -13,7 +13,7 @@ class GrowingTensor:
     Chunks are copied into blocks of 32 MiB; `finish` joins the blocks one by one, freeing each as it goes. The peak is
     the bytes of the rows plus one block, whatever the number of chunks. With `reserve`, nothing is ever copied again.
 
-    Example:
+    Examples:
         >>> rows = GrowingTensor()
         >>> rows.append(torch.zeros(2, 3)); rows.append(torch.ones(1, 3))
         >>> len(rows), rows.finish().shape

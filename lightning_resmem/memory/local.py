@@ -51,7 +51,7 @@ class LocalMemory(ResidualMemory):
     Raises:
         InputError: If an argument is not one of these.
 
-    Example:
+    Examples:
         >>> memory = LocalMemory(params=ResMemParams(k=2, sigma=0.5))
         >>> memory.add(torch.eye(2), outputs=torch.zeros(2, 2), targets=torch.tensor([0, 1]))
         >>> memory.build()

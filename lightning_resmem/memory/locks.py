@@ -8,7 +8,7 @@ from contextlib import contextmanager
 class ReadWriteLock:
     """Many readers at a time, or one writer, who waits for them.
 
-    Example:
+    Examples:
         >>> lock = ReadWriteLock()
         >>> with lock.reading(), lock.reading():
         ...     pass

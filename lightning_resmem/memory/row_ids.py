@@ -17,7 +17,7 @@ class RowIds:
     Attributes:
         last: The largest id that was ever added, -1 before.
 
-    Example:
+    Examples:
         >>> ids = RowIds()
         >>> ids.append(torch.tensor([3, 7])); ids.append(torch.tensor([5]))
         >>> ids.sort()

@@ -21,7 +21,7 @@ class Reliability(Sums):
     Args:
         num_bins: Equally wide bins of confidence from 0 to 1.
 
-    Example:
+    Examples:
         >>> metric = Reliability()
         >>> metric.update(torch.tensor([0.9, 0.9]), torch.tensor([True, False]))
         >>> metric.compute().calibration_error
@@ -51,7 +51,7 @@ class NeighborhoodAccuracy(Metric):
     Args:
         num_bins: In how many groups of equally many rows the distances are cut.
 
-    Example:
+    Examples:
         >>> metric = NeighborhoodAccuracy(num_bins=2)
         >>> right, wrong = [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]
         >>> metric.update(torch.tensor([0.1, 5.0]), torch.tensor([right, wrong]))

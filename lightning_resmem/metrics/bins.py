@@ -64,7 +64,7 @@ def neighborhoods(distances: Tensor, scores: Tensor, num_bins: int = 10) -> Neig
         scores: Of each row for base, knn and resmem, such as 1 for right and 0 for wrong; shape `(B, 3)`.
         num_bins: `M`.
 
-    Example:
+    Examples:
         >>> near, far = [1.0, 1.0, 1.0], [1.0, 0.0, 0.0]
         >>> found = neighborhoods(torch.tensor([0.1, 5.0, 0.2, 4.0]), torch.tensor([near, far, near, far]), num_bins=2)
         >>> found.upper, found.scores
@@ -95,7 +95,7 @@ def reliability(confidences: Tensor, right: Tensor, num_bins: int = 15) -> Tenso
     Returns:
         Sums over the rows of each bin of (1, confidence, right), shape `(M, 3)`.
 
-    Example:
+    Examples:
         >>> sums = reliability(torch.tensor([0.9, 0.7]), torch.tensor([1, 0]), num_bins=2)
         >>> bins = ReliabilityBins.from_sums(sums)
         >>> bins.counts, bins.accuracies, bins.calibration_error

@@ -37,7 +37,7 @@ def is_right(predictions: Tensor, targets: Tensor) -> Tensor:
     Returns:
         bool, in the shape of the targets.
 
-    Example:
+    Examples:
         >>> is_right(torch.tensor([[0.2, 0.8], [0.6, 0.4]]), torch.tensor([1, 1]))
         tensor([ True, False])
     """
@@ -55,7 +55,7 @@ def labels(predictions: Tensor, targets: Tensor) -> Tensor:
     Returns:
         In the shape of the targets; bool in multilabel tasks.
 
-    Example:
+    Examples:
         >>> labels(torch.tensor([[0.2, 0.8], [0.6, 0.4]]), torch.tensor([1, 1]))
         tensor([1, 0])
     """
@@ -74,7 +74,7 @@ def all_right(predictions: Tensor, targets: Tensor) -> Tensor:
     Returns:
         bool, shape `(B,)`.
 
-    Example:
+    Examples:
         >>> all_right(torch.tensor([[0.2, 0.8]]), torch.tensor([[1, 1]]))
         tensor([False])
     """
@@ -87,7 +87,7 @@ def turned_right(base: Tensor, resmem: Tensor, targets: Tensor) -> Tensor:
     Returns:
         bool, in the shape of the targets.
 
-    Example:
+    Examples:
         >>> turned_right(torch.tensor([0, 0]), torch.tensor([1, 0]), torch.tensor([1, 0]))
         tensor([ True, False])
     """
@@ -105,7 +105,7 @@ def positive_flip_rate(base: Tensor, resmem: Tensor, targets: Tensor) -> Tensor:
     Returns:
         Scalar. It minus the `negative_flip_rate` is the gain in accuracy.
 
-    Example:
+    Examples:
         >>> positive_flip_rate(torch.tensor([0, 0, 1]), torch.tensor([1, 0, 0]), torch.tensor([1, 0, 1]))
         tensor(0.3333)
     """
@@ -127,7 +127,7 @@ def negative_flip_rate(base: Tensor, resmem: Tensor, targets: Tensor) -> Tensor:
     Returns:
         Scalar.
 
-    Example:
+    Examples:
         >>> negative_flip_rate(torch.tensor([0, 0, 1]), torch.tensor([1, 0, 0]), torch.tensor([1, 0, 1]))
         tensor(0.3333)
     """
@@ -145,7 +145,7 @@ def negative_log_likelihoods(probabilities: Tensor, targets: Tensor) -> Tensor:
     Returns:
         Shape `(B,)`.
 
-    Example:
+    Examples:
         >>> negative_log_likelihoods(torch.tensor([[0.5, 0.5]]), torch.tensor([0]))
         tensor([0.6931])
     """
@@ -166,7 +166,7 @@ def brier_scores(probabilities: Tensor, targets: Tensor) -> Tensor:
     Returns:
         Shape `(B,)`.
 
-    Example:
+    Examples:
         >>> brier_scores(torch.tensor([[0.8, 0.2]]), torch.tensor([0]))
         tensor([0.0800])
     """
@@ -187,7 +187,7 @@ def top_k_right(probabilities: Tensor, targets: Tensor, k: int) -> Tensor:
     Returns:
         bool, shape `(B,)`.
 
-    Example:
+    Examples:
         >>> top_k_right(torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([1]), k=2)
         tensor([True])
     """
@@ -207,7 +207,7 @@ def f1_counts(predictions: Tensor, targets: Tensor, num_classes: int) -> Tensor:
     Returns:
         Shape `(3, C)`, int64. Unlike torchmetrics', it takes no `(C, C)` matrix on the way.
 
-    Example:
+    Examples:
         >>> f1_counts(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), num_classes=2)
         tensor([[1, 1], [1, 2], [2, 1]])
     """
@@ -228,7 +228,7 @@ def macro_f1(counts: Tensor) -> Tensor:
     Returns:
         Scalar, float64; classes that were neither predicted nor labelled are left out.
 
-    Example:
+    Examples:
         >>> macro_f1(torch.tensor([[1, 1], [1, 2], [2, 1]]))
         tensor(0.6667, dtype=torch.float64)
     """
@@ -247,7 +247,7 @@ def absolute_errors(predictions: Tensor, targets: Tensor) -> Tensor:
     Returns:
         Shape `(B,)`.
 
-    Example:
+    Examples:
         >>> absolute_errors(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.5, 2.0]]))
         tensor([0.2500])
     """
@@ -264,7 +264,7 @@ def r2(sums: Tensor, rows: Tensor) -> Tensor:
     Returns:
         Scalar; outputs whose targets are all equal are left out, and NaN if none is left.
 
-    Example:
+    Examples:
         >>> target, prediction = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 2.0])
         >>> sums = torch.stack([target, target.square(), (target - prediction).square()]).sum(dim=1, keepdim=True)
         >>> r2(sums, torch.tensor(3))

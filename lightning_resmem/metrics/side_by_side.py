@@ -47,7 +47,7 @@ class ResMemMetrics(WrapperMetric):
     Raises:
         InputError: If `metrics` holds something else, or a name that is taken.
 
-    Example:
+    Examples:
         >>> from lightning_resmem import Multiclass
         >>> metrics = ResMemMetrics(Multiclass(), num_outputs=2)
         >>> right, wrong = torch.tensor([[0.1, 0.9]]), torch.tensor([[0.9, 0.1]])

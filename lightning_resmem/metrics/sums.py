@@ -30,7 +30,7 @@ class Sums(Metric):
 class PositiveFlipRate(Sums):
     """The share of rows (in multilabel tasks: of labels) that the base had wrong and resmem has right.
 
-    Example:
+    Examples:
         >>> metric = PositiveFlipRate()
         >>> metric.update(base=torch.tensor([0, 0]), resmem=torch.tensor([1, 0]), targets=torch.tensor([1, 1]))
         >>> metric.compute()
@@ -65,7 +65,7 @@ class NegativeFlipRate(PositiveFlipRate):
     Regression-Free Model Updates", https://arxiv.org/abs/2011.09161; Xie et al. 2021, "Regression Bugs Are In Your
     Model! Measuring, Reducing and Analyzing Regressions In NLP Model Updates", ACL 2021.
 
-    Example:
+    Examples:
         >>> metric = NegativeFlipRate()
         >>> metric.update(base=torch.tensor([0, 0]), resmem=torch.tensor([1, 0]), targets=torch.tensor([0, 0]))
         >>> metric.compute()
@@ -81,7 +81,7 @@ class NegativeFlipRate(PositiveFlipRate):
 class MeanScores(Sums):
     """Mean scores of base, knn and resmem, and the gain of resmem over the base with its standard error.
 
-    Example:
+    Examples:
         >>> metric = MeanScores()
         >>> metric.update(torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]]))
         >>> {name: round(value.item(), 4) for name, value in metric.compute().items()}
@@ -116,7 +116,7 @@ class RowMean(Sums):
     Args:
         function: `function(predictions (B, C), targets)` returns a number for each row, shape `(B,)`.
 
-    Example:
+    Examples:
         >>> metric = RowMean(functional.brier_scores)
         >>> metric.update(torch.tensor([[0.5, 0.5]]), torch.tensor([0]))
         >>> metric.compute()

@@ -21,7 +21,7 @@ def fingerprint(model: nn.Module) -> str:
     Returns:
         64 hexadecimal digits.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(2, 2)
         >>> before = fingerprint(layer)
         >>> _ = layer.weight.data.add_(1.0)

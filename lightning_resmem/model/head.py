@@ -35,7 +35,7 @@ class HeadTap:
     Raises:
         HeadError: If a name is not a module of the model, or one that cannot be hooked.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> tap = HeadTap(model, head="2")
         >>> with tap.capture():

@@ -52,7 +52,7 @@ class Chart:
 def bar_chart(title: str, counts: Sequence[int], x_label: str, y_label: str) -> Chart:
     """A bar for each of 0, 1, 2, ...
 
-    Example:
+    Examples:
         >>> bar_chart("Labels", [3, 1], "class", "rows").summary
         'From 1 rows (1) to 3 rows (0).'
     """
@@ -68,7 +68,7 @@ def bar_chart(title: str, counts: Sequence[int], x_label: str, y_label: str) -> 
 def histogram(title: str, values: NDArray[np.float64], x_label: str, y_label: str) -> Chart:
     """How often values occur, in 30 bins from the smallest to the largest.
 
-    Example:
+    Examples:
         >>> histogram("Norms", np.array([0.0, 1.0, 4.0]), "norm", "rows").summary
         'Median 1, middle half 0.5 to 2.5, range 0 to 4.'
     """

@@ -28,7 +28,7 @@ def multiclass_sweep(
     Returns:
         Whether the prediction is right (bool) and its negative log-likelihood, both `(S, V)`.
 
-    Example:
+    Examples:
         >>> base, residual = torch.tensor([[0.75, 0.25]]), torch.tensor([[-0.5, 0.5]])
         >>> multiclass_sweep(base, residual, [0.0, 1.0], torch.tensor([1]))[0]
         tensor([[False],

@@ -36,7 +36,7 @@ class Candidates(NamedTuple):
 def standard_error(squares: Tensor, means: Tensor, rows: int) -> Tensor:
     """The standard error of means over rows, from means of squares; infinite for a single row.
 
-    Example:
+    Examples:
         >>> standard_error(torch.tensor([0.5]), torch.tensor([0.5]), rows=2)
         tensor([0.5000])
     """

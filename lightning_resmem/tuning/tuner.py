@@ -127,7 +127,7 @@ class GridTuner(Tuner):
     Raises:
         InputError: If an argument is out of range.
 
-    Example:
+    Examples:
         >>> from lightning_resmem import LocalMemory
         >>> memory = LocalMemory()
         >>> memory.add(torch.eye(2), torch.zeros(2, 2), torch.tensor([0, 1]))

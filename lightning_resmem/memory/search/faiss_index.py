@@ -121,7 +121,7 @@ def choose(
     Returns:
         What to build, None for exact search, and the reason.
 
-    Example:
+    Examples:
         >>> choose(45_000, 64, torch.device("cpu"), 2**34, installed=True)
         (None, 'exact: 45000 x 64 keys are searched in milliseconds')
     """
