@@ -249,7 +249,7 @@ def _stale(file: Path) -> None:
 def _of_fewer_rows(file: Path) -> None:
     other = _memory("HNSW8", rows=100).save(file.parent.parent / "other") / file.name
     file.write_bytes(other.read_bytes())
-    _edited(file.parent, lambda manifest: manifest["extra"][file.name].update(sha256=disk.sha256(file)))
+    _edited(file.parent, lambda manifest: manifest["extra"][file.name].update(sha256=tensor_file.sha256(file)))
 
 
 @pytest.mark.parametrize(
