@@ -10,8 +10,8 @@ from lightning_resmem.errors import InputError
 from lightning_resmem.functional import combine, neighbor_weights
 from lightning_resmem.memory.answers import Neighbors
 from lightning_resmem.memory.checks import as_ids, as_tensor, check_shapes
-from lightning_resmem.memory.contributions import fetch_neighbors, per_neighbor, row_residuals
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
+from lightning_resmem.memory.single_rows import fetch_neighbors, per_neighbor, row_residuals
 from lightning_resmem.params import ResMemParams, checked_k
 from lightning_resmem.tasks import Multiclass, Regression, Task, check_finite
 

@@ -14,8 +14,8 @@ from lightning_resmem.explanation.class_names import class_name
 from lightning_resmem.functional import neighbor_weights
 from lightning_resmem.memory.answers import Neighbors, Predictions
 from lightning_resmem.memory.checks import as_tensor
-from lightning_resmem.memory.contributions import fetch_neighbors, per_neighbor, row_residuals
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
+from lightning_resmem.memory.single_rows import fetch_neighbors, per_neighbor, row_residuals
 from lightning_resmem.params import checked_k
 from lightning_resmem.tasks import Multiclass, Task
 

@@ -14,8 +14,8 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning_resmem.errors import InputError, StorageError, check_type
 from lightning_resmem.explanation.pictures import Picture
 from lightning_resmem.memory.answers import Predictions
-from lightning_resmem.memory.contributions import fetch_neighbors
 from lightning_resmem.memory.interface import ResidualMemory
+from lightning_resmem.memory.single_rows import fetch_neighbors
 from lightning_resmem.metrics.evaluation import Evaluation, Flip
 from lightning_resmem.reporting.summary import score_rows
 from lightning_resmem.trainer.processes import runs_elsewhere

@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_resmem.errors import InputError
 from lightning_resmem.functional import combine
 from lightning_resmem.memory.answers import Neighbors
-from lightning_resmem.memory.contributions import fetch_neighbors
 from lightning_resmem.memory.interface import ResidualMemory
+from lightning_resmem.memory.single_rows import fetch_neighbors
 from lightning_resmem.metrics.functional import is_right
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Multiclass, Regression
