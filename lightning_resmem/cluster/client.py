@@ -62,8 +62,8 @@ class ShardClient:
         Returns:
             The address of the cluster, the name of the pool, and Ray's mode of authentication: for `follow`.
         """
+        from lightning_resmem.cluster.connecting import reach
         from lightning_resmem.cluster.pool import Pool
-        from lightning_resmem.cluster.reach import reach
 
         config = self.config
         places = config.num_shards * config.replicas

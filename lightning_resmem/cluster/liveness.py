@@ -1,4 +1,4 @@
-"""Which shards answer: a dead one is noticed here, left alone until it is back, and told to copy rows that it lost."""
+"""Which shards answer: one that a request found dead is left alone until it is back, and told to copy lost rows."""
 
 import random
 import threading

@@ -13,7 +13,7 @@ from lightning_resmem.cluster.client import in_store
 from lightning_resmem.cluster.config import PoolConfig, absolute
 from lightning_resmem.cluster.files import from_files, to_files
 from lightning_resmem.cluster.merging import PendingSearch, overview, total
-from lightning_resmem.cluster.sharded import ShardedMemory
+from lightning_resmem.cluster.sharded_memory import ShardedMemory
 from lightning_resmem.functional import neighbor_weights
 from lightning_resmem.memory.answers import Neighbors
 from lightning_resmem.memory.checks import as_ids, checked_changes, checked_rows, repeated
@@ -294,8 +294,8 @@ class RayMemory(ShardedMemory):
             InputError: If there is no such pool, or an argument is wrong.
             ShardUnavailableError: If a shard of it does not answer.
         """
+        from lightning_resmem.cluster.connecting import reach
         from lightning_resmem.cluster.pool import Pool
-        from lightning_resmem.cluster.reach import reach
 
         given: dict[str, Any] = {"request_timeout_s": request_timeout_s, "on_shard_loss": on_shard_loss}
         cls(address=address, namespace=namespace, name=name, **given)  # refuses what is wrong before it is used
