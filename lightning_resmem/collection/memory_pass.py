@@ -18,8 +18,9 @@ from lightning_resmem.collection.loaders import Part
 from lightning_resmem.collection.ranks import Ranks
 from lightning_resmem.errors import InputError
 from lightning_resmem.model.batches import TRANSFER_HOOKS, BatchReader
-from lightning_resmem.model.head import HeadTap, check_returned
+from lightning_resmem.model.head import HeadTap
 from lightning_resmem.model.modes import evaluation_mode
+from lightning_resmem.model.returned import check_returned
 from lightning_resmem.progress import progress_bar
 
 # Rows wait until there are so many bytes of them, so that a memory's checks are not paid for every batch.
@@ -166,9 +167,8 @@ class Pass:
             self.tap.clear()
             returned = self._reader.run(model, batch)
             captured = self.tap.take()
-        head = self._reader.head
-        if head is not None and index == 0 and self._reader.returns_outputs(model):
-            check_returned(model, head, captured, returned)
+        if index == 0:
+            check_returned(model, self.tap.head, *captured, returned, self._reader.returns_outputs(model))
         targets = self._reader.targets(batch)
         count = len(captured.embedding)
         if not targets.ndim or len(targets) != count:
