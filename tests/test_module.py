@@ -357,7 +357,7 @@ def test_a_base_without_a_forward_takes_batches(tmp_path):
     data, resmem = Data(), combined(NoForward, tmp_path)
     wanted = Trained(resmem.base).predict(data.train, data.test[0], resmem.memory.params)
     assert np.array_equal(resmem(data.test).argmax(dim=1), wanted.resmem.argmax(axis=1))
-    with pytest.raises(InputError, match="NoForward has no forward, so ResMemModule takes a batch .*got 2 arguments"):
+    with pytest.raises(InputError, match=r"NoForward has no forward, so ResMemModule takes a batch .*got 2 arguments"):
         resmem(*data.test)
     with pytest.raises(InputError, match="NoForward has no forward, so ResMemModule takes a batch"):
         resmem(data.test[0])

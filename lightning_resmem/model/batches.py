@@ -55,7 +55,7 @@ class BatchReader:
         targets = self.targets_fn(batch) if self.targets_fn is not None else _default_targets(batch)
         try:
             return torch.as_tensor(targets)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, KeyError):
             raise InputError(
                 f"The targets of a batch are a {type(targets).__name__}, not a tensor: give a targets_fn that "
                 "returns one."
@@ -73,7 +73,7 @@ class BatchReader:
         ids = self.ids_fn(batch)
         try:
             return torch.as_tensor(ids)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, KeyError):
             raise InputError(f"ids_fn returned a {type(ids).__name__} for a batch, expected a tensor of ids.") from None
 
     def count_rows(self, batch: Any) -> int:

@@ -206,7 +206,7 @@ class HeadTap:
         if embedding.ndim != 2:
             raise HeadError(
                 f"{name} has shape {tuple(embedding.shape)}, expected (B, D): one vector for every row. Name a module "
-                "with such an output (or a spatial one, which is average-pooled) with embedding=."
+                "with such an output (or a feature map, which is averaged) with embedding=."
             )
         if not isinstance(output, Tensor) or output.ndim != 2:
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
