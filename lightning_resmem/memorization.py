@@ -113,7 +113,7 @@ class Memorizer:
         loaders: Any,
         limit_batches: int | None = None,
         metrics: MetricCollection | None = None,
-    ) -> None:
+    ) -> str | None:
         """Find out with two rows what would fail in `run` or afterwards.
 
         Args:
@@ -122,12 +122,16 @@ class Memorizer:
             loaders: The training rows.
             limit_batches: As for `run`.
             metrics: Users' own, which will see such rows.
+
+        Returns:
+            The name of the head, unless reading two rows would use them up.
         """
         reading = self._reading(trainer, model)
         parts = self._plan(reading, loaders, limit_batches)
         all_rows = _count_rows(reading.ranks, parts)
         with reading.ranks.together("rehearsing the memory pass on two rows"):
             self._sample(reading, parts, all_rows, metrics)
+        return None if reading.tap is None else reading.tap.head
 
     def run(
         self,
