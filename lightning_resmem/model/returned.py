@@ -63,6 +63,7 @@ def check_returned(
         compare_widths: Whether a matrix of another width than the head's cannot be right either.
     """
     found = [t for t in tensors(returned) if t.is_floating_point() and t.ndim and len(t) == len(output)]
+    found = [tensor.detach().to(output.device) for tensor in found]  # parts of a model may be on other devices
     if any(same(output, tensor) for tensor in found):
         return
     found = [tensor for tensor in found if not _equal(tensor, embedding)]
@@ -128,4 +129,4 @@ def _relation(output: Tensor, returned: Tensor) -> str:
 
 
 def _equal(tensor: Tensor, other: Tensor) -> bool:
-    return tensor.shape == other.shape and torch.equal(tensor.to(other.dtype), other)
+    return tensor.shape == other.shape and torch.equal(tensor.to(other), other)

@@ -692,9 +692,8 @@ def test_evaluation_mode_switches_off_dropout_and_batch_statistics():
 
 
 @pytest.mark.parametrize(
-    ("argument", "name"), [("embedding", "net.bod"), ("embedding", "net.body.O"), ("head", "net.fcc")]
+    ("argument", "name", "meant"), [("embedding", "net.bodies", "net.body"), ("head", "net.fcc", "net.fc")]
 )
-def test_the_name_that_was_meant_is_suggested(argument, name):
-    meant = {"net.bod": "net.body", "net.body.O": "net.body.0", "net.fcc": "net.fc"}[name]
+def test_the_name_that_was_meant_is_suggested(argument, name, meant):
     with pytest.raises(HeadError, match=f"Did you mean '{re.escape(meant)}'"):
         HeadTap(Returning(lambda h, o: o), **{"head": "net.fc", argument: name})
