@@ -164,7 +164,9 @@ class ResMemCallback(Callback):
         head = self._memorizer(trainer).rehearse(trainer, pl_module, loaders, limit_batches, self._metrics)
         self._first_loss = None if head is None else FirstLoss(pl_module, head, self._reader)
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, _: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self._first_loss is not None:
             self._first_loss.watch(batch)
 
