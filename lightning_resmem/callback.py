@@ -63,7 +63,8 @@ class ResMemCallback(Callback):
             `trainer.test(ckpt_path="best")`.
         dirpath: Where the memory is saved after the pass; a memory that is there is replaced. By default beside the
             trainer's `checkpoints` directory, if it writes checkpoints, with a version if there is one already.
-        name: Tells several callbacks on one trainer apart; also the name of the default directory.
+        name: Tells several callbacks on one trainer apart, of which no two may have the same ("Found more than one
+            stateful callback", the Trainer says); also the name of the default directory.
         route: Whether the model's own metrics see the combined prediction. Of several callbacks only one may.
         metrics: Your own torchmetrics metrics, reported as `{stage}/{name}_base`, `_knn` and `_resmem`; see
             `ResMemMetrics`.
@@ -320,3 +321,11 @@ def _check_siblings(callbacks: list[ResMemCallback]) -> None:
             f"{len(callbacks)} ResMemCallbacks would each replace the head's output. Keep one of them, and give the "
             'others name="..." and route=False: they fill memories and log scores of their own under that name.'
         )
+    for index, callback in enumerate(callbacks):
+        twin = next((other for other in callbacks[:index] if other._name == callback._name), None)
+        if twin is not None:
+            raise InputError(
+                f"A {type(twin).__name__} and a {type(callback).__name__} on this Trainer both have "
+                f"name={callback._name!r}, under which each would save its memory and log its scores. Give one of them "
+                'another name: ResMemCallback(name="...").'
+            )

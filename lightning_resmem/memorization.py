@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import lightning.pytorch as L
@@ -14,6 +14,7 @@ from torchmetrics import MetricCollection
 from lightning_resmem.collection.loaders import Part, check_agreement, plan
 from lightning_resmem.collection.memory_pass import Chunk, Pass
 from lightning_resmem.collection.ranks import Ranks, check_strategy
+from lightning_resmem.collection.samplers import draws_unevenly
 from lightning_resmem.errors import InputError, ResMemWarning, check_type
 from lightning_resmem.memory.answers import Predictions
 from lightning_resmem.memory.base_quality import look_at_base
@@ -173,6 +174,11 @@ class Memorizer:
                 result = self._tune(reading, self.tuner, self._plan(reading, val_loaders, limit_val_batches))
             if self.tuner is not None and result is None and len(memory) >= _LEAST_ROWS:
                 result = self._tune_leave_one_out(reading.ranks, self.tuner, reading.show_progress)
+            if result is not None:
+                if result.balanced is not None and draws_unevenly([loaders, trainer.train_dataloader]):
+                    result = replace(result, balanced=result.balanced._replace(uneven=True))
+                memory.params = result.params
+                rank_zero_info(f"ResMem: {result.summary()}.")
             memory.publish()
             return result
         except BaseException as error:
@@ -255,18 +261,11 @@ class Memorizer:
             return None
         with reading.ranks.together("tuning"), working(reading.show_progress, "tuning"):
             embeddings, outputs, targets, _ = (torch.cat(column) for column in zip(*chunks, strict=True))
-            result = tuner.tune(self.memory, embeddings, outputs, targets, gather=reading.ranks.gather)
-        return self._tuned(result)
+            return tuner.tune(self.memory, embeddings, outputs, targets, gather=reading.ranks.gather)
 
     def _tune_leave_one_out(self, ranks: Ranks, tuner: Tuner, show_progress: bool) -> TuningResult:
         with ranks.together("tuning"), working(show_progress, "tuning"):
-            result = tuner.tune_leave_one_out(self.memory, gather=ranks.gather, rank=ranks.rank, num_ranks=ranks.size)
-        return self._tuned(result)
-
-    def _tuned(self, result: TuningResult) -> TuningResult:
-        self.memory.params = result.params
-        rank_zero_info(f"ResMem: {result.summary()}.")
-        return result
+            return tuner.tune_leave_one_out(self.memory, gather=ranks.gather, rank=ranks.rank, num_ranks=ranks.size)
 
     def _reading(self, trainer: L.Trainer, model: L.LightningModule) -> Pass:
         return Pass(trainer, model, self.reader, self.show_progress)

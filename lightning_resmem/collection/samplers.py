@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler, UnrepeatedDistributedSamplerWrapper
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import (
@@ -24,6 +25,8 @@ from lightning_resmem.errors import InputError
 
 # Epochs of an unknown sampler that are looked at; what `drop_last` drops differs from epoch to epoch.
 _EPOCHS = 10
+# Weights whose standard deviation is more than this share of their mean are far from equal.
+_UNEVEN = 1 / 3
 WAY_OUT = (
     "Give memory_dataloader=DataLoader(dataset, batch_size=..., shuffle=False) with the rows to memorize, each of them "
     "once."
@@ -46,10 +49,7 @@ def training_positions(loader: DataLoader[Any]) -> Sequence[int]:
         >>> training_positions(DataLoader(data, sampler=SubsetRandomSampler([3, 1])))
         [1, 3]
     """
-    sampler = _sampler(loader)
-    # Lightning's wrappers around the user's sampler have no public way to it.
-    if isinstance(sampler, (DistributedSamplerWrapper, UnrepeatedDistributedSamplerWrapper)):
-        sampler = sampler.dataset._sampler  # type: ignore[attr-defined]
+    sampler = _users_sampler(loader)
     if _draws_like(sampler, SequentialSampler, RandomSampler):
         return range(length(sampler.data_source))
     if _draws_like(sampler, DistributedSampler, UnrepeatedDistributedSampler):
@@ -65,6 +65,33 @@ def training_positions(loader: DataLoader[Any]) -> Sequence[int]:
         return _drawn(sampler, loader)
     everything = range(length(loader.dataset))
     return everything if len(rows) == len(everything) else rows
+
+
+def draws_unevenly(loaders: Any) -> bool:
+    """Whether a loader draws its rows with weights that are far from equal, as to balance classes.
+
+    Args:
+        loaders: In any collection; those without a `WeightedRandomSampler` are not looked at.
+
+    Examples:
+        >>> data = torch.utils.data.TensorDataset(torch.arange(4))
+        >>> draws_unevenly(DataLoader(data, sampler=WeightedRandomSampler([9.0, 1.0, 1.0, 1.0], 4)))
+        True
+    """
+    flat = [loader for loader in CombinedLoader(loaders).flattened if isinstance(loader, DataLoader)]
+    samplers = [sampler for sampler in map(_users_sampler, flat) if isinstance(sampler, WeightedRandomSampler)]
+    weights = [torch.as_tensor(sampler.weights, dtype=torch.float64) for sampler in samplers]
+    drawn = [part[part > 0] for part in weights]
+    return any(len(part) > 1 and bool(part.std() > _UNEVEN * part.mean()) for part in drawn)
+
+
+def _users_sampler(loader: DataLoader[Any]) -> Any:
+    """What draws the rows, without what Lightning wraps around it on several ranks."""
+    sampler = _sampler(loader)
+    # There is no public way to it.
+    if isinstance(sampler, (DistributedSamplerWrapper, UnrepeatedDistributedSamplerWrapper)):
+        sampler = sampler.dataset._sampler  # type: ignore[attr-defined]
+    return sampler
 
 
 def _sampler(loader: DataLoader[Any]) -> Any:

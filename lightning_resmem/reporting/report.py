@@ -79,7 +79,7 @@ class Report:
                 rich.print(*memory_summary(stats, seconds, tuning), sep="\n")
             step = trainer.global_step
             _each_wandb(trainer, "definitions", lambda run: wandb_report.hide_metrics(run, numbers))
-            log_hyperparameters(trainer, {self._name: hyperparameters(memory, stats)}, numbers)
+            log_hyperparameters(trainer, self._name, hyperparameters(memory, stats), numbers)
             if tuning is not None:
                 name = f"{self._name}/tuning"
                 log_figures(trainer, {name: lambda plots: plots.tuning_map(tuning)})
@@ -90,7 +90,7 @@ class Report:
                 if not any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
                     words = "log_memory_artifact=True, but the Trainer has no WandbLogger to log the memory to."
                     rank_zero_warn(f"ResMem: {words}", category=ResMemWarning)
-                artifact = "memory" if self._name == "resmem" else f"memory-{self._name}"
+                artifact = wandb_report.artifact_name(self._name)
                 _each_wandb(
                     trainer, "the memory", lambda run: wandb_report.log_memory(run, artifact, memory, directory)
                 )
@@ -174,11 +174,13 @@ def memory_numbers(
             {
                 f"tuning_{tuning.score_name}_base": tuning.base_score,
                 f"tuning_{tuning.score_name}_resmem": tuning.score,
-                "tuning_gain": tuning.score - tuning.base_score,
+                "tuning_gain": tuning.gain,
                 "tuning_gain_error": tuning.gain_error,
                 "tuning_rows": tuning.rows,
             }
         )
+        if tuning.balanced is not None and tuning.balanced.uneven:
+            numbers["tuning_balanced_acc_base"], numbers["tuning_balanced_acc_resmem"], *_ = tuning.balanced
         lost = chosen_flip_rate(tuning)
         if lost is not None:
             numbers["tuning_negative_flip_rate"] = lost

@@ -189,6 +189,12 @@ class Sweep:
         base, residual, nearest = (self._gather(part)[self._order] for part in (base, residual, nearest))
         return Pooled(base, residual, nearest, self._all_targets)
 
+    def predict(self, setting: ResMemParams) -> Tensor:
+        """What a setting, with its gate, predicts for the rows of this rank; shape `(V, C)`."""
+        ((_, _, base, residual),) = self._each([setting])
+        strength = setting.strengths(self.task, base, self.distances[:, 0].to(base.device))
+        return combine(base, residual, strength)
+
     def agreed(self, numbers: Sequence[float]) -> list[float]:
         """Numbers that every rank computed from the same rows, of one rank: others may differ in the last digit."""
         agreed: list[float] = self._gather(torch.tensor([numbers], dtype=torch.float64))[0].tolist()

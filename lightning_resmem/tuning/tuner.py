@@ -16,6 +16,7 @@ from lightning_resmem.memory.checks import as_ids, as_tensor, check_shapes
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Regression, Task, check_finite
+from lightning_resmem.tuning.balance import measure_balance
 from lightning_resmem.tuning.gate import with_gate
 from lightning_resmem.tuning.grid import Axes, GridSearch
 from lightning_resmem.tuning.interpolation import Residuals, measure_residuals
@@ -115,7 +116,8 @@ class GridTuner(Tuner):
             training rows.
         softmax_temperature: Divisors of the logits (without effect, and not tried, in regression).
         strength: Factors of the weighted residual.
-        objective: `"accuracy"` (the mean squared error in regression, also called `"mse"`), `"nll"`, the negative
+        objective: `"accuracy"` (the mean squared error in regression, also called `"mse"`), `"balanced_accuracy"`, in
+            which every class counts the same however few its rows (for `Multiclass`), `"nll"`, the negative
             log-likelihood (the squared error in regression), `"f1"`, its mean over classes, or any torchmetrics
             `Metric` of probabilities and targets.
         max_negative_flip_rate: Largest share of the rows (in multilabel tasks: of labels) that the base has right and
@@ -233,6 +235,13 @@ class GridTuner(Tuner):
         )
         if self.gate and choice.place:
             result = with_gate(result, sweep, self.max_negative_flip_rate)
+        result = replace(result, balanced=measure_balance(memory, rows, sweep, result.params, gather))
+        if _unbalances(result):
+            note = (
+                "balanced accuracy, in which every class counts the same, falls while accuracy does not: "
+                'GridTuner(objective="balanced_accuracy") keeps it'
+            )
+            result = replace(result, notes=(*result.notes, note))
         _warn(result, measure_residuals(memory, rows, gather))
         return result
 
@@ -272,8 +281,15 @@ def _warn(result: TuningResult, residuals: Residuals) -> None:
             f"A choice on fewer than {_FEW_ROWS} rows is mostly chance: give more validation rows, or set the params "
             "yourself."
         )
-    if result.params.strength == 0 or advice:
+    if result.params.strength == 0 or _unbalances(result) or advice:
         warnings.warn(" ".join([f"ResMem tuning: {result.summary()}.", *advice]), ResMemWarning, stacklevel=4)
+
+
+def _unbalances(result: TuningResult) -> bool:
+    """Whether rare classes pay for the gain of frequent ones, and another objective would not let them."""
+    if result.balanced is None or result.objective == "balanced_accuracy":
+        return False
+    return result.balanced.falls and result.gain >= 0
 
 
 def _is_number(value: object, least: float, most: float) -> bool:

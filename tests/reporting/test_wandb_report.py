@@ -151,7 +151,8 @@ def test_scores_stand_side_by_side(done, offline):
     for name, row in rows.items():
         for part in ("base", "knn", "resmem"):
             assert row[part] == pytest.approx(done.metrics[f"test/{name}_{part}"])
-        assert row["gain"] == pytest.approx(row["resmem"] - row["base"])
+        less_is_better = name in ("nll", "ece", "brier")
+        assert row["gain"] == pytest.approx((row["resmem"] - row["base"]) * (-1 if less_is_better else 1))
 
 
 def test_flipped_rows_stand_with_their_neighbours(done, offline):
