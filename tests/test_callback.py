@@ -662,6 +662,22 @@ def test_two_that_route_are_refused(root):
         trainer(root, ResMemCallback(), ResMemCallback(route=False))
 
 
+class Mine(ResMemCallback):
+    """Another class, so that the Trainer takes one with the same name beside it."""
+
+
+def test_two_callbacks_of_one_name_are_refused_before_training(root):
+    run = trainer(root, ResMemCallback(), Mine(route=False))
+    with pytest.raises(InputError, match=r"A ResMemCallback and a Mine .* both have name='resmem'.*name=\"\.\.\.\""):
+        run.fit(make(CallsSelf), datamodule=Data())
+    assert run.global_step == 0
+    run = trainer(root, ResMemCallback(name="a"))
+    run.callbacks.append(ResMemCallback(name="a", route=False))
+    with pytest.raises(InputError, match="name='a'"):
+        run.test(make(CallsSelf), datamodule=Data())
+    trainer(root, ResMemCallback(tuner=None), Mine(tuner=None, route=False, name="mine")).fit(make(CallsSelf), Data())
+
+
 def test_state_keys_and_default_directories_differ_by_name(root):
     first = ResMemCallback(memory_for(CallsSelf))
     second = ResMemCallback(memory_for(CallsSelf), name="second", route=False)
