@@ -69,7 +69,7 @@ class Evaluation:
     flips: tuple[Flip, ...]
     reliability: dict[str, ReliabilityBins]
     neighborhoods: Neighborhoods
-    less_is_better: frozenset[str] = LESS_IS_BETTER
+    less_is_better: tuple[str, ...] = LESS_IS_BETTER
 
     def gain_in(self, name: str) -> float:
         """How much better resmem is than the base in a score: above 0 if it is better, whatever the score.

@@ -17,7 +17,7 @@ UserMetrics = Metric | Sequence[Metric] | Mapping[str, Metric] | MetricCollectio
 COMMON = ("f1", "ece")
 _TOP_K = 5
 # Of the scores that are ours, by name: those of which less is better.
-LESS_IS_BETTER = frozenset({"mse", "mae", "nll", "brier", "ece"})
+LESS_IS_BETTER = ("mse", "mae", "nll", "brier", "ece")
 # Reported for `Multiclass`, but a name that users' own metrics may have.
 BALANCED = "balanced_acc"
 

@@ -137,7 +137,7 @@ class _Part:
             flips=first_flips(ranks.gather_objects(self._flips.found)),
             reliability={name: ReliabilityBins(*_on_cpu(of.reliability.compute())) for name, of in reliability.items()},
             neighborhoods=Neighborhoods(*_on_cpu(metrics.neighborhoods.compute())),
-            less_is_better=metrics.less_is_better,
+            less_is_better=tuple(sorted(metrics.less_is_better)),
         )
 
 

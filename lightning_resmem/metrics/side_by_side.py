@@ -133,7 +133,8 @@ class ResMemMetrics(WrapperMetric):
     @property
     def less_is_better(self) -> frozenset[str]:
         """The names of scores, without `_base` and so on, of which less is better; your own have to say so."""
-        return LESS_IS_BETTER & {self.task.score_name, *self.base.names} | self.base.users_less_is_better
+        ours = {self.task.score_name, *self.base.names}.intersection(LESS_IS_BETTER)
+        return self.base.users_less_is_better.union(ours)
 
     def reset(self) -> None:
         """Forget all rows."""
