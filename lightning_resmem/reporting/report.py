@@ -62,13 +62,13 @@ class Report:
             loaders: That it was filled from, for pictures of neighbours, if ids are positions in their datasets.
         """
         self._memory_loaders = loaders
-        if tuning is None and memory.tunable:
-            rank_zero_info(
-                f"ResMem: without a tuner, or without validation rows and with few others, params are measured, not "
-                f"tuned: k={memory.params.k}, sigma={memory.params.sigma:.4g}."
-            )
         with warn_only("the memory is not reported"):
             stats = memory.stats()
+            if tuning is None and memory.tunable:
+                rank_zero_info(
+                    f"ResMem: without a tuner, or without validation rows and with few others, params are measured, "
+                    f"not tuned: k={memory.params.k}, sigma={memory.params.sigma:.4g}."
+                )
             numbers = {
                 f"{self._name}/{name}": value for name, value in memory_numbers(memory, stats, tuning, seconds).items()
             } | memory.metrics()
