@@ -102,13 +102,12 @@ class ResMemModule(L.LightningModule):
             **kwargs: As for the base's `forward`.
         """
         captured = self._capture(lambda: self.base(*args, **kwargs), returns_outputs=True)
-        predictions = self.memory.predictions(*captured)
-        return self.memory.task.to_outputs(predictions.resmem, predictions.base)
+        return Answer.of(self.memory, *captured).combined(self.memory.task)
 
     def predictions(self, batch: Any) -> Predictions:
         """Base, knn and combined prediction for a batch as the loaders yield it, each of shape `(B, C)`."""
         _check_batch(batch)
-        return self.memory.predictions(*self._captured(batch))
+        return Answer.of(self.memory, *self._captured(batch)).predictions
 
     def explain(self, batch: Any, top: int = 5) -> Explanation:
         """Why the predictions for a batch are what they are: the neighbours behind each, and what each of them added.
@@ -245,7 +244,7 @@ class ResMemModule(L.LightningModule):
 
     def _evaluate(self, batch: Any, dataloader_idx: int) -> Tensor:
         captured = self._captured(batch)
-        answer = Answer(captured.output, *self.memory.predictions_and_neighbors(*captured))
+        answer = Answer.of(self.memory, *captured)
         if self._board is not None:  # None where a step is called by hand, outside a trainer
             self._board.update(answer, self._reader.targets(batch), dataloader_idx)
         return answer.predictions.resmem

@@ -53,6 +53,8 @@ class Evaluation:
         flips: Rows that the memory turned right or wrong, by position: at most 100 of either kind. Empty in regression.
         reliability: Confidence against accuracy, for `"base"`, `"knn"` and `"resmem"`. Empty in regression.
         neighborhoods: Scores by the distance to the nearest neighbour, in tenths of the rows.
+        left_out: Rows beside those counted whose embedding, output or target is NaN or infinite: the base alone
+            answered them, and they are not scored.
     """
 
     prefix: str
@@ -65,6 +67,7 @@ class Evaluation:
     flips: tuple[Flip, ...]
     reliability: dict[str, ReliabilityBins]
     neighborhoods: Neighborhoods
+    left_out: int = 0
 
     def named_scores(self) -> dict[str, float]:
         """All scores under their full names, such as `test/acc_base`."""

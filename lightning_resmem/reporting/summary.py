@@ -42,6 +42,9 @@ def evaluation_summary(evaluation: Evaluation, stats: dict[str, Any]) -> list[Ta
         error = f" ± {evaluation.gain_error:.4f}" if index == 0 else ""
         table.add_row(_long(stem), f"{base:.4f}", f"{knn:.4f}", f"{resmem:.4f}", f"{resmem - base:+.4f}{error}")
     lines = []
+    if evaluation.left_out:
+        kind = counted(evaluation.left_out, "row")
+        lines.append(f"{kind} with NaN or infinite values: answered by the base alone, not scored")
     if "positive_flip_rate" in evaluation.scores:
         right, wrong = evaluation.scores["positive_flip_rate"], evaluation.scores["negative_flip_rate"]
         lines.append(_flips(right, wrong))
