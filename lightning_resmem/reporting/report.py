@@ -90,7 +90,7 @@ class Report:
                 if not any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
                     words = "log_memory_artifact=True, but the Trainer has no WandbLogger to log the memory to."
                     rank_zero_warn(f"ResMem: {words}", category=ResMemWarning)
-                artifact = "memory" if self._name == "resmem" else f"memory-{self._name}"
+                artifact = wandb_report.artifact_name(self._name)
                 _each_wandb(
                     trainer, "the memory", lambda run: wandb_report.log_memory(run, artifact, memory, directory)
                 )

@@ -1,6 +1,7 @@
 """What a Weights & Biases run gets on top of metrics and figures: tables, the memory itself, and a proper end."""
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import wandb
 
 ARTIFACT_TYPE = "memory"
+_MOST_CHARACTERS = 128  # of an artifact's name
 # Flips of either kind in the table; with pictures fewer, as each takes up to six files.
 _MOST_ROWS, _MOST_PICTURED_ROWS = 100, 12
 
@@ -96,6 +98,16 @@ def log_flips(
             cells.append(None if id < 0 else _image(look_at_neighbor(id), words) if with_neighbors else words)
         rows.append(cells)
     logger.log_table(name, [*about, *(["image"] if pictured else []), *neighbors], rows, step=step)
+
+
+def artifact_name(name: str) -> str:
+    """The name of the artifact with the memory of a callback, in characters that Weights & Biases takes.
+
+    Example:
+        >>> artifact_name("last layer")
+        'memory-last_layer'
+    """
+    return "memory" if name == "resmem" else f"memory-{re.sub(r'[^a-zA-Z0-9_.-]', '_', name)}"[:_MOST_CHARACTERS]
 
 
 def log_memory(logger: WandbLogger, name: str, memory: ResidualMemory, directory: Path | None) -> None:

@@ -249,6 +249,13 @@ def test_a_memory_that_is_saved_nowhere_can_be_logged(tmp_path):
     assert "model_artifact" not in json.loads(run.artifacts["memory-mine"].metadata), "the run logs no model"
 
 
+def test_a_name_that_artifacts_may_not_have_is_written_otherwise(tmp_path):
+    callback = fit_and_test(tmp_path, "offline", log_memory_artifact=True, name="last layer: #1 é")
+    (run,) = runs_in(tmp_path)
+    files = run.artifact_files("memory-last_layer___1__")
+    assert json.loads(files["manifest.json"].read_text())["rows"] == len(callback.memory)
+
+
 def test_disabled_runs_take_everything_and_write_nothing(tmp_path, recwarn):
     callback = fit_and_test(tmp_path, "disabled", log_memory_artifact=True)
     assert callback.evaluation is not None
