@@ -8,6 +8,7 @@ import lightning.pytorch as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lightning_resmem.collection.ranks import Ranks, check_strategy
 from lightning_resmem.errors import EmptyMemoryError, InputError, ResMemWarning
@@ -16,6 +17,7 @@ from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.metrics.evaluation import Evaluation
 from lightning_resmem.metrics.reported import UserMetrics, as_collection
 from lightning_resmem.model.batches import BatchReader, ForwardFn, IdsFn, TargetsFn
+from lightning_resmem.model.first_loss import FirstLoss
 from lightning_resmem.module import ResMemModule
 from lightning_resmem.progress import shows_progress
 from lightning_resmem.reporting.report import Report
@@ -113,6 +115,7 @@ class ResMemCallback(Callback):
         self._base: L.LightningModule | None = None
         self._memorized = False  # in the current fit
         self._routing: Routing | None = None
+        self._first_loss: FirstLoss | None = None  # until the first step is over
 
     @property
     def state_key(self) -> str:
@@ -164,7 +167,21 @@ class ResMemCallback(Callback):
             self._offered = offered_loader(trainer.datamodule, pl_module) if self._memory_dataloader is None else None  # type: ignore[attr-defined]
             val_loaders = None if self._tuner is None else validation_loaders(trainer)
         loaders, limit_batches = self._rows(trainer)
-        self._memorizer(trainer).rehearse(trainer, pl_module, loaders, val_loaders, limit_batches, self._metrics)
+        head = self._memorizer(trainer).rehearse(trainer, pl_module, loaders, val_loaders, limit_batches, self._metrics)
+        self._first_loss = None if head is None else FirstLoss(pl_module, head, self._reader)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._first_loss is not None:
+            self._first_loss.watch(batch)
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        if self._first_loss is not None:
+            self._first_loss.check(loss)
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._stop_watching()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._base, started = pl_module, time.monotonic()
@@ -240,6 +257,7 @@ class ResMemCallback(Callback):
     on_test_end = on_validation_end
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._stop_watching()
         self._stop()
         finish_forked_run(trainer, succeeded=False)
 
@@ -265,6 +283,11 @@ class ResMemCallback(Callback):
         prefix = stage if stage is None or self._name == "resmem" else f"{stage}/{self._name}"
         self._base = pl_module
         self._routing = Routing(trainer, pl_module, self._memory, self._reader, self._route, prefix, self._metrics)
+
+    def _stop_watching(self) -> None:
+        if self._first_loss is not None:
+            self._first_loss.close()
+            self._first_loss = None
 
     def _stop(self) -> None:
         if self._routing is not None:

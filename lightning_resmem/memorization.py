@@ -20,14 +20,17 @@ from lightning_resmem.collection.parts import Part
 from lightning_resmem.collection.ranks import Ranks, check_strategy
 from lightning_resmem.errors import InputError, ResMemWarning, check_type
 from lightning_resmem.memory.answers import Predictions
+from lightning_resmem.memory.base_quality import look_at_base
 from lightning_resmem.memory.capacity import available_bytes, check_capacity, size
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.metrics.side_by_side import ResMemMetrics
 from lightning_resmem.model.batches import BatchReader, ForwardFn, IdsFn, TargetsFn
-from lightning_resmem.model.fingerprint import fingerprint
-from lightning_resmem.model.head import HeadTap, check_diverged
-from lightning_resmem.module import ResMemModule, describe
+from lightning_resmem.model.fingerprint import buffer_sums, describe_weights
+from lightning_resmem.model.head import HeadTap
+from lightning_resmem.model.modes import evaluating
+from lightning_resmem.model.returned import check_diverged
+from lightning_resmem.module import ResMemModule, forward_of
 from lightning_resmem.progress import shows_progress, working
 from lightning_resmem.trainer.job import Job, run_job
 from lightning_resmem.tuning.result import TuningResult
@@ -120,7 +123,7 @@ class Memorizer:
         val_loaders: Any = None,
         limit_batches: int | None = None,
         metrics: MetricCollection | None = None,
-    ) -> None:
+    ) -> str | None:
         """Find out with a few rows what would fail in `run` or afterwards.
 
         Args:
@@ -130,6 +133,9 @@ class Memorizer:
             val_loaders: The validation rows, if any.
             limit_batches: As for `run`.
             metrics: Users' own, which will see such rows.
+
+        Returns:
+            The name of the head, unless reading a few rows would use them up.
         """
         reading = self._reading(trainer, model)
         parts = self._plan(reading, loaders, limit_batches)
@@ -147,6 +153,7 @@ class Memorizer:
         with reading.ranks.together("rehearsing tuning on a few validation rows"):
             for chunk in reading.rehearse(val_parts, compare=False):
                 self._check(chunk, chunks[0] if chunks else chunk)
+        return None if reading.tap is None else reading.tap.head
 
     def rehearse_and_run(
         self,
@@ -196,7 +203,13 @@ class Memorizer:
         memory.clear()
         reading.ranks.share_buffers(model)
         try:
-            self._fill(reading, model, self._plan(reading, loaders, limit_batches))
+            with evaluating(model):
+                before = buffer_sums(model)
+                self._fill(reading, model, self._plan(reading, loaders, limit_batches))
+                self._describe(reading, model, before)
+            with reading.ranks.together("looking at the base"):
+                if reading.ranks.rank == 0:
+                    look_at_base(memory)
             rank_zero_info(
                 f"ResMem: memorized {len(memory)} training rows ({size(memory.stats()['bytes'])}, head "
                 f"{memory.provenance['head']!r}) in {time.monotonic() - started:.1f} s."
@@ -241,12 +254,20 @@ class Memorizer:
             if not len(memory):
                 raise InputError("The training loader yielded no rows to memorize: is its dataset empty?")
             memory.build()
+
+    def _describe(self, reading: Pass, model: L.LightningModule, before: dict[str, int]) -> None:
+        """Note where the rows come from: all ranks the same."""
         # A rank without rows has not met the head.
-        taps = reading.ranks.gather_objects(None if reading.tap is None else describe(reading.tap))
+        taps = reading.ranks.gather_objects(None if reading.tap is None else reading.tap.describe())
         names = next(found for found in taps if isinstance(found, dict))
         if reading.tap is None:
             reading.tap = HeadTap(model, **names)
-        memory.provenance.update({"fingerprint": fingerprint(model), **names})
+        changed = {name for name, found in buffer_sums(model).items() if before.get(name) != found}
+        # What the pass itself has changed (observers, counters) will not be what it was at any later time.
+        ignored = set[str]().union(
+            *(names for names in reading.ranks.gather_objects(changed) if isinstance(names, set))
+        )
+        self.memory.provenance.update(describe_weights(model, ignored) | names | forward_of(self.reader))
 
     def _tunes_on(self, val_loaders: Any) -> bool:
         return self.tuner is not None and val_loaders is not None and val_loaders != []  # both mean none to Lightning

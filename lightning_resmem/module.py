@@ -1,12 +1,14 @@
 """Base and memory as one LightningModule."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 from torch import Tensor
 
 from lightning_resmem.collection.loaders import evaluation_loaders
@@ -21,11 +23,12 @@ from lightning_resmem.metrics.answer import Answer
 from lightning_resmem.metrics.evaluation import Evaluation
 from lightning_resmem.metrics.reported import UserMetrics, as_collection
 from lightning_resmem.metrics.scoreboard import Scoreboard
-from lightning_resmem.model.batches import BatchReader, ForwardFn, TargetsFn, borrow_transfer_hooks
-from lightning_resmem.model.fingerprint import check_fingerprint, fingerprint
+from lightning_resmem.model.batches import BatchReader, ForwardFn, TargetsFn, borrow_transfer_hooks, has_forward
+from lightning_resmem.model.fingerprint import check_fingerprint, describe_weights
 from lightning_resmem.model.head import Captured, HeadTap
-from lightning_resmem.model.modes import evaluation_mode
+from lightning_resmem.model.modes import evaluation_mode, uncompiled
 from lightning_resmem.reporting.wandb_report import download_memory
+from lightning_resmem.tasks import Multiclass
 
 
 class ResMemModule(L.LightningModule):
@@ -85,41 +88,61 @@ class ResMemModule(L.LightningModule):
         self.base, self.memory = base, memory
         self._versions: list[int] | None = None
         self._check_weights("ResMemModule is made from a base")
-        head = head or memory.provenance.get("head")
-        embedding = embedding or memory.provenance.get("embedding")
+        known = memory.provenance
+        head, embedding = head or known.get("head"), embedding or known.get("embedding")
+        channels = known.get("channels") if embedding == known.get("embedding") else None
         self._reader = BatchReader(targets_fn, forward_fn, head=head, embedding=embedding)
-        self._tap = None if head is None else HeadTap(base, head, embedding)
+        self._tap = None if head is None else HeadTap(base, head, embedding, channels)
         self._metrics = None if metrics is None else as_collection(metrics, memory.task, memory.num_outputs)
         self._board: Scoreboard | None = None
         self.evaluations: tuple[Evaluation, ...] = ()
         borrow_transfer_hooks(self, [base])
 
+    @uncompiled
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The combined log-probabilities (logits for `Multilabel`, the prediction for `Regression`), shape `(B, C)`.
 
+        Where the base returns `(B,)`, so does this.
+
         Args:
-            *args: As for the base's `forward`.
+            *args: As for the base's `forward`; for a base without one, a batch as the loaders yield it.
             **kwargs: As for the base's `forward`.
         """
-        captured = self._capture(lambda: self.base(*args, **kwargs), returns_outputs=True)
-        return Answer.of(self.memory, *captured).combined(self.memory.task)
+        if torch.compiler.is_exporting():
+            raise InputError(
+                "ResMemModule cannot be exported: a memory is searched, not computed, and its rows are no part of a "
+                "graph. Export the base, and combine its outputs with memory.predict(embeddings, outputs)."
+            )
+        if has_forward(self.base):
+            captured, returned = self._capture(lambda: self.base(*args, **kwargs), returns_outputs=True)
+        else:
+            captured, returned = self._captured_whole(*args, **kwargs), None
+        outputs = Answer.of(self.memory, *captured).combined(self.memory.task)
+        is_flat = isinstance(returned, Tensor) and returned.shape == outputs.shape[:1] and outputs.shape[1] == 1
+        return outputs[:, 0] if is_flat else outputs
 
+    @uncompiled
     def predictions(self, batch: Any) -> Predictions:
-        """Base, knn and combined prediction for a batch as the loaders yield it, each of shape `(B, C)`."""
+        """Base, knn and combined prediction for a batch as the loaders yield it, each of shape `(B, C)`.
+
+        A list of rows of a dataset, `[dataset[0], dataset[1]]`, is made a batch.
+        """
         _check_batch(batch)
-        return Answer.of(self.memory, *self._captured(batch)).predictions
+        captured = self._captured(self._reader.collate(batch, self._target_shapes()))
+        return Answer.of(self.memory, *captured).predictions
 
     def explain(self, batch: Any, top: int = 5) -> Explanation:
         """Why the predictions for a batch are what they are: the neighbours behind each, and what each of them added.
 
         Args:
-            batch: As the loaders yield it, on any device.
+            batch: As the loaders yield it, on any device, or a list of rows `[dataset[0], dataset[1]]`.
             top: How many neighbours are listed one by one; what the others add is summed up.
 
         Returns:
             A table (print it with rich), plain `rows`, and a picture grid `figure()` where inputs are images.
         """
         _check_batch(batch)
+        batch = self._reader.collate(batch, self._target_shapes())
         batch = self.transfer_batch_to_device(batch, self.device, 0)
         try:
             targets = self._reader.targets(batch)
@@ -174,8 +197,9 @@ class ResMemModule(L.LightningModule):
             StorageError: If it cannot be written.
         """
         self._check_weights("ResMemModule is saved with a base", surely=True)
-        names = {} if self._tap is None else describe(self._tap)
-        self.memory.provenance.update({"fingerprint": fingerprint(self.base), **names})
+        names = {} if self._tap is None else self._tap.describe()
+        ignored = json.loads(self.memory.provenance.get("ignored", "[]"))
+        self.memory.provenance.update(describe_weights(self.base, ignored) | names | forward_of(self._reader))
         return self.memory.save(directory)
 
     @classmethod
@@ -188,10 +212,19 @@ class ResMemModule(L.LightningModule):
             **options: As for `ResMemModule`.
 
         Raises:
+            InputError: If the memory was filled with a `forward_fn`, and none is given.
             StorageError: If the memory is missing, damaged or of another format version.
             StaleMemoryError: If the base has other weights.
         """
-        return cls(base, LocalMemory.load(directory), **options)
+        memory = LocalMemory.load(directory)
+        forward_name = memory.provenance.get("forward_fn")
+        if forward_name is not None and options.get("forward_fn") is None:
+            raise InputError(
+                f"The memory in {directory} was filled with a forward_fn ({forward_name}), which cannot be saved, and "
+                "without it batches may be run in another way: give it again, ResMemModule.load(directory, base, "
+                "forward_fn=...)."
+            )
+        return cls(base, memory, **options)
 
     @classmethod
     def from_wandb(cls, name: str, base: L.LightningModule, root: str | None = None, **options: Any) -> "ResMemModule":
@@ -226,22 +259,41 @@ class ResMemModule(L.LightningModule):
 
     def _captured(self, batch: Any) -> Captured:
         with self._reader.quiet(self.base):
-            return self._capture(lambda: self._reader.run(self.base, batch), self._reader.returns_outputs(self.base))
+            return self._capture(lambda: self._reader.run(self.base, batch), self._reader.returns_outputs(self.base))[0]
 
-    def _capture(self, run: Callable[[], Any], returns_outputs: bool) -> Captured:
-        self._check_weights("ResMemModule runs")
+    def _captured_whole(self, *args: Any, **kwargs: Any) -> Captured:
+        """What the head saw of the one argument, a batch; for a base without a forward."""
+        wanted = f"{type(self.base).__name__} has no forward, so ResMemModule takes a batch as the loaders yield it"
+        if len(args) != 1 or kwargs:
+            raise InputError(f"{wanted}, and got {len(args) + len(kwargs)} arguments.")
+        try:
+            return self._captured(args[0])
+        except InputError as error:
+            raise InputError(f"{wanted}. {error}") from error
+
+    def _capture(self, run: Callable[[], Any], returns_outputs: bool) -> tuple[Captured, Any]:
+        """What the head saw of a batch, and what the base returned for it."""
         with evaluation_mode(self.base):
+            self._check_weights("ResMemModule runs")
             if self._tap is None:
                 self._tap = HeadTap.find(self.base, run, self._reader.embedding, returns_outputs)
             with self._tap.capture():
-                run()
-                return self._tap.take()
+                returned = run()
+                return self._tap.take(), returned
+
+    def _target_shapes(self) -> set[tuple[int, ...]]:
+        """Those of one row's targets."""
+        if isinstance(self.memory.task, Multiclass):
+            return {()}
+        width = self.memory.num_outputs
+        return {(width,), ()} if width == 1 else {(width,)}
 
     def _start_scores(self, stage: str) -> None:
         self._check_weights("ResMemModule runs", surely=True)
         self.evaluations = ()
         self._board = Scoreboard(self.memory, stage, evaluation_loaders(self.trainer), self.device, self._metrics)
 
+    @uncompiled
     def _evaluate(self, batch: Any, dataloader_idx: int) -> Tensor:
         captured = self._captured(batch)
         answer = Answer.of(self.memory, *captured)
@@ -265,6 +317,6 @@ def _check_batch(batch: Any) -> None:
         raise wrong_type("batch", batch, "a batch as the loaders yield it, such as next(iter(dataloader))")
 
 
-def describe(tap: HeadTap) -> dict[str, str]:
-    """The names of head and embedding, for a memory's provenance."""
-    return {"head": tap.head} if tap.embedding is None else {"head": tap.head, "embedding": tap.embedding}
+def forward_of(reader: BatchReader) -> dict[str, str]:
+    """That a user's `forward_fn` runs the base, for a memory's provenance."""
+    return {} if reader.forward_name is None else {"forward_fn": reader.forward_name}

@@ -85,7 +85,8 @@ class Routing:
         self._board: Scoreboard | None = None
         if prefix is not None:
             self._board = Scoreboard(memory, prefix, evaluation_loaders(trainer), model.device, metrics)
-        self._tap = HeadTap(model, memory.provenance["head"], memory.provenance.get("embedding"))
+        known = memory.provenance
+        self._tap = HeadTap(model, known["head"], known.get("embedding"), known.get("channels"))
         self._stack = ExitStack()
         self._stack.enter_context(eager())
         self._stack.enter_context(self._tap.route(self._combined) if replace else self._tap.capture(self._look))

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import pickle
 
+import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
@@ -26,8 +27,10 @@ from tests.models import (
     ZOO,
     CallsSelf,
     Data,
+    ManyLabels,
     NoForward,
     NormAndDropout,
+    Numbers,
     ReturnsDict,
     Trained,
     data_for,
@@ -324,3 +327,82 @@ def test_a_base_that_was_trained_further_is_noticed_everywhere(tmp_path):
     assert not (tmp_path / "memory").exists()
     model.load_state_dict(weights)
     assert torch.equal(resmem(data.test[0]), before)
+
+
+# -- bases without a forward, and what cannot be saved
+
+
+class OnlyTrains(NoForward):
+    """Steps for training alone."""
+
+    predict_step = L.LightningModule.predict_step
+    validation_step = L.LightningModule.validation_step
+    test_step = L.LightningModule.test_step
+
+
+def test_a_forward_fn_is_asked_for_when_a_memory_is_loaded(tmp_path):
+    def runs(model, batch):
+        return model.head(model.body(batch[0]))
+
+    data, model = Data(), make(OnlyTrains)
+    resmem = memorize(trainer(tmp_path), model, data, memory=memory_for(OnlyTrains), forward_fn=runs)
+    resmem.save(tmp_path / "resmem")
+    with pytest.raises(InputError, match=r"filled with a forward_fn \(.*runs\).*give it again.*forward_fn=\.\.\."):
+        ResMemModule.load(tmp_path / "resmem", model)
+    loaded = ResMemModule.load(tmp_path / "resmem", model, forward_fn=runs)
+    assert torch.equal(loaded.predict_step(data.test, 0), resmem.predict_step(data.test, 0))
+
+
+def test_a_base_without_a_forward_takes_batches(tmp_path):
+    data, resmem = Data(), combined(NoForward, tmp_path)
+    wanted = Trained(resmem.base).predict(data.train, data.test[0], resmem.memory.params)
+    assert np.array_equal(resmem(data.test).argmax(dim=1), wanted.resmem.argmax(axis=1))
+    with pytest.raises(InputError, match=r"NoForward has no forward, so ResMemModule takes a batch .*got 2 arguments"):
+        resmem(*data.test)
+    with pytest.raises(InputError, match="NoForward has no forward, so ResMemModule takes a batch"):
+        resmem(data.test[0])
+
+
+def test_a_list_of_rows_is_a_batch(resmem):
+    dataset = TensorDataset(*Data().test)
+    for count in (1, 2, 5):
+        rows = [dataset[place] for place in range(count)]
+        assert torch.equal(resmem.predictions(rows).resmem, resmem.predictions(dataset[:count]).resmem)
+        assert resmem.explain(rows).rows == resmem.explain(dataset[:count]).rows
+
+
+@pytest.mark.parametrize("kind", [ManyLabels, Numbers])
+def test_a_list_of_rows_with_several_targets_is_a_batch(kind, tmp_path):
+    resmem, dataset = combined(kind, tmp_path), TensorDataset(*data_for(kind).test)
+    assert resmem.explain([dataset[0], dataset[1]]).rows == resmem.explain(dataset[:2]).rows
+
+
+# -- compiled and exported
+
+
+@pytest.fixture
+def _compiled_graphs_are_forgotten():
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_compiled_graphs_are_forgotten")
+def test_torch_compile(resmem, tmp_path):
+    data = Data()
+    expected = resmem(data.test[0])
+    compiled = torch.compile(resmem, backend="eager")
+    for count in (3, 50):
+        torch.testing.assert_close(compiled(data.test[0][:count]), expected[:count])
+    (logged,) = trainer(tmp_path).test(compiled, datamodule=data, verbose=False)
+    scores = Trained(resmem.base).scores(data.train, data.test, resmem.memory.params)
+    assert side_by_side(logged) == {f"test/acc_{n}": pytest.approx(v) for n, v in scores.items()}
+    inside = torch.compile(nn.Sequential(nn.Identity(), resmem), backend="eager")
+    torch.testing.assert_close(inside(data.test[0]), expected)
+
+
+@pytest.mark.usefixtures("_compiled_graphs_are_forgotten")
+def test_torch_export_is_refused_in_a_sentence(resmem):
+    with pytest.raises(InputError, match=r"ResMemModule cannot be exported: .* Export the base, and combine"):
+        torch.export.export(resmem, (Data().test[0],))
+    with pytest.raises(Exception, match="a memory is searched, which no graph can hold: compile or export the base"):
+        torch.export.export(resmem, (Data().test[0],), strict=True)

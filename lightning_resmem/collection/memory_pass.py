@@ -21,8 +21,9 @@ from lightning_resmem.collection.ranks import Ranks
 from lightning_resmem.collection.rehearsal import Sample, check_augmentation, check_order
 from lightning_resmem.errors import InputError
 from lightning_resmem.model.batches import TRANSFER_HOOKS, BatchReader, tensors_of
-from lightning_resmem.model.head import HeadTap, check_returned
+from lightning_resmem.model.head import HeadTap
 from lightning_resmem.model.modes import evaluation_mode
+from lightning_resmem.model.returned import check_returned
 from lightning_resmem.progress import progress_bar
 
 # A pass is timed over its first batches; one of more than so many seconds is announced.
@@ -190,9 +191,8 @@ class Pass:
             self.tap.clear()
             returned = self._reader.run(model, batch)
             captured = self.tap.take()
-        head = self._reader.head
-        if head is not None and index == 0 and self._reader.returns_outputs(model):
-            check_returned(model, head, captured, returned)
+        if index == 0:
+            check_returned(model, self.tap.head, *captured, returned, self._reader.returns_outputs(model))
         targets = self._reader.targets(batch)
         count = len(captured.embedding)
         if not targets.ndim or len(targets) != count:

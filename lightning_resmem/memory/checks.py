@@ -1,14 +1,15 @@
 """What is checked of rows before a memory takes them in, and of queries before it looks for them."""
 
+import warnings
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_resmem.errors import InputError
+from lightning_resmem.errors import InputError, ResMemWarning
 from lightning_resmem.params import checked_k
-from lightning_resmem.tasks import Task, check_finite
+from lightning_resmem.tasks import Multiclass, Task, check_finite
 
 # Bytes of a search result (12 a place) beyond which places that no row can fill are refused.
 _PADDED_BYTES = 2**32
@@ -36,16 +37,42 @@ def check_batched(name: str, tensor: Tensor, expected: str) -> None:
         )
 
 
+def flat_outputs(outputs: Tensor, expected: str) -> InputError:
+    """The error for one number a row `(N,)`, as regressors of scikit-learn return it."""
+    return InputError(
+        f"outputs has shape {tuple(outputs.shape)}, expected {expected}: for one number a row give outputs[:, None] "
+        "(and task=Regression(), or Multilabel() for a logit)."
+    )
+
+
+def check_logits(task: Task, outputs: Tensor) -> None:
+    """Warn if outputs `(N, C)` of a classifier look like probabilities."""
+    if not isinstance(task, Multiclass) or outputs.shape[1] < 2 or not len(outputs):
+        return
+    wide = outputs.detach().float()
+    inside = bool((wide.min() >= 0) & (wide.max() <= 1))  # almost never so: the sums are not computed then
+    if inside and bool((wide.sum(dim=1) - 1).abs().max() < 1e-3):
+        warnings.warn(
+            "outputs look like probabilities: all are within [0, 1], and rows sum to 1. Multiclass() takes the softmax "
+            "of them: give logits, what comes before the softmax, or log-probabilities: outputs.log().",
+            ResMemWarning,
+            stacklevel=3,
+        )
+
+
 def _made_tensor(name: str, value: Any) -> Tensor:
+    kind = type(value).__name__
     try:
         if value is None:
             raise TypeError("None holds no numbers")
+        if not isinstance(value, np.ndarray) and hasattr(value, "__array__"):
+            value = np.asarray(value)  # pandas, and others that are indexed by labels
         if isinstance(value, np.ndarray) and not (value.flags.c_contiguous and value.flags.writeable):
             value = value.copy(order="C")  # torch takes no negative strides, and warns of read-only arrays
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise InputError(
-            f"{name} of type {type(value).__name__} cannot be made a tensor ({error}): give a tensor, a NumPy array or "
+            f"{name} of type {kind} cannot be made a tensor ({error}): give a tensor, a NumPy array or "
             "nested lists of numbers."
         ) from error
 
@@ -65,6 +92,8 @@ def as_ids(ids: Any) -> Tensor:
 
 def check_shapes(embeddings: Tensor, outputs: Tensor, targets: Tensor, shape: tuple[int, int] | None) -> None:
     """Raise an error unless rows have one length and the widths `(D, C)` of the memory's rows, if it has any."""
+    if outputs.ndim == 1 and embeddings.ndim == 2 and len(outputs) == len(embeddings):
+        raise flat_outputs(outputs, "(N, C)")
     for name, tensor, expected in (("embeddings", embeddings, "(N, D)"), ("outputs", outputs, "(N, C)")):
         check_batched(name, tensor, expected)
         if tensor.ndim != 2 or not tensor.shape[1]:
@@ -122,6 +151,7 @@ def checked_rows(
     ids = checked_ids(torch.arange(next_id, next_id + count) if ids is None else ids, count)
     check_finite("embeddings", as_compared(embeddings.detach()), ids)
     check_finite("outputs", outputs.detach(), ids)
+    check_logits(task, outputs)
     return embeddings.detach(), outputs.detach(), task.check_targets(targets.detach(), outputs.shape[1], ids), ids
 
 
@@ -188,6 +218,8 @@ def checked_batch(queries: Any, outputs: Any) -> tuple[Tensor, Tensor]:
     """Queries `(B, D)` and the head's outputs `(B, C)` for them as tensors; raises an error for what does not fit."""
     queries, outputs = as_tensor("queries", queries), as_tensor("outputs", outputs)
     check_batched("queries", queries, "(B, D)")
+    if outputs.ndim == 1 and outputs.shape == queries.shape[:1]:
+        raise flat_outputs(outputs, "(B, C)")
     if outputs.ndim != 2 or outputs.shape[:1] != queries.shape[:1]:
         raise InputError(
             f"outputs has shape {tuple(outputs.shape)} for queries of shape {tuple(queries.shape)}: "

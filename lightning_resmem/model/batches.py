@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +13,10 @@ import torch
 from lightning.pytorch.core.hooks import DataHooks
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.utils.data import default_collate
 from torchmetrics import Metric
 
-from lightning_resmem.errors import InputError
+from lightning_resmem.errors import HeadError, InputError, ResMemError
 
 TargetsFn = Callable[[Any], Tensor]
 IdsFn = Callable[[Any], Tensor]
@@ -54,7 +55,7 @@ class BatchReader:
         targets = self.targets_fn(batch) if self.targets_fn is not None else _default_targets(batch)
         try:
             return torch.as_tensor(targets)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, KeyError):
             raise InputError(
                 f"The targets of a batch are a {type(targets).__name__}, not a tensor: give a targets_fn that "
                 "returns one."
@@ -72,7 +73,7 @@ class BatchReader:
         ids = self.ids_fn(batch)
         try:
             return torch.as_tensor(ids)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, KeyError):
             raise InputError(f"ids_fn returned a {type(ids).__name__} for a batch, expected a tensor of ids.") from None
 
     def count_rows(self, batch: Any) -> int:
@@ -85,9 +86,31 @@ class BatchReader:
             )
         return len(targets)
 
+    def collate(self, rows: Any, shapes: Collection[tuple[int, ...]]) -> Any:
+        """The batch that a loader would make of a list of rows, `[dataset[0], dataset[1]]`; anything else as it is.
+
+        Args:
+            rows: A batch, or a list of rows.
+            shapes: Those that the targets of one row may have.
+        """
+        if not isinstance(rows, list) or not rows or not all(isinstance(row, (tuple, Mapping)) for row in rows):
+            return rows
+        try:
+            is_list = all(tuple(self.targets(row).shape) in shapes for row in rows)
+        except Exception:  # whatever a targets_fn says of what is no row
+            return rows
+        return default_collate(rows) if is_list else rows
+
+    @property
+    def forward_name(self) -> str | None:
+        """The name of the user's `forward_fn`, if there is one."""
+        if self.forward_fn is None:
+            return None
+        return str(getattr(self.forward_fn, "__qualname__", type(self.forward_fn).__name__))
+
     def returns_outputs(self, model: L.LightningModule) -> bool:
         """Whether `run` returns what the model's `forward` returns."""
-        return self.forward_fn is None and _has_forward(model)
+        return self.forward_fn is None and has_forward(model)
 
     def run(self, model: L.LightningModule, batch: Any) -> Any:
         """Run the model on a batch.
@@ -97,31 +120,36 @@ class BatchReader:
         """
         if self.forward_fn is not None:
             return self.forward_fn(model, batch)
-        if _has_forward(model):
+        if has_forward(model):
             args, kwargs = _inputs(model, batch)
             try:
                 return model(*args, **kwargs)
             except Exception as error:
                 given = [*map(_in_short, args), *(f"{name}={_in_short(value)}" for name, value in kwargs.items())]
-                error.add_note(
+                note = (
                     f"ResMem called {type(model).__name__}({', '.join(given)}) for a batch that is a "
-                    f"{type(batch).__name__}. If the model wants something else of a batch, give "
+                    f"{type(batch).__name__}. If forward wants the whole batch, call its argument `batch`, or give "
+                    "forward_fn=lambda model, batch: model(batch); if it wants something else of it, "
                     "forward_fn=lambda model, batch: model(...)."
                 )
+                is_batch = any(isinstance(value, Tensor) and value.ndim > 1 for value in (*args, *kwargs.values()))
+                if isinstance(error, ResMemError) and is_batch:  # ours, which knows less of the cause
+                    raise type(error)(f"{note} {error}") from error
+                error.add_note(note)
                 raise
-        for name in ("predict_step", "validation_step", "test_step"):
-            if getattr(type(model), name) is not getattr(L.LightningModule, name):
-                step = getattr(model, name)
-                return step(*(batch, 0, 0)[: _num_positional(step)])
-        raise InputError(
-            f"{type(model).__name__} has no forward, predict_step, validation_step or test_step to run a batch "
-            "through: give forward_fn=lambda model, batch: model.net(batch[0])."
-        )
+        name = _step(model)
+        if name is None:
+            raise InputError(
+                f"{type(model).__name__} has no forward, predict_step, validation_step or test_step to run a batch "
+                "through: give forward_fn=lambda model, batch: model.net(batch[0])."
+            )
+        step = getattr(model, name)
+        return step(*(batch, 0, 0)[: _num_positional(step)])
 
     @contextmanager
     def quiet(self, model: L.LightningModule) -> Iterator[None]:
         """Switch off what the model's steps do besides computing: `self.log` and the state of its metrics."""
-        if self.forward_fn is None and _has_forward(model):
+        if self.forward_fn is None and has_forward(model):
             yield
             return
         metrics = [(module, _state(module)) for module in model.modules() if isinstance(module, Metric)]
@@ -130,6 +158,13 @@ class BatchReader:
             vars(module).update(log=_ignore, log_dict=_ignore)
         try:
             yield
+        except HeadError as error:
+            if self.forward_fn is not None or (name := _step(model)) is None:
+                raise
+            raise HeadError(
+                f"{type(model).__name__} has no forward, so a batch was run through its {name}. If that does not run "
+                f"the network, give forward_fn=lambda model, batch: model.net(batch[0]). {error}"
+            ) from error
         finally:
             for module in loggers:
                 del vars(module)["log"], vars(module)["log_dict"]
@@ -177,8 +212,15 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
     """Stands in for `self.log`."""
 
 
-def _has_forward(model: L.LightningModule) -> bool:
+def has_forward(model: L.LightningModule) -> bool:
+    """Whether a model has a `forward` of its own."""
     return "forward" in model.__dict__ or type(model).forward is not L.LightningModule.forward
+
+
+def _step(model: L.LightningModule) -> str | None:
+    """The step that a batch is run through where there is no `forward`."""
+    names = ("predict_step", "validation_step", "test_step")
+    return next((n for n in names if getattr(type(model), n) is not getattr(L.LightningModule, n)), None)
 
 
 def _num_positional(step: Callable[..., Any]) -> int:

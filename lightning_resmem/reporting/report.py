@@ -188,7 +188,8 @@ def memory_numbers(
 def hyperparameters(memory: ResidualMemory, stats: dict[str, Any]) -> dict[str, Any]:
     """What a memory was made with: its params, task, index and values, and the weights and the head it belongs to."""
     kinds: dict[str, Any] = {name: stats[name] for name in ("index", "values", "key_dtype") if name in stats}
-    return {**asdict(memory.params), "task": memory.task.name, **kinds, **memory.provenance}
+    known = {name: value for name, value in memory.provenance.items() if name != "tensors"}  # checksums of each tensor
+    return {**asdict(memory.params), "task": memory.task.name, **kinds, **known}
 
 
 def _each_wandb(trainer: L.Trainer, what: str, tell: Callable[[WandbLogger], object]) -> None:

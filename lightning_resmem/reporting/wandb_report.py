@@ -124,7 +124,8 @@ def log_memory(logger: WandbLogger, name: str, memory: ResidualMemory, directory
     run = logger.experiment
     with tempfile.TemporaryDirectory(prefix="resmem-") as temporary:
         saved = directory or memory.save(Path(temporary) / name)
-        metadata = {"rows": len(memory), "task": memory.task.name, "params": asdict(memory.params), **memory.provenance}
+        known = {name: value for name, value in memory.provenance.items() if name != "tensors"}
+        metadata = {"rows": len(memory), "task": memory.task.name, "params": asdict(memory.params), **known}
         # Neither has a public name: whether the run logs its checkpoints, and as what.
         if getattr(logger, "_log_model", False):
             metadata["model_artifact"] = getattr(logger, "_checkpoint_name", None) or f"model-{run.id}"

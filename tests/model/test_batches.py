@@ -11,8 +11,9 @@ from torch import nn
 from torchmetrics import CatMetric, MeanMetric, MetricCollection, MinMaxMetric, SumMetric
 from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy, MulticlassF1Score
 
-from lightning_resmem.errors import InputError
+from lightning_resmem.errors import HeadError, InputError
 from lightning_resmem.model.batches import BatchReader, borrow_transfer_hooks
+from lightning_resmem.model.head import HeadTap
 
 X, Y = torch.arange(6.0).view(3, 2), torch.tensor([0, 1, 0])
 
@@ -457,3 +458,84 @@ def test_transfer_hooks_are_borrowed_from_the_first_that_has_them():
     assert module.on_after_batch_transfer(1, 0) == 2
     assert "transfer_batch_to_device" not in vars(module)
     assert np.array_equal(module.transfer_batch_to_device(torch.ones(1), torch.device("cpu"), 0), [1])
+
+
+# -- hints
+
+
+class Silent(Steps):
+    """No forward, and a validation step that runs nothing."""
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+@pytest.mark.parametrize("head", [None, "net"])
+def test_a_step_that_does_not_run_the_network_is_named_first(head):
+    model, reader = Silent(), BatchReader()
+    expected = r"^Silent has no forward, so a batch was run through its validation_step\. .*give forward_fn="
+
+    def ask():
+        if head is None:
+            return HeadTap.find(model, lambda: reader.run(model, (X, Y)), returns_outputs=False)
+        tap = HeadTap(model, head)
+        with tap.capture():
+            reader.run(model, (X, Y))
+            return tap.take()
+
+    with pytest.raises(HeadError, match=expected), reader.quiet(model):
+        ask()
+
+
+def test_a_forward_that_wants_the_whole_batch_is_named_first():
+    def unpacks(self, data):
+        x, _ = data
+        return self.net(x)
+
+    model = type("Model", (Steps,), {"forward": unpacks})()
+    pair = torch.randn(2, 2), Y[:2]
+    expected = (
+        r"^ResMem called Model\(Tensor of shape \(2, 2\)\) .* whole batch, .*forward_fn=lambda model, batch: model\(b"
+    )
+    with pytest.raises(InputError, match=expected), HeadTap(model, "net").capture():
+        BatchReader().run(model, pair)
+    reader = BatchReader(forward_fn=lambda model, batch: model(batch))
+    assert torch.equal(reader.run(model, pair), model.net(pair[0]))
+
+
+# -- lists of rows
+
+
+LISTS = {
+    "pairs": [(X[0], 0), (X[1], 1), (X[2], 0)],
+    "two pairs": [(X[0], Y[0]), (X[1], Y[1])],
+    "dicts": [{"x": X[0], "label": 0}, {"x": X[1], "label": 1}],
+}
+
+
+@pytest.mark.parametrize("rows", LISTS.values(), ids=LISTS)
+def test_a_list_of_rows_becomes_a_batch(rows):
+    reader = BatchReader()
+    batch = reader.collate(rows, {()})
+    assert torch.equal(reader.targets(batch), Y[: len(rows)])
+    inputs = batch["x"] if isinstance(batch, dict) else batch[0]
+    assert torch.equal(inputs, X[: len(rows)])
+    assert reader.collate(batch, {()}) is batch
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [[X, Y], (X, Y), X, [], [X], {"x": X, "y": Y}, [(X, X), (Y, Y)], [{"x": X, "y": Y}], [(X[0],), (X[1],)]],
+    ids=str,
+)
+def test_batches_stay_as_they_are(batch):
+    assert BatchReader().collate(batch, {()}) is batch
+
+
+def test_rows_with_several_numbers_for_a_target():
+    rows = [(X[0], X[0]), (X[1], X[1])]
+    assert BatchReader().collate(rows, {()}) is rows
+    assert torch.equal(BatchReader().collate(rows, {(2,)})[1], X[:2])
+    triples = [(7, X[0], 0), (8, X[1], 1)]
+    reader = BatchReader(targets_fn=lambda batch: batch[2])
+    assert torch.equal(reader.targets(reader.collate(triples, {()})), Y[:2])

@@ -1,12 +1,14 @@
 """The same weights have one fingerprint, wherever they are; other weights have another."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_resmem.errors import StaleMemoryError
-from lightning_resmem.model.fingerprint import check_fingerprint, fingerprint
+from lightning_resmem.model.fingerprint import check_fingerprint, describe_weights, fingerprint
 
 
 def network(seed=0):
@@ -189,3 +191,91 @@ def test_check():
     assert other[:12] in message
     assert fingerprint(model)[:12] in message
     assert "memorize(trainer, model, dataloader)" in message
+
+
+# -- what a state holds besides plain tensors
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_packed_int8_weights_count():
+    def packed(seed):
+        return torch.ao.quantization.quantize_dynamic(network(seed), {nn.Linear}, dtype=torch.qint8)
+
+    model = packed(0)
+    model[1] = network(1)[1]  # BatchNorm is the same in both
+    before = fingerprint(model)
+    other = packed(1)
+    other[1] = model[1]
+    assert fingerprint(other) != before
+    assert fingerprint(packed(0)) == fingerprint(packed(0)) == before
+    with pytest.raises(StaleMemoryError, match=r"Different are 0\._packed_params\._packed_params\.0\.values, "):
+        check_fingerprint(other, describe_weights(model), "Testing")
+
+
+class Extra(nn.Module):
+    def __init__(self, state):
+        super().__init__()
+        self.state = state
+
+    def get_extra_state(self):
+        return self.state
+
+    def set_extra_state(self, state):
+        self.state = state
+
+
+def test_tensors_in_extra_state_count():
+    states = [
+        (torch.zeros(2), 3),
+        (torch.ones(2), 3),
+        (torch.zeros(2), torch.zeros(2)),
+        {"weight": torch.zeros(2)},
+        {"weight": [torch.zeros(2)]},
+        torch.zeros(2),
+        torch.zeros(2).to_sparse(),
+        torch.eye(2).to_sparse_csr(),
+        torch.quantize_per_tensor(torch.ones(2), 0.5, 0, torch.qint8),
+        torch.quantize_per_tensor(torch.ones(2), 0.25, 0, torch.qint8),
+        torch.quantize_per_channel(torch.ones(2, 2), torch.tensor([0.5, 0.25]), torch.zeros(2), 0, torch.qint8),
+    ]
+    found = [fingerprint(Extra(state)) for state in states]
+    assert len(set(found)) == len(states)
+    assert fingerprint(Extra((torch.zeros(2), 4))) == found[0]
+
+
+# -- which tensors differ
+
+
+def test_tensors_that_differ_are_named():
+    provenance = describe_weights(network())
+    check_fingerprint(network(), provenance, "Testing")
+    model = network()
+    model[3].bias.data[0] += 1
+    with pytest.raises(StaleMemoryError, match=r"another model\. Different are 3\.bias\. Use the weights"):
+        check_fingerprint(model, provenance, "Testing")
+    for parameter in model.parameters():
+        parameter.data += 1
+    model[1].running_mean += 1
+    names = "0.bias, 0.weight, 1.bias, 1.running_mean, 1.weight and 2 more"
+    with pytest.raises(StaleMemoryError, match=rf"Different are {re.escape(names)}\."):
+        check_fingerprint(torch.compile(model, backend="eager"), provenance, "Testing")
+    with pytest.raises(StaleMemoryError, match=r"This model's state has 2 tensors, that model's had 9\."):
+        check_fingerprint(nn.Linear(2, 2), provenance, "Testing")
+
+
+def test_the_checksums_are_compact_and_earlier_memories_have_none():
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(300)))
+    provenance = describe_weights(model)
+    assert set(provenance) == {"fingerprint", "tensors"}
+    assert len(provenance["tensors"]) == 3200
+    check_fingerprint(model, {"fingerprint": fingerprint(model)}, "Testing")
+    with pytest.raises(StaleMemoryError, match=r"another model\. Use the weights"):
+        check_fingerprint(network(), {"fingerprint": fingerprint(model)}, "Testing")
+
+
+def test_fingerprints_are_those_of_earlier_releases():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2).double())
+    for tensor in model.state_dict().values():
+        tensor.copy_(torch.arange(tensor.numel()).reshape(tensor.shape) / 7)
+    assert fingerprint(model) == "e408e36dbad64fb2da596d99eb7a420f7a5e0360e0404f2f21f30639f5a4d90c"

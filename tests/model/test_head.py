@@ -1,6 +1,7 @@
 """The head is found in all kinds of models, looked at, replaced, and left as it was."""
 
 import dataclasses
+import re
 from collections import OrderedDict, namedtuple
 from contextlib import nullcontext
 
@@ -9,8 +10,9 @@ import torch
 from torch import nn
 
 from lightning_resmem.errors import HeadError, InputError
-from lightning_resmem.model.head import Captured, HeadTap, check_returned
+from lightning_resmem.model.head import Captured, HeadTap
 from lightning_resmem.model.modes import evaluation_mode
+from lightning_resmem.model.returned import check_returned
 
 
 def hooks(model):
@@ -454,7 +456,7 @@ def test_a_head_that_is_not_the_last_layer(head, returned, message):
         result = returned(model(torch.randn(4, 8)))
         captured = tap.take()
     with pytest.raises(HeadError, match=message) if message else nullcontext():
-        check_returned(model, head, captured, result)
+        check_returned(model, head, *captured, result)
 
 
 @pytest.mark.parametrize("returned", [lambda x: (x, x), lambda x: x[:, None], lambda x: x[:, 0], lambda x: {"x": x}])
@@ -687,3 +689,11 @@ def test_evaluation_mode_switches_off_dropout_and_batch_statistics():
         assert torch.equal(model(x), model(x))
     assert model[1].num_batches_tracked == 0
     assert model.training
+
+
+@pytest.mark.parametrize(
+    ("argument", "name", "meant"), [("embedding", "net.bodies", "net.body"), ("head", "net.fcc", "net.fc")]
+)
+def test_the_name_that_was_meant_is_suggested(argument, name, meant):
+    with pytest.raises(HeadError, match=f"Did you mean '{re.escape(meant)}'"):
+        HeadTap(Returning(lambda h, o: o), **{"head": "net.fc", argument: name})

@@ -1,0 +1,130 @@
+"""One vector a row of an embedding module's output: feature maps are averaged over their positions."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
+
+from lightning_resmem.errors import HeadError, ResMemWarning
+from lightning_resmem.model.returned import tensors
+
+Channels = Literal["first", "last"]
+
+_log = logging.getLogger("lightning_resmem")
+
+_CHANNELS_FIRST = (
+    *(_ConvNd, _NormBase, nn.GroupNorm),
+    *(_AvgPoolNd, _MaxPoolNd, _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd),
+)
+
+
+class Pooling:
+    """Averages the feature maps of one module, whose channels are the first or the last axis after the rows.
+
+    Which of them is told by the layers that ran before, whose outputs have the same shape: those of convolutions and
+    batch norms have their channels first, those of `nn.Linear` and `nn.LayerNorm` last. It is found out once.
+
+    Args:
+        model: The model.
+        name: Of the module.
+        module: Whose output is averaged.
+        width: Of the head's input, where it is known: it decides where no such layer does.
+        channels: Where the channels are, if that is known.
+    """
+
+    def __init__(
+        self, model: nn.Module, name: str, module: nn.Module, width: int | None, channels: str | None = None
+    ) -> None:
+        self._model, self._name, self._module, self._width = model, name, module, width
+        self.channels: Channels | None = None if channels is None else "last" if channels == "last" else "first"
+        self._ran: list[tuple[tuple[int, ...], Channels]] = []
+
+    @contextmanager
+    def watching(self, take: Callable[[Tensor], None]) -> Iterator[None]:
+        """Give `take` one vector a row, `(B, D)`, whenever the module was called."""
+
+        def on_module(_module: nn.Module, _args: Any, output: Any) -> None:
+            take(self._pooled(output))
+
+        def on_layer(layer: nn.Module, _args: Any, output: Any) -> None:
+            if self.channels is None and isinstance(output, Tensor) and (where := _channels(layer, output.shape)):
+                self._ran.append((tuple(output.shape), where))
+
+        with ExitStack() as stack:
+            for layer in self._model.modules() if self.channels is None else ():
+                if isinstance(layer, (*_CHANNELS_FIRST, nn.Linear, nn.LayerNorm, nn.RMSNorm)):
+                    stack.callback(layer.register_forward_hook(on_layer).remove)
+            stack.callback(self._module.register_forward_hook(on_module).remove)
+            stack.callback(self._ran.clear)
+            yield
+
+    def _pooled(self, output: Any) -> Tensor:
+        tensor = next(iter(tensors(output)), None)
+        if tensor is None or tensor.ndim not in (2, 4, 5):
+            shape = "no tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
+            tokens = " Of tokens (B, T, D), choose or average in the model" if shape != "no tensor" else " Do it there"
+            raise HeadError(
+                f"embedding={self._name!r} returns {shape}, expected (B, D), or a feature map of 4 or 5 dimensions to "
+                f"be averaged over its positions. Name another module.{tokens}: pass tokens.mean(dim=1) through an "
+                "nn.Identity() of its own, and name that."
+            )
+        if tensor.ndim == 2:
+            return tensor.clone()  # an in-place activation may follow before the head is called
+        if self.channels is None:
+            self.channels = self._found(tuple(tensor.shape))
+            first, last = (2, tensor.ndim - 1) if self.channels == "first" else (1, tensor.ndim - 2)
+            _log.info(
+                "embedding=%r of shape %s has its channels %s: averaged over the axes %s.",
+                self._name,
+                tuple(tensor.shape),
+                self.channels,
+                ", ".join(map(str, range(first, last + 1))),
+            )
+        self._ran.clear()
+        return tensor.flatten(2).mean(dim=2) if self.channels == "first" else tensor.flatten(1, -2).mean(dim=1)
+
+    def _found(self, shape: tuple[int, ...]) -> Channels:
+        told: list[Channels] = [where for ran, where in self._ran if ran == shape]
+        if told and (shape[1] != shape[-1] or len(set(told)) == 1):
+            return told[-1]
+        if self._width is not None and (shape[1] == self._width) != (shape[-1] == self._width):
+            return "first" if shape[1] == self._width else "last"
+        way_out = (
+            "Average it in the model instead, pass the result through an nn.Identity() of its own, and name that with "
+            "embedding=."
+        )
+        if told:
+            raise HeadError(
+                f"embedding={self._name!r} returns shape {shape}, and it cannot be told whether its channels are the "
+                f"first or the last axis after the rows. {way_out}"
+            )
+        warnings.warn(
+            f"embedding={self._name!r} returns shape {shape}, and no layer tells where its channels are: they are "
+            f"taken to be the first axis after the rows. If they are not: {way_out[0].lower()}{way_out[1:]}",
+            ResMemWarning,
+            stacklevel=2,
+        )
+        return "first"
+
+
+def _channels(layer: nn.Module, shape: tuple[int, ...]) -> Channels | None:
+    """Where the output `shape` of a layer has its channels, if the kind of layer tells."""
+    if isinstance(layer, _CHANNELS_FIRST):
+        return "first"
+    if isinstance(layer, nn.Linear):
+        return "last"
+    if len(layer.normalized_shape) != 1 or len(shape) < 2:  # type: ignore[arg-type]
+        return None
+    # Vision libraries derive from LayerNorm what normalizes the first axis.
+    fits_first, fits_last = (width == layer.normalized_shape[0] for width in (shape[1], shape[-1]))  # type: ignore[index]
+    if fits_first and not fits_last:
+        return "first"
+    return "last" if fits_last and (not fits_first or type(layer) in (nn.LayerNorm, nn.RMSNorm)) else None

@@ -1,0 +1,177 @@
+"""Steps that rescale outputs or targets are told by the loss of the first training step."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_resmem import HeadError, InputError, LocalMemory, ResMemCallback, ResMemParams
+from lightning_resmem.tasks import Regression
+from tests.models import CallsSelf, Data, Numbers, Spy, hooks_on, make, memory_for, same_weights, trainer, weights_of
+
+MEAN, SCALE = torch.tensor([5.0, -3.0]), torch.tensor([9.0, 2.0])
+
+
+class Standardised(Numbers):
+    """Targets are standardised in the steps, which take it back for the score."""
+
+    def loss(self, outputs, targets):
+        return F.mse_loss(outputs, (targets - MEAN) / SCALE)
+
+    def score(self, outputs, targets):
+        return F.mse_loss(outputs * SCALE + MEAN, targets)
+
+
+class Rescaled(Numbers):
+    """Outputs are rescaled in the steps."""
+
+    def loss(self, outputs, targets):
+        return F.huber_loss(outputs * SCALE + MEAN, targets) + 0.1 * outputs.square().mean()
+
+
+class SameUnits(Numbers):
+    """Both are divided alike: the head is in the units of the targets."""
+
+    def loss(self, outputs, targets):
+        return F.mse_loss((outputs - MEAN) / SCALE, (targets - MEAN) / SCALE)
+
+
+class Noise(Numbers):
+    def loss(self, outputs, targets):
+        return F.mse_loss(outputs, targets + torch.randn_like(targets))
+
+
+class ByHand(Numbers):
+    """No loss of PyTorch's own, of which nothing can be told."""
+
+    def loss(self, outputs, targets):
+        return ((outputs / 2 - targets) ** 2).mean()
+
+
+class Auxiliary(Numbers):
+    def loss(self, outputs, targets):
+        return F.mse_loss(outputs, targets) + F.l1_loss(outputs, targets / 100)
+
+
+class Manual(Standardised):
+    """Steps its optimizer itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.manual_backward(loss)
+
+
+class Embeds(CallsSelf):
+    """`forward` returns an embedding, and the steps call the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 12))
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.body(x)
+
+    def outputs(self, batch):
+        return self.head(self(batch[0]))
+
+
+class Adjusted(CallsSelf):
+    """Its loss, and nothing else, knows how frequent the classes are."""
+
+    def loss(self, outputs, targets):
+        return F.cross_entropy(outputs + torch.tensor([0.7, 0.1, 0.1, 0.1]).log(), targets, label_smoothing=0.1)
+
+
+class SelfSupervised(CallsSelf):
+    """A loss on labels of its own, of another width."""
+
+    def loss(self, outputs, targets):
+        rows = torch.arange(len(outputs), device=outputs.device)
+        return F.cross_entropy(outputs, targets) + F.cross_entropy(outputs @ outputs.T, rows)
+
+
+def fit(kind, root, *callbacks, data=None, **options):
+    torch.manual_seed(0)
+    model, steps = make(kind), []
+    spy = Spy("on_train_batch_end", lambda *_: steps.append(1))
+    callback = ResMemCallback(LocalMemory(memory_for(kind).task, ResMemParams(k=5, sigma=0.2)), **options)
+    return model, steps, callback, trainer(root, spy, callback, *callbacks), Data(kind.task)
+
+
+@pytest.mark.parametrize("kind", [Standardised, Rescaled, Manual])
+def test_other_units_are_refused_in_the_first_step(kind, tmp_path):
+    model, steps, _, run, data = fit(kind, tmp_path)
+    said = {
+        Rescaled: r"compares 9 \* output \+ 5 with 1 \* target \+ .*",
+        Standardised: r"compares 1 \* output \+ .* with 0\.1111 \* target \+ -0\.5556\. .*",
+    }[kind if kind is not Manual else Standardised]
+    with pytest.raises(InputError, match=rf"head 'head' and the targets are in different units: .*{said}targets_fn"):
+        run.fit(model, datamodule=data)
+    assert not steps
+    assert hooks_on(model) == 0
+
+
+def test_the_ways_out_give_the_right_numbers(tmp_path):
+    """With the targets as the loss is given them, the steps that take the scaling back see the right prediction."""
+    options = {"targets_fn": lambda batch: (batch[1] - MEAN) / SCALE}
+    model, _, callback, run, data = fit(Standardised, tmp_path, **options)
+    run.fit(model, datamodule=data)
+    callback.memory.params = ResMemParams(k=1, sigma=1.0)
+    (logged,) = run.test(model, data.loader(data.train), verbose=False)
+    assert logged["test_score"] == pytest.approx(0, abs=1e-8)  # the nearest row is the row itself
+
+
+@pytest.mark.parametrize("kind", [Numbers, SameUnits, Noise, ByHand, Auxiliary, Adjusted, SelfSupervised])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_others_are_trained_as_without_us(kind, precision, tmp_path):
+    found = []
+    for watched in (True, False):
+        model, _, callback, _, data = fit(kind, tmp_path)
+        run = trainer(tmp_path, *([callback] if watched else []), precision=precision)
+        torch.manual_seed(1)
+        run.fit(model, datamodule=data)
+        found.append(weights_of(model))
+        assert hooks_on(model) == 0
+    assert same_weights(*found)
+
+
+def test_a_squeezed_regression(tmp_path):
+    class Flat(CallsSelf):
+        task = "regression"
+
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(5, 1)
+
+        def forward(self, x):
+            return super().forward(x).squeeze(1)
+
+        def loss(self, outputs, targets):
+            return F.smooth_l1_loss(self.factor * outputs, targets)
+
+    data = Data()
+    loader = data.loader((data.train[0], data.train[1].float()))
+    for factor in (1, 2):
+        model = make(Flat)
+        model.factor = factor
+        run = trainer(tmp_path, ResMemCallback(LocalMemory(Regression())))
+        if factor == 1:
+            run.fit(model, loader)
+        else:
+            with pytest.raises(InputError, match=r"compares 2 \* output \+ "):
+                run.fit(model, loader)
+
+
+def test_an_embedding_in_the_place_of_the_logits(tmp_path):
+    model, steps, _, run, data = fit(Embeds, tmp_path)
+    with pytest.raises(HeadError, match=r"head 'body.2' makes outputs of width 12, .* 4 with the labels.*forward_fn="):
+        run.fit(model, datamodule=data)
+    assert not steps
+    model, steps, _, run, data = fit(Embeds, tmp_path, forward_fn=lambda model, batch: model.head(model(batch[0])))
+    run.fit(model, datamodule=data)
+    assert steps
