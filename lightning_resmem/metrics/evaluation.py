@@ -57,6 +57,8 @@ class Evaluation:
         neighborhoods: Scores by the distance to the nearest neighbour, in tenths of the rows.
         less_is_better: Names of scores, without `_base` and so on, of which less is better. Your own metrics are among
             them if they are `higher_is_better = False`.
+        left_out: Rows beside those counted whose embedding, output or target is NaN or infinite: the base alone
+            answered them, and they are not scored.
     """
 
     prefix: str
@@ -70,6 +72,7 @@ class Evaluation:
     reliability: dict[str, ReliabilityBins]
     neighborhoods: Neighborhoods
     less_is_better: tuple[str, ...] = LESS_IS_BETTER
+    left_out: int = 0
 
     def gain_in(self, name: str) -> float:
         """How much better resmem is than the base in a score: above 0 if it is better, whatever the score.

@@ -45,6 +45,9 @@ def evaluation_summary(evaluation: Evaluation, stats: dict[str, Any]) -> list[Ta
         gain = f"{evaluation.gain_in(stem):+.4f}{error}"
         table.add_row(Text(_long(stem)), f"{base:.4f}", f"{knn:.4f}", f"{resmem:.4f}", gain)
     lines = []
+    if evaluation.left_out:
+        kind = counted(evaluation.left_out, "row")
+        lines.append(f"{kind} with NaN or infinite values: answered by the base alone, not scored")
     if "positive_flip_rate" in evaluation.scores:
         right, wrong = evaluation.scores["positive_flip_rate"], evaluation.scores["negative_flip_rate"]
         lines.append(_flips(right, wrong))

@@ -24,6 +24,8 @@ from lightning_resmem.tuning.objectives import check_objective, check_task, make
 from lightning_resmem.tuning.result import TuningResult
 from lightning_resmem.tuning.sweep import Gather, Rows, Sweep
 
+# Validation rows that may be found in the memory: so many, and this share of them; data sets hold a few rows twice.
+_FEW_KNOWN_ROWS, _FEW_KNOWN_SHARE = 5, 0.01
 # Tuning rows below which a choice says little.
 _FEW_ROWS = 50
 
@@ -242,7 +244,7 @@ class GridTuner(Tuner):
                 'GridTuner(objective="balanced_accuracy") keeps it'
             )
             result = replace(result, notes=(*result.notes, note))
-        _warn(result, measure_residuals(memory, rows, gather))
+        _warn(result, measure_residuals(memory, rows, gather), 0 if result.leave_one_out else sweep.known_rows())
         return result
 
 
@@ -266,8 +268,14 @@ def _checked_rows(memory: ResidualMemory, embeddings: Tensor, outputs: Tensor, t
     return Rows(embeddings, outputs, targets, ids)
 
 
-def _warn(result: TuningResult, residuals: Residuals) -> None:
+def _warn(result: TuningResult, residuals: Residuals, known: int) -> None:
     advice = []
+    if known > max(_FEW_KNOWN_ROWS, _FEW_KNOWN_SHARE * result.rows):
+        advice.append(
+            f"{known} of the {result.rows} validation rows are rows of the memory (the distance to the nearest row is "
+            "0, and the label is the same), which answers them from themselves: the gain is not that of new rows, and "
+            "may be a loss there. Tune on rows that are not memorized."
+        )
     if residuals.vanish:
         unseen = "" if residuals.unseen is None else f", {residuals.unseen:.1%} on rows that it has not seen"
         advice.append(
@@ -294,3 +302,14 @@ def _unbalances(result: TuningResult) -> bool:
 
 def _is_number(value: object, least: float, most: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+
+
+def choose_tuner(tuner: Tuner | Literal["auto"] | None, memory: ResidualMemory) -> Tuner | None:
+    """The tuner that an argument stands for."""
+    if tuner == "auto":
+        return GridTuner() if memory.tunable else None
+    if tuner is not None and not isinstance(tuner, Tuner):
+        raise InputError(f'tuner={tuner!r} is not a Tuner: give GridTuner(), "auto", or None to keep the params.')
+    if tuner is not None:
+        tuner.check(memory.task)
+    return tuner

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,25 @@ def check_target(directory: str | os.PathLike[str]) -> Path:
         reason = "not a directory" if not parent.is_dir() else "not writable"
         raise StorageError(f"The memory cannot be saved to {target}: {parent} is {reason}. Name another directory.")
     return target
+
+
+def try_target(directory: str | os.PathLike[str]) -> None:
+    """Make sure that a memory can be saved to a directory, by making and removing what `write` will.
+
+    Raises:
+        StorageError: As for `check_target`, or if the system refuses: a read-only file system, a name that is too long.
+    """
+    target = check_target(directory)
+    missing = [path for path in target.parents if not path.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rmdir(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".replaced", dir=target.parent))
+    except OSError as error:
+        raise StorageError(f"The memory cannot be saved to {target}: {error}. Name another directory.") from error
+    finally:
+        for path in missing:
+            with suppress(OSError):  # it was not made, or somebody uses it already
+                path.rmdir()
 
 
 def write(
