@@ -7,6 +7,9 @@
     curl -X POST localhost:8000/predict -d '{"inputs": [[0.0, 0.3, ... 64 numbers ...], ...]}'
     curl localhost:8000/health
 
+Clients reach it through http_front.py, which bounds how many connections there are and how long a request may take to
+arrive; Serve's own proxy bounds neither, and is off. Put TLS, and whatever says who may call, before it.
+
 It joins the Ray cluster that RAY_ADDRESS names, or starts Ray on this machine. Change `load` for a model of your own.
 """
 
@@ -18,11 +21,11 @@ import os
 import signal
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as L
 import numpy as np
@@ -31,7 +34,12 @@ import requests
 import torch
 from digits import MLP, split
 from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
+from http_front import Limits, serving
 from ray import serve
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from starlette.requests import ClientDisconnect
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -41,20 +49,17 @@ HIDDEN = 16
 MAX_BYTES = 2**20  # of a request's body
 MAX_ROWS = 256  # of a request, and of those that are answered together
 SHARD_SECONDS = 20  # after which a shard counts as lost; a health check may take longer
+ANSWER_SECONDS = 60  # after which a request is given up
 LOGGING = {"log_level": "WARNING"}  # "INFO" for a line a request
+UNAVAILABLE = "No answer can be given at the moment: try again."
 
-api = FastAPI(title="ResMem")
 
+class Answer(NamedTuple):
+    """Of the service to a request: an HTTP status, the content of the JSON body, and what only its operator may see."""
 
-# Above the service: Serve copies what its routes refer to when the class is made.
-async def read(request: Request) -> bytes:
-    """The body of a request, no more of it than may be."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BYTES:
-            raise HTTPException(413, f"The body has more than {MAX_BYTES} bytes: send fewer rows at once.")
-    return bytes(body)
+    status: int
+    content: dict[str, Any]
+    details: dict[str, Any]
 
 
 def parse(body: bytes, width: int) -> Tensor:
@@ -72,8 +77,8 @@ def parse(body: bytes, width: int) -> Tensor:
         raise HTTPException(422, f"The rows of inputs differ in length: send {wanted}.") from error
     if not array.size:
         raise HTTPException(422, f"inputs is empty: send {wanted}.")
-    if array.dtype.kind not in "iuf":
-        raise HTTPException(422, f"inputs holds something other than numbers: send {wanted}.")
+    if array.dtype.kind not in "if":  # whole numbers beyond int64 are objects, or unsigned
+        raise HTTPException(422, f"inputs holds something other than numbers within 64 bits: send {wanted}.")
     if array.ndim != 2 or array.shape[1] != width:
         raise HTTPException(422, f"inputs has shape {array.shape}: send {wanted}.")
     if len(array) > MAX_ROWS:
@@ -86,13 +91,12 @@ def parse(body: bytes, width: int) -> Tensor:
 
 
 @serve.deployment(
-    max_ongoing_requests=MAX_ROWS,  # at a replica; the proxy holds back the others,
-    max_queued_requests=1024,  # and answers 503 beyond these
+    max_ongoing_requests=MAX_ROWS,  # at a replica; others wait,
+    max_queued_requests=1024,  # and beyond these the answer is 503
     health_check_period_s=5,
     health_check_timeout_s=30,
     graceful_shutdown_timeout_s=30,  # for requests that are being answered
 )
-@serve.ingress(api)
 class ResMemService:
     """Answers from base and memory.
 
@@ -107,26 +111,26 @@ class ResMemService:
         self._requests = self._batches = 0
         self._answer.set_batch_wait_timeout_s(batch_wait_s)
 
-    @api.post("/predict")
-    async def predict(self, request: Request) -> dict[str, Any]:
+    async def predict(self, body: bytes) -> Answer:
         """Labels of base and ResMem, and ResMem's probabilities, for `{"inputs": [[...], ...]}`."""
-        inputs = parse(await read(request), self._width)
-        answer = await self._answer(inputs)
+        try:
+            answer = await self._answer(parse(body, self._width))
+        except HTTPException as error:
+            return Answer(error.status_code, {"detail": error.detail}, {})
         if isinstance(answer, InputError):
-            raise HTTPException(422, str(answer))
+            return Answer(422, {"detail": str(answer)}, {})
         if isinstance(answer, ResMemError):
-            raise HTTPException(503, str(answer), headers={"Retry-After": "5"})
-        return answer
+            return Answer(503, {"detail": UNAVAILABLE}, {"detail": str(answer)})
+        return Answer(200, answer, {})
 
-    @api.get("/health")
-    async def health(self) -> dict[str, Any]:
+    async def health(self) -> Answer:
         """Whether predictions can be made, and how many were."""
         try:
             stats = await asyncio.to_thread(self._check)
-        except ResMemError as error:
-            raise HTTPException(503, str(error)) from error
-        served = {"requests": self._requests, "batches": self._batches}
-        return {"status": "ok", **served, **{key: stats[key] for key in ("rows", "shards") if key in stats}}
+        except ResMemError as error:  # names a node
+            return Answer(503, {"detail": UNAVAILABLE}, {"detail": str(error)})
+        served = {"status": "ok", "requests": self._requests, "batches": self._batches, "rows": stats["rows"]}
+        return Answer(200, served, {"shards": stats.get("shards", [])})
 
     async def check_health(self) -> None:
         """Ray Serve calls this now and then, and replaces a replica in which it raises an error."""
@@ -167,6 +171,58 @@ class ResMemService:
         ]
 
 
+class Front:
+    """What clients see: it reads requests, hands whole ones to the service, and hides what is not theirs to know.
+
+    Args:
+        service: A handle of `ResMemService`.
+        details: Whether answers say where shards are and what went wrong with them.
+    """
+
+    def __init__(self, service: DeploymentHandle, details: bool) -> None:
+        self._service, self._details = service, details
+        self._looking: asyncio.Task[JSONResponse] | None = None
+
+    def app(self) -> FastAPI:
+        """The routes."""
+        app = FastAPI(title="ResMem", docs_url=None, redoc_url=None, openapi_url=None)
+        app.add_api_route("/predict", self.predict, methods=["POST"])
+        app.add_api_route("/health", self.health)
+        return app
+
+    async def predict(self, request: Request) -> JSONResponse:
+        return await self._told(self._service.predict.remote(await read(request)))
+
+    async def health(self) -> JSONResponse:
+        # However many ask, the shards are asked once at a time.
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._told(self._service.health.remote()))
+        return await asyncio.shield(self._looking)
+
+    async def _told(self, answer: Awaitable[Answer]) -> JSONResponse:
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                status, content, details = await answer
+        except (TimeoutError, RayServeException, ray.exceptions.RayError) as error:
+            logging.getLogger(__name__).warning("No answer: %r", error)
+            status, content, details = Answer(503, {"detail": UNAVAILABLE}, {"detail": repr(error)})
+        headers = {"Retry-After": "5"} if status == 503 else None
+        return JSONResponse(content | details if self._details else content, status, headers)
+
+
+async def read(request: Request) -> bytes:
+    """The body of a request, no more of it than may be."""
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BYTES:
+                raise HTTPException(413, f"The body has more than {MAX_BYTES} bytes: send fewer rows at once.")
+    except ClientDisconnect as error:
+        raise HTTPException(400, "The connection ended before the request did.") from error
+    return bytes(body)
+
+
 def train(directory: Path) -> None:
     """Train a network on digits; its weights and its memory go to the directory."""
     L.seed_everything(0, verbose=False)
@@ -182,7 +238,7 @@ def train(directory: Path) -> None:
         enable_model_summary=False,
     )
     trainer.fit(MLP(HIDDEN), DataLoader(train, batch_size=32, shuffle=True), DataLoader(val, batch_size=300))
-    resmem.module.save(directory / "resmem")
+    resmem.module.save(directory / "resmem", overwrite=True)  # of weights that are gone
     trainer.save_checkpoint(directory / "base.ckpt")
 
 
@@ -220,6 +276,9 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=1, help="processes that answer (default: 1)")
     parser.add_argument("--shards", type=int, default=0, help="actors with the memory (default: 0, in each replica)")
     parser.add_argument("--batch-wait", type=float, default=0.005, help="seconds to wait for others (default: 0.005)")
+    parser.add_argument("--read-seconds", type=float, default=10.0, help="for a request to arrive (default: 10)")
+    parser.add_argument("--connections", type=int, default=512, help="open at once (default: 512)")
+    parser.add_argument("--details", action="store_true", help="let anyone see hosts and processes in /health")
     parser.add_argument("--check", action="store_true", help="classify the test split over HTTP, and end")
     arguments = parser.parse_args()
     directory, url = arguments.directory.absolute(), f"http://127.0.0.1:{arguments.port}"
@@ -234,20 +293,21 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which has a handler of its own
         signal.signal(number, lambda *_: ended.set())
     try:
-        http = {"host": "127.0.0.1", "port": arguments.port}
-        serve.start(proxy_location="HeadOnly", http_options=http, logging_config=LOGGING)
+        serve.start(proxy_location="Disabled", logging_config=LOGGING)
         if arguments.shards:  # under a name, by which the replicas find it
             pool = f"serve-{uuid.uuid4().hex[:8]}"
             memory = RayMemory.load(directory / "resmem", num_shards=arguments.shards, name=pool)
         service = ResMemService.options(num_replicas=arguments.replicas, logging_config=LOGGING)
         loaded = partial(load, directory, pool)
-        serve.run(service.bind(loaded, 64, arguments.batch_wait), name="resmem")
-        print(f"Serving on {url}", flush=True)
-        if arguments.check:
-            check(url)
-        else:
-            ended.wait()
-            print("Ending: no new requests, those under way are answered", flush=True)
+        handle = serve.run(service.bind(loaded, 64, arguments.batch_wait), name="resmem", route_prefix=None)
+        limits = Limits(arguments.read_seconds, arguments.connections)
+        with serving(Front(handle, arguments.details).app(), arguments.port, limits):
+            print(f"Serving on {url}", flush=True)
+            if arguments.check:
+                check(url)
+            else:
+                ended.wait()
+                print("Ending: no new requests, those under way are answered", flush=True)
         serve.delete("resmem")
     finally:
         serve.shutdown()

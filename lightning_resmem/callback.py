@@ -61,9 +61,10 @@ class ResMemCallback(Callback):
             dataset. Needed to detect rows that an IterableDataset gives to several ranks.
         memory_dataloader: The rows to memorize, e.g. without augmentation; by default what a method
             `memory_dataloader()` of the datamodule or the model returns, else those of the training loader.
-        weights: `"last"` memorizes the weights at the end of training; `"best"` those of the best checkpoint, for
-            `trainer.test(ckpt_path="best")`.
-        dirpath: Where the memory is saved after the pass; a memory that is there is replaced. By default beside the
+        weights: `"last"` memorizes the weights at the end of training; `"best"` those of the checkpoint that
+            `trainer.test(ckpt_path="best")` takes.
+        dirpath: Where the memory is saved after the pass. A memory of the same model that is there is replaced (with a
+            warning, if another fit saved it), one of another class of model is refused. By default beside the
             trainer's `checkpoints` directory, if it writes checkpoints, with a version if there is one already.
         name: Tells several callbacks on one trainer apart, of which no two may have the same ("Found more than one
             stateful callback", the Trainer says); also the name of the default directory.
@@ -238,6 +239,7 @@ class ResMemCallback(Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._routing is not None:
+            self._routing.check_end()
             self.evaluations = self._routing.evaluate()
             for evaluation in self.evaluations:
                 # The same on every rank already; without sync_dist the trainer warns that it might not be.
@@ -247,6 +249,10 @@ class ResMemCallback(Callback):
         if self._routing is not None:
             self._stop()
             self._report.evaluated(trainer, self._memory, self.evaluations)
+
+    def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._routing is not None:
+            self._routing.check_end()
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stop()

@@ -1,28 +1,29 @@
 """The `resmem` command: LightningCLI with `memorize` and `tune`, and `inspect`, which needs no config."""
 
 import argparse
+import dataclasses
 import importlib.util
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as L
-import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from rich.console import Console
-from torch import Tensor
 
 from lightning_resmem.callback import ResMemCallback
-from lightning_resmem.errors import InputError, ResMemError
-from lightning_resmem.memorization import memorize
+from lightning_resmem.errors import InputError, ResMemError, ResMemWarning, StorageError
+from lightning_resmem.memorization import Memorizer
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.storage import disk
 from lightning_resmem.module import ResMemModule
+from lightning_resmem.progress import shows_progress
 from lightning_resmem.reporting.html_report import write_report
-from lightning_resmem.tuning.tuner import GridTuner, Tuner
+from lightning_resmem.trainer.job import Job, run_job
+from lightning_resmem.trainer.save_directory import check_replaceable
+from lightning_resmem.tuning.result import TuningResult
+from lightning_resmem.tuning.tuner import Tuner
 
-_DIRECTORY = "resmem"
 _DESCRIPTION = (
     "Train, memorize, tune and test with a YAML file that names a LightningModule (model), a LightningDataModule "
     "(data) and callbacks, of them lightning_resmem.ResMemCallback (trainer.callbacks). Modules in the current "
@@ -58,37 +59,42 @@ class ResMemTrainer(L.Trainer):
         ckpt_path: str | None = None,
         weights_only: bool = True,
         limit_batches: int | float | None = None,
+        overwrite: bool = False,
     ) -> None:
         """Fill a memory with the training rows of a trained model, tune it on the validation rows, and save it.
 
         Args:
             model: The trained model.
             datamodule: Its data.
-            directory: Where the memory is saved; by default the callback's `dirpath`, or `resmem`. A memory that is
-                there is replaced.
-            ckpt_path: Checkpoint with the weights.
+            directory: Where the memory is saved; by default the callback's `dirpath`, or its `name` in the current
+                directory (`resmem`).
+            ckpt_path: Checkpoint with the weights. Without it they are as the model's constructor leaves them.
             weights_only: False also reads checkpoints that hold other Python objects: only if you trust them.
             limit_batches: As for the function `memorize`: how many batches each rank reads of a stream, `.inf` for all.
+            overwrite: Replace a memory that is there.
         """
-        _load_weights(model, ckpt_path, weights_only)
-        callback = self._callback()
-        reader = callback._reader
-        module = memorize(
-            self,
-            model,
-            datamodule,
-            memory=callback._memory,
-            tuner=callback._tuner,
-            head=reader.head,
-            embedding=reader.embedding,
-            targets_fn=reader.targets_fn,
-            forward_fn=reader.forward_fn,
-            ids_fn=reader.ids_fn,
-            limit_batches=limit_batches,
-        )
-        if self.is_global_zero:
-            saved = module.save(directory or callback._dirpath or _DIRECTORY)
-            _say(f"Saved a memory of {len(module.memory)} rows to {saved}.")
+        places = self._places(directory)
+        for place in places.values():
+            if not overwrite and _holds_a_memory(place):
+                raise StorageError(
+                    f"{disk.as_path(place)} holds a memory: it is left as it is. Give --overwrite to replace it, or "
+                    "name another place with --directory."
+                )
+        _check_checkpoint(ckpt_path)
+        if ckpt_path is None:
+            rank_zero_warn(
+                "Without --ckpt_path the weights are as the model's constructor leaves them: untrained, unless it "
+                "loads some.",
+                category=ResMemWarning,
+            )
+        for callback, place in places.items():
+            reader = callback._reader
+            fill = partial(callback._memorizer(self).rehearse_and_run, limit_batches=limit_batches)
+            job = Job(model, callback._memory, fill, datamodule, rows=callback._memory_dataloader)
+            memory = run_job(self, job, ckpt_path, weights_only)
+            module = ResMemModule(model, memory, targets_fn=reader.targets_fn, forward_fn=reader.forward_fn)
+            if self.is_global_zero:
+                _say(f"Saved a memory of {len(memory)} rows to {module.save(place, overwrite=overwrite)}.")
 
     def tune(
         self,
@@ -104,75 +110,63 @@ class ResMemTrainer(L.Trainer):
         Args:
             model: The model that the memory was filled with.
             datamodule: Its data.
-            directory: Of the memory; by default the callback's `dirpath`, or `resmem`.
+            directory: Of the memory; by default the callback's `dirpath`, or its `name` in the current directory
+                (`resmem`).
             ckpt_path: Checkpoint with the weights.
             weights_only: False also reads checkpoints that hold other Python objects: only if you trust them.
             tuner: Chooses the params; by default that of the callback, or a GridTuner.
         """
         if self.world_size > 1:
             raise InputError(f"tune reads the validation rows in one process, not {self.world_size}: devices=1.")
-        _load_weights(model, ckpt_path, weights_only)
-        callback = self._callback()
-        directory = str(directory or callback._dirpath or _DIRECTORY)
-        memory = LocalMemory.load(directory)
-        reader = callback._reader
-        module = _Collector(model, memory, targets_fn=reader.targets_fn, forward_fn=reader.forward_fn)
-        with _without_callbacks(self):
-            self.validate(module, datamodule=datamodule, verbose=False)
-        if not module.rows:
-            raise InputError("The validation loader yielded no rows to tune on.")
-        embeddings, outputs, targets = (torch.cat(column) for column in zip(*module.rows, strict=True))
-        result = (tuner or callback._tuner or GridTuner()).tune(memory, embeddings, outputs, targets)
-        memory.params = result.params
-        _say(f"{result.summary()}.\nSaved to {memory.save(directory)}.")
+        _check_checkpoint(ckpt_path)
+        for callback, place in self._places(directory).items():
+            memory, reader = LocalMemory.load(place), callback._reader
+            names = {name: memory.provenance.get(name, getattr(reader, name)) for name in ("head", "embedding")}
+            reader = dataclasses.replace(reader, **names)
+            chosen = tuner or callback._tuner
+            memorizer = Memorizer(memory, chosen, reader, shows_progress(self))
+            job = Job(model, memory, memorizer.tune, datamodule)
+            tuned = run_job(self, job, ckpt_path, weights_only)
+            if isinstance(job.result, TuningResult):
+                _say(f"{job.result.summary()}.")
+            check_replaceable(place, tuned.provenance)  # it may have been replaced meanwhile
+            _say(f"Saved to {tuned.save(place)}.")
 
-    def _callback(self) -> ResMemCallback:
-        """The first ResMemCallback of the config, or one as it is by default."""
-        callbacks = self.callbacks  # type: ignore[attr-defined]
-        return next((each for each in callbacks if isinstance(each, ResMemCallback)), ResMemCallback())
+    def _places(self, directory: str | None) -> dict[ResMemCallback, str | Path]:
+        """The callbacks of the config, or one as it is by default, and where the memory of each is saved."""
+        callbacks = _callbacks(self) or [ResMemCallback()]
+        if directory is not None and len(callbacks) > 1:
+            names = ", ".join(callback._name for callback in callbacks)
+            raise InputError(
+                f"directory={directory!r} is for one memory, and the config has {len(callbacks)} callbacks ({names}): "
+                "give each of them a dirpath."
+            )
+        return {callback: directory or _place(callback) for callback in callbacks}
+
+
+def _callbacks(trainer: L.Trainer) -> list[ResMemCallback]:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, ResMemCallback)]
+
+
+def _place(callback: ResMemCallback) -> str | Path:
+    return callback._dirpath or callback._name
+
+
+def _holds_a_memory(place: str | Path) -> bool:
+    return (disk.as_path(place) / disk.MANIFEST).is_file()
 
 
 def _use_saved(trainer: L.Trainer) -> None:
-    """Let callbacks answer from the memory that another command saved to their `dirpath`."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        path = callback._dirpath if isinstance(callback, ResMemCallback) else None
-        if path is not None and (disk.as_path(path) / disk.MANIFEST).is_file():
-            callback.load_state_dict({"directory": path})  # read when it is needed
+    """Let callbacks answer from the memories that another command has saved."""
+    for callback in _callbacks(trainer):
+        if _holds_a_memory(place := _place(callback)):
+            callback.load_state_dict({"directory": str(disk.as_path(place))})  # read when it is needed
 
 
-@contextmanager
-def _without_callbacks(trainer: L.Trainer) -> Iterator[None]:
-    callbacks, trainer.callbacks = trainer.callbacks, []  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        trainer.callbacks = callbacks  # type: ignore[attr-defined]
-
-
-class _Collector(ResMemModule):
-    """Keeps the rows of a validation run: embeddings, outputs and targets, on the CPU."""
-
-    rows: list[tuple[Tensor, Tensor, Tensor]]
-
-    def on_validation_epoch_start(self) -> None:
-        self._check_weights("resmem tune runs", surely=True)
-        self.rows = []
-
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # type: ignore[override]
-        embedding, output = self._captured(batch)
-        self.rows.append((embedding.float().cpu(), output.cpu(), self._reader.targets(batch).cpu()))
-
-    def on_validation_epoch_end(self) -> None:
-        """Log no scores: the params are about to change."""
-
-
-def _load_weights(model: L.LightningModule, ckpt_path: str | None, weights_only: bool) -> None:
-    if ckpt_path is None:
-        return
-    if not Path(ckpt_path).is_file():
+def _check_checkpoint(ckpt_path: str | None) -> None:
+    if ckpt_path is not None and "://" not in ckpt_path and not Path(ckpt_path).is_file():
         raise InputError(f"ckpt_path={ckpt_path!r}: there is no such file.")
-    checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=weights_only)
-    model.load_state_dict(checkpoint["state_dict"])
 
 
 def _run_lightning() -> None:

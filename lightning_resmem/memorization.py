@@ -5,6 +5,7 @@ import time
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as L
@@ -27,15 +28,16 @@ from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.metrics.side_by_side import ResMemMetrics
 from lightning_resmem.model.batches import BatchReader, ForwardFn, IdsFn, TargetsFn
-from lightning_resmem.model.fingerprint import buffer_sums, describe_weights
+from lightning_resmem.model.fingerprint import buffer_sums, check_fingerprint, describe_weights
 from lightning_resmem.model.head import HeadTap
 from lightning_resmem.model.modes import evaluating
 from lightning_resmem.model.returned import check_diverged
-from lightning_resmem.module import ResMemModule, forward_of
+from lightning_resmem.module import ResMemModule
 from lightning_resmem.progress import shows_progress, working
 from lightning_resmem.trainer.job import Job, run_job
+from lightning_resmem.trainer.save_directory import kind
 from lightning_resmem.tuning.result import TuningResult
-from lightning_resmem.tuning.tuner import Tuner, choose_tuner
+from lightning_resmem.tuning.tuner import GridTuner, Tuner, choose_tuner
 
 # Rows below which a memory without validation rows is not tuned on its own.
 _LEAST_ROWS = 50
@@ -55,8 +57,13 @@ def memorize(
     forward_fn: ForwardFn | None = None,
     ids_fn: IdsFn | None = None,
     limit_batches: int | float | None = None,
+    ckpt_path: str | Path | None = None,
+    weights_only: bool | None = None,
 ) -> ResMemModule:
     """Give a model that is already trained a memory of its training residuals.
+
+    The model's `setup("predict")` and `configure_model` are called as `trainer.predict(model)` would; layers that are
+    there keep their weights.
 
     Args:
         trainer: Its accelerator, devices and precision are used; its callbacks are not called.
@@ -75,6 +82,10 @@ def memorize(
         ids_fn: As for `ResMemCallback`.
         limit_batches: Read only so many batches of training rows on each rank. An IterableDataset without a length
             needs it, as it may have no end; `math.inf` reads it to its end.
+        ckpt_path: Checkpoint with the model's weights; by default it has them. Models whose layers are made in `setup`
+            or `configure_model` need it in a new process.
+        weights_only: As for `trainer.test`: False also reads checkpoints with other Python objects, which is safe only
+            if you trust them.
 
     Returns:
         Base and memory as one LightningModule.
@@ -103,7 +114,7 @@ def memorize(
     reader = BatchReader(targets_fn, forward_fn, ids_fn, head, embedding)
     memorizer = Memorizer(memory, choose_tuner(tuner, memory), reader, shows_progress(trainer))
     fill = partial(memorizer.rehearse_and_run, limit_batches=limit_batches)
-    memory = run_job(trainer, Job(model, memory, fill, dataloader, val_dataloader))
+    memory = run_job(trainer, Job(model, memory, fill, dataloader, val_dataloader), ckpt_path, weights_only)
     return ResMemModule(model, memory, targets_fn=targets_fn, forward_fn=forward_fn)
 
 
@@ -235,6 +246,23 @@ class Memorizer:
             )
             raise
 
+    def tune(self, trainer: L.Trainer, model: L.LightningModule, loaders: Any, val_loaders: Any = None) -> TuningResult:
+        """Tune a memory that is filled already.
+
+        Args:
+            trainer: With its strategy set up.
+            model: On its device.
+            loaders: The training rows, which are not read.
+            val_loaders: The validation rows.
+        """
+        check_fingerprint(model, self.memory.provenance, "resmem tune runs")
+        reading, result = self._reading(trainer, model), None
+        if val_loaders is not None and val_loaders != []:
+            result = self._tune(reading, self.tuner or GridTuner(), self._plan(reading, val_loaders))
+        if result is None:
+            raise InputError("The validation loader yielded no rows to tune on.")
+        return result
+
     def _fill(self, reading: Pass, model: L.LightningModule, parts: list[Part]) -> None:
         memory = self.memory
         all_rows = _count_rows(reading.ranks, parts)
@@ -273,7 +301,8 @@ class Memorizer:
         ignored = set[str]().union(
             *(names for names in reading.ranks.gather_objects(changed) if isinstance(names, set))
         )
-        self.memory.provenance.update(describe_weights(model, ignored) | names | forward_of(self.reader))
+        weights = describe_weights(model, ignored) | {"base": kind(model)}
+        self.memory.provenance.update(weights | names | self.reader.provenance)
 
     def _tunes_on(self, val_loaders: Any) -> bool:
         return self.tuner is not None and val_loaders is not None and val_loaders != []  # both mean none to Lightning

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_resmem.collection.loaders import evaluation_loaders
 from lightning_resmem.collection.ranks import Ranks
-from lightning_resmem.errors import InputError, check_type, wrong_type
+from lightning_resmem.errors import InputError, check_type
 from lightning_resmem.explanation.neighbors import Explanation, explain
 from lightning_resmem.explanation.pictures import entries, find_images
 from lightning_resmem.memory.answers import Predictions
@@ -22,13 +22,23 @@ from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.metrics.answer import Answer
 from lightning_resmem.metrics.evaluation import Evaluation
 from lightning_resmem.metrics.reported import UserMetrics, as_collection
+from lightning_resmem.metrics.run import Run
 from lightning_resmem.metrics.scoreboard import Scoreboard
-from lightning_resmem.model.batches import BatchReader, ForwardFn, TargetsFn, borrow_transfer_hooks, has_forward
+from lightning_resmem.model.batches import (
+    BatchReader,
+    ForwardFn,
+    TargetsFn,
+    borrow_transfer_hooks,
+    check_batch,
+    has_forward,
+)
 from lightning_resmem.model.fingerprint import check_fingerprint, describe_weights
 from lightning_resmem.model.head import Captured, HeadTap
 from lightning_resmem.model.modes import evaluation_mode, uncompiled
+from lightning_resmem.model.watching import Watched
 from lightning_resmem.reporting.wandb_report import download_memory
-from lightning_resmem.tasks import Multiclass
+from lightning_resmem.trainer.base import configure, set_up
+from lightning_resmem.trainer.save_directory import check_replaceable, kind
 
 
 class ResMemModule(L.LightningModule):
@@ -37,6 +47,9 @@ class ResMemModule(L.LightningModule):
     Validation and test log `{stage}/acc_base`, `{stage}/acc_knn` and `{stage}/acc_resmem` (`mse` in regression), with
     `val` or `test` for the stage, and what else `ResMemMetrics` shows at a glance; `predict` returns `F(x)`. The base
     is always run in evaluation mode.
+
+    Methods for users are `forward`, `predictions`, `explain`, `save`, `load` and `from_wandb`; the others are
+    Lightning's hooks and steps, which a trainer calls.
 
     Args:
         base: The trained model.
@@ -94,9 +107,17 @@ class ResMemModule(L.LightningModule):
         self._reader = BatchReader(targets_fn, forward_fn, head=head, embedding=embedding)
         self._tap = None if head is None else HeadTap(base, head, embedding, channels)
         self._metrics = None if metrics is None else as_collection(metrics, memory.task, memory.num_outputs)
-        self._board: Scoreboard | None = None
+        self._run: Run | None = None
         self.evaluations: tuple[Evaluation, ...] = ()
         borrow_transfer_hooks(self, [base])
+
+    def setup(self, stage: str) -> None:
+        set_up(self.base, stage)
+        self._find_again()
+
+    def configure_model(self) -> None:
+        configure(self.base)
+        self._find_again()
 
     @uncompiled
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -127,9 +148,9 @@ class ResMemModule(L.LightningModule):
 
         A list of rows of a dataset, `[dataset[0], dataset[1]]`, is made a batch.
         """
-        _check_batch(batch)
-        captured = self._captured(self._reader.collate(batch, self._target_shapes()))
-        return Answer.of(self.memory, *captured).predictions
+        check_batch(batch)
+        shapes = self.memory.task.target_shapes(self.memory.num_outputs)
+        return Answer.of(self.memory, *self._captured(self._reader.collate(batch, shapes))).predictions
 
     def explain(self, batch: Any, top: int = 5) -> Explanation:
         """Why the predictions for a batch are what they are: the neighbours behind each, and what each of them added.
@@ -141,8 +162,8 @@ class ResMemModule(L.LightningModule):
         Returns:
             A table (print it with rich), plain `rows`, and a picture grid `figure()` where inputs are images.
         """
-        _check_batch(batch)
-        batch = self._reader.collate(batch, self._target_shapes())
+        check_batch(batch)
+        batch = self._reader.collate(batch, self.memory.task.target_shapes(self.memory.num_outputs))
         batch = self.transfer_batch_to_device(batch, self.device, 0)
         try:
             targets = self._reader.targets(batch)
@@ -169,37 +190,45 @@ class ResMemModule(L.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """The combined prediction `F(x)` of a batch, shape `(B, C)`."""
+        if self._run is not None:
+            self._run.answer()
         return self.predictions(batch).resmem
 
     def on_predict_start(self) -> None:
-        self._check_weights("ResMemModule runs", surely=True)
+        self._start_run(None)
 
     def on_validation_epoch_start(self) -> None:
-        self._start_scores("val")
+        self._start_run("val")
 
     def on_test_epoch_start(self) -> None:
-        self._start_scores("test")
+        self._start_run("test")
 
     def on_validation_epoch_end(self) -> None:
-        self._log_scores()
+        self._finish_run()
 
-    def on_test_epoch_end(self) -> None:
-        self._log_scores()
+    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
 
-    def save(self, directory: str | os.PathLike[str]) -> Path:
+    def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> Path:
         """Save the memory, with the fingerprint of the base and the name of its head. The base itself is not saved.
+
+        Args:
+            directory: Where to save. A memory of the same weights that is there is replaced.
+            overwrite: Replace a memory of other weights, too.
 
         Returns:
             The absolute path of the directory.
 
         Raises:
             StaleMemoryError: If the base has other weights by now than the memory was filled with.
-            StorageError: If it cannot be written.
+            StorageError: If it cannot be written, or holds the memory of other weights.
         """
         self._check_weights("ResMemModule is saved with a base", surely=True)
         names = {} if self._tap is None else self._tap.describe()
         ignored = json.loads(self.memory.provenance.get("ignored", "[]"))
-        self.memory.provenance.update(describe_weights(self.base, ignored) | names | forward_of(self._reader))
+        weights = describe_weights(self.base, ignored) | {"base": kind(self.base)}
+        self.memory.provenance.update(weights | names | self._reader.provenance)
+        if not overwrite:
+            check_replaceable(directory, self.memory.provenance)
         return self.memory.save(directory)
 
     @classmethod
@@ -257,6 +286,11 @@ class ResMemModule(L.LightningModule):
             check_fingerprint(self.base, self.memory.provenance, doing)
             self._versions = versions
 
+    def _find_again(self) -> None:
+        """The head, where the base has made its layers anew."""
+        if self._tap is not None:
+            self._tap = HeadTap(self.base, **self._tap.describe())
+
     def _captured(self, batch: Any) -> Captured:
         with self._reader.quiet(self.base):
             return self._capture(lambda: self._reader.run(self.base, batch), self._reader.returns_outputs(self.base))[0]
@@ -281,42 +315,30 @@ class ResMemModule(L.LightningModule):
                 returned = run()
                 return self._tap.take(), returned
 
-    def _target_shapes(self) -> set[tuple[int, ...]]:
-        """Those of one row's targets."""
-        if isinstance(self.memory.task, Multiclass):
-            return {()}
-        width = self.memory.num_outputs
-        return {(width,), ()} if width == 1 else {(width,)}
-
-    def _start_scores(self, stage: str) -> None:
+    def _start_run(self, stage: str | None) -> None:
         self._check_weights("ResMemModule runs", surely=True)
-        self.evaluations = ()
-        self._board = Scoreboard(self.memory, stage, evaluation_loaders(self.trainer), self.device, self._metrics)
+        board = None
+        if stage is not None:
+            self.evaluations = ()
+            loaders = evaluation_loaders(self.trainer)
+            board = Scoreboard(self.memory, stage, loaders, self.device, self._metrics)
+        watched = Watched(self.base, self.memory.provenance, "ResMemModule runs")
+        self._run = Run(watched, board, Ranks(self.trainer))
 
     @uncompiled
     def _evaluate(self, batch: Any, dataloader_idx: int) -> Tensor:
+        run = self._run  # None where a step is called by hand, outside a trainer
+        if run is not None:
+            run.answer()
         captured = self._captured(batch)
         answer = Answer.of(self.memory, *captured)
-        if self._board is not None:  # None where a step is called by hand, outside a trainer
-            self._board.update(answer, self._reader.targets(batch), dataloader_idx)
+        if run is not None:
+            run.score(answer, self._reader.targets(batch), dataloader_idx)
         return answer.predictions.resmem
 
-    def _log_scores(self) -> None:
-        if self._board is not None:
-            self._board.finish()
-            self.evaluations = self._board.evaluate(Ranks(self.trainer))
-            self._board = None
-            for evaluation in self.evaluations:
-                # The same on every rank already; without sync_dist the trainer warns that it might not be.
-                self.log_dict(evaluation.shown_scores(), sync_dist=True, add_dataloader_idx=False)
-
-
-def _check_batch(batch: Any) -> None:
-    """Raise an error for what no loader yields; anything else is between the loader and the base."""
-    if batch is None or isinstance(batch, str | bytes | int | float):
-        raise wrong_type("batch", batch, "a batch as the loaders yield it, such as next(iter(dataloader))")
-
-
-def forward_of(reader: BatchReader) -> dict[str, str]:
-    """That a user's `forward_fn` runs the base, for a memory's provenance."""
-    return {} if reader.forward_name is None else {"forward_fn": reader.forward_name}
+    def _finish_run(self) -> None:
+        run, self._run = self._run, None
+        for evaluation in () if run is None else run.finish():
+            self.evaluations += (evaluation,)
+            # The same on every rank already; without sync_dist the trainer warns that it might not be.
+            self.log_dict(evaluation.shown_scores(), sync_dist=True, add_dataloader_idx=False)

@@ -20,6 +20,7 @@ from lightning_resmem.model.batches import BatchReader
 from lightning_resmem.model.fingerprint import check_fingerprint
 from lightning_resmem.model.head import Captured, HeadTap
 from lightning_resmem.model.modes import eager
+from lightning_resmem.model.watching import Watched
 
 
 def make_ready(memory: ResidualMemory, model: L.LightningModule, reader: BatchReader, doing: str) -> None:
@@ -85,6 +86,8 @@ class Routing:
         self._board: Scoreboard | None = None
         if prefix is not None:
             self._board = Scoreboard(memory, prefix, evaluation_loaders(trainer), model.device, metrics)
+        assert trainer.state.fn is not None
+        self._weights = Watched(model, memory.provenance, f"trainer.{trainer.state.fn.value} runs")
         known = memory.provenance
         self._tap = HeadTap(model, known["head"], known.get("embedding"), known.get("channels"))
         self._stack = ExitStack()
@@ -113,6 +116,15 @@ class Routing:
             # The model's step has accepted the batch; a test set without labels is no reason to stop the run.
             self._why_no_scores = str(error)
 
+    def check_end(self) -> None:
+        """After the last batch, before numbers are logged.
+
+        Raises:
+            StaleMemoryError: If the model has lost its weights meanwhile.
+        """
+        with self._ranks.together("checking the weights at the end of the run"):
+            self._weights.check()
+
     def evaluate(self) -> tuple[Evaluation, ...]:
         """What the run showed, over all ranks; nothing, with a warning, if a rank could not score a batch."""
         if self._board is None:
@@ -136,6 +148,7 @@ class Routing:
         self._stack.close()
 
     def _answer(self, captured: Captured) -> Answer:
+        self._weights.check_first()
         self._answers.append(Answer.of(self._memory, captured.embedding.float(), captured.output))
         return self._answers[-1]
 

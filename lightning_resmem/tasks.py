@@ -54,6 +54,10 @@ class Task(ABC):
     higher_is_better: ClassVar[bool] = True
     uses_softmax_temperature: ClassVar[bool] = True
 
+    def target_shapes(self, num_outputs: int) -> set[tuple[int, ...]]:
+        """Which shapes the targets of one row may have."""
+        return {(num_outputs,), ()} if num_outputs == 1 else {(num_outputs,)}
+
     @abstractmethod
     def check_targets(self, targets: Tensor, num_outputs: int, ids: Tensor | None = None) -> Tensor:
         """Return the targets in the dtype and shape they are stored in, or raise an error that names the bad rows."""
@@ -96,6 +100,9 @@ class Multiclass(Task):
     """
 
     name = "multiclass"
+
+    def target_shapes(self, num_outputs: int) -> set[tuple[int, ...]]:
+        return {()}
 
     def check_targets(self, targets: Tensor, num_outputs: int, ids: Tensor | None = None) -> Tensor:
         if targets.ndim == 2 and targets.shape[1] == 1:

@@ -13,15 +13,18 @@ import torch
 
 from examples.digits_module import Classifier, Digits
 from lightning_resmem import (
+    GridTuner,
     InputError,
     LocalMemory,
     ResMemCallback,
     ResMemModule,
     ResMemParams,
+    ResMemWarning,
     StaleMemoryError,
     StorageError,
 )
-from lightning_resmem.cli import ResMemTrainer, main
+from lightning_resmem.cli import ResMemTrainer, _use_saved, main
+from lightning_resmem.model.fingerprint import fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "digits.yaml")
@@ -224,3 +227,146 @@ def test_memorize_reads_batches_as_the_callback_is_told_to(trainer, tmp_path):
     trainer.callbacks.append(ResMemCallback(ids_fn=lambda batch: [next(rows) for _ in batch[1]]))
     trainer.memorize(Classifier(), Digits(), str(tmp_path / "memory"))
     assert LocalMemory.load(tmp_path / "memory").ids.min() >= 5000
+
+
+# -- what the callback's config says
+
+
+class Odd(Classifier):
+    """Its batches need a targets_fn and a forward_fn, and its head a name: it is not the last linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.after = torch.nn.Linear(10, 10)
+
+    def forward(self, scale, x):
+        raise AssertionError("not without a forward_fn")
+
+    def validation_step(self, batch):
+        raise AssertionError("not needed")
+
+
+def run_odd(model, batch):
+    outputs = model.head(model.body(batch[0]))
+    model.after(outputs)
+    return outputs
+
+
+def odd_targets(batch):
+    return 9 - batch[1]
+
+
+def told(tmp_path):
+    """A callback that is told as much as there is to tell."""
+    rows = Digits()
+    rows.setup("fit")
+    few = torch.utils.data.Subset(rows.train, range(100, 300))
+    return ResMemCallback(
+        memory=LocalMemory(params=ResMemParams(k=3), key_dtype=torch.float16),
+        tuner=GridTuner(k=[7], sigma=[0.5], softmax_temperature=[1.0], strength=[1.0]),
+        head="head",
+        embedding="body.0",
+        targets_fn=odd_targets,
+        forward_fn=run_odd,
+        memory_dataloader=torch.utils.data.DataLoader(few, batch_size=50),
+        dirpath=tmp_path / "here",
+    )
+
+
+def test_memorize_does_what_the_callback_is_told(trainer, tmp_path):
+    trainer.callbacks.append(told(tmp_path))
+    model, data = Odd(), Digits()
+    trainer.memorize(model, data)
+    memory = LocalMemory.load(tmp_path / "here")
+    data.setup("fit")
+    inputs, targets = data.train[100:300]
+    assert len(memory) == 200
+    assert memory.params.k == 7
+    assert {name: memory.provenance[name] for name in ("head", "embedding")} == {"head": "head", "embedding": "body.0"}
+    found = memory.search(model.body[0](inputs).detach(), k=1)
+    assert torch.equal(found.ids[:, 0], torch.arange(200))
+    assert torch.equal(memory.fetch(memory.ids).targets, 9 - targets)
+
+
+def test_tune_does_what_the_callback_is_told(trainer, tmp_path):
+    callback, data = told(tmp_path), Digits()
+    data.setup("fit")
+    model, (inputs, targets) = Odd(), data.train[100:300]
+    memory = LocalMemory(params=ResMemParams(k=3))
+    outputs = model.head(model.body(inputs)).detach()
+    memory.add(model.body[0](inputs).detach(), outputs, 9 - targets)
+    memory.save(tmp_path / "here")  # filled by hand: it knows neither head nor embedding
+    trainer.callbacks.append(callback)
+    trainer.tune(model, data)
+    assert LocalMemory.load(tmp_path / "here").params.k == 7
+
+
+def test_each_callback_of_the_config_is_served_under_its_name(trainer, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    trainer.callbacks += [ResMemCallback(), ResMemCallback(name="hidden", embedding="body.0", route=False)]
+    model, data = Classifier(), Digits()
+    with pytest.raises(InputError, match=r"directory='one' is for one memory.*\(resmem, hidden\)"):
+        trainer.memorize(model, data, "one")
+    trainer.memorize(model, data)
+    memories = {name: LocalMemory.load(name) for name in ("resmem", "hidden")}
+    assert "embedding" not in memories["resmem"].provenance
+    assert memories["hidden"].provenance["embedding"] == "body.0"
+    trainer.tune(model, data, tuner=GridTuner(k=[4]))
+    assert [LocalMemory.load(name).params.k for name in memories] == [4, 4]
+    # ... and where these commands save by default is where the others look.
+    _use_saved(trainer)
+    (logged,) = trainer.test(model, datamodule=data, verbose=False)
+    assert {"test/acc_resmem", "test/hidden/acc_resmem"} <= set(logged)
+
+
+# -- what is replaced, and what is not
+
+
+def test_memorize_replaces_a_memory_only_if_told_to(trainer, tmp_path):
+    trainer.callbacks.append(ResMemCallback(dirpath=tmp_path / "memory"))
+    trainer.memorize(Classifier(), Digits())
+    good = LocalMemory.load(tmp_path / "memory").provenance
+    with pytest.raises(StorageError, match=r"holds a memory: it is left as it is. Give --overwrite"):
+        trainer.memorize(Classifier(), Digits())
+    assert LocalMemory.load(tmp_path / "memory").provenance == good
+    trainer.memorize(Classifier(), Digits(), overwrite=True)
+    assert LocalMemory.load(tmp_path / "memory").provenance != good
+
+
+def test_memorize_without_a_checkpoint_says_what_the_weights_are(trainer, tmp_path):
+    with pytest.warns(ResMemWarning, match="Without --ckpt_path"):
+        trainer.memorize(Classifier(), Digits(), str(tmp_path / "memory"))
+
+
+def test_memorize_and_tune_load_checkpoints_as_the_trainer_does(trainer, tmp_path):
+    class Late(Classifier):
+        """Makes its head when it is configured."""
+
+        def __init__(self):
+            super().__init__()
+            self.head = None
+
+        def configure_model(self):
+            self.head = torch.nn.Linear(16, 10) if self.head is None else self.head
+
+    model = Late()
+    model.configure_model()
+    torch.save({"state_dict": model.state_dict(), "pytorch-lightning_version": "2.6.0"}, tmp_path / "model.ckpt")
+    directory, checkpoint = str(tmp_path / "memory"), str(tmp_path / "model.ckpt")
+    trainer.memorize(Late(), Digits(), directory, checkpoint)
+    assert LocalMemory.load(directory).provenance["fingerprint"] == fingerprint(model)
+    trainer.tune(Late(), Digits(), directory, checkpoint, tuner=GridTuner(k=[4]))
+    assert LocalMemory.load(directory).params.k == 4
+
+
+@pytest.mark.slow
+def test_memorize_needs_overwrite_on_the_command_line(resmem, tmp_path):
+    config = ("memorize", "--config", CONFIG, "--trainer.accelerator=cpu", "--trainer.logger=false")
+    assert resmem(*config)[0] == 0
+    before = LocalMemory.load("outputs/digits/resmem").provenance
+    status, _, err = resmem(*config, "--seed_everything=1")
+    assert status == 1
+    assert "Give --overwrite to replace it" in err
+    assert LocalMemory.load("outputs/digits/resmem").provenance == before
+    assert resmem(*config, "--seed_everything=1", "--overwrite=true")[0] == 0
+    assert LocalMemory.load("outputs/digits/resmem").provenance != before

@@ -199,3 +199,12 @@ def test_pieces_share_a_namespace_and_failures_point_into_the_page(tmp_path: Pat
     done = run_pieces(pieces_of(page), "page.md", tmp_path)
     assert done.returncode == 1
     assert 'File "page.md", line 9' in done.stderr
+
+
+@pytest.mark.slow
+def test_the_token_of_the_cluster_page_is_the_users_alone(tmp_path):
+    page = (ROOT / "docs" / "pages" / "cluster.md").read_text()
+    (made,) = set(re.findall(r"^\(umask .*auth-token.*?\)", page, re.MULTILINE))
+    environment = {"HOME": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-c", f"umask 022; {made}"], env=environment, check=True, capture_output=True, timeout=120)
+    assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600

@@ -1,19 +1,23 @@
 """examples/serve.py over HTTP, started as its help says: right answers, clear errors, micro-batches, health, an end."""
 
+import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import requests
 import torch
+from starlette.testclient import TestClient
 
 from examples.digits import MLP, split
 from lightning_resmem import ResMemModule
@@ -22,6 +26,7 @@ from tests.ddp_processes import ROOT, free_port
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]  # processes start slowly on a busy machine
 
 START_SECONDS = 150
+READ_SECONDS = 20
 BATCH_WAIT = 0.1  # long, so that requests that come together are surely answered together
 
 
@@ -47,6 +52,7 @@ class Service(NamedTuple):
 def service(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     directory, port = tmp_path_factory.mktemp("serve"), free_port()
     options = ["--directory", str(directory), "--port", str(port), "--batch-wait", str(BATCH_WAIT), "--shards", "2"]
+    options += ["--details", "--read-seconds", str(READ_SECONDS), "--connections", "400"]
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "examples" / "serve.py"), *options],
         env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": ray_address, "OMP_NUM_THREADS": "1"},
@@ -105,6 +111,9 @@ GOOD = [0.5] * 64
         ({"inputs": [["0.5"] * 64]}, 422, "other than numbers"),
         ({"inputs": [[True] * 64]}, 422, "other than numbers"),
         ({"inputs": [[10**400] * 64]}, 422, "other than numbers"),
+        ({"inputs": [[2**63] * 64]}, 422, "within 64 bits"),
+        ({"inputs": [[2**64] * 64]}, 422, "within 64 bits"),
+        ({"inputs": [[-(2**63) - 1] * 64]}, 422, "within 64 bits"),
         ({"inputs": [GOOD, [float("nan")] * 64]}, 422, "NaN or infinite numbers in rows [1]"),
         ({"inputs": [[1e300] * 64]}, 422, "NaN or infinite numbers in rows [0]"),
         ({"inputs": [[1e38] * 64]}, 422, "may overflow"),  # finite, but the network's answer is not
@@ -142,6 +151,22 @@ def test_an_input_that_overflows_spoils_no_other_request(service: Service) -> No
     assert [answer.status_code for answer in answers] == [422 if number == 3 else 200 for number in range(8)]
 
 
+def test_300_clients_that_send_one_byte_stop_nobody(service: Service) -> None:
+    port, inputs = int(service.url.rpartition(":")[2]), rows(5)
+    expected = service.predict(inputs)
+    with ExitStack() as stack:
+        started = time.monotonic()
+        for number in range(300):
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=READ_SECONDS + 20))
+            head = b"POST /predict HTTP/1.1\r\nHost: here\r\nContent-Length: 1000\r\n\r\n" if number % 2 else b""
+            client.sendall(head + b"{")
+        for _ in range(3):
+            assert service.predict(inputs) == expected
+            assert service.get("/health").status_code == 200
+        assert time.monotonic() - started < READ_SECONDS, "while all of them were there"
+        assert client.recv(1000).startswith(b"HTTP/1.1 408")
+
+
 def test_health_and_a_shard_that_dies(service: Service) -> None:
     before = service.predict(rows(5))
     health = service.get("/health")
@@ -152,6 +177,34 @@ def test_health_and_a_shard_that_dies(service: Service) -> None:
     os.kill(health.json()["shards"][1]["pid"], signal.SIGKILL)
     assert service.predict(rows(5)) == before
     assert [shard["restarts"] for shard in service.get("/health").json()["shards"]] == [0, 1]
+
+
+class Stub:
+    """In the place of Serve's handle: its service says that a shard is lost."""
+
+    class predict:
+        @staticmethod
+        async def remote(body: bytes) -> tuple[int, dict[str, Any], dict[str, Any]]:
+            return 503, {"detail": "Try again."}, {"detail": "Shard 1 on node 10.0.0.7 (pid 4711) does not answer."}
+
+    class health:
+        @staticmethod
+        async def remote() -> tuple[int, dict[str, Any], dict[str, Any]]:
+            return 200, {"status": "ok", "rows": 7}, {"shards": [{"node": "10.0.0.7", "pid": 4711}]}
+
+
+@pytest.mark.parametrize("details", [False, True])
+def test_hosts_and_processes_are_told_only_if_the_operator_says_so(
+    details: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))  # as for a script
+    front = importlib.import_module("serve").Front(Stub(), details)
+    client = TestClient(front.app())
+    failed, health = client.post("/predict", content=b"{}"), client.get("/health")
+    assert (failed.status_code, failed.headers["Retry-After"]) == (503, "5")
+    assert health.json()["rows"] == 7
+    for told in (failed.text, health.text):
+        assert ("10.0.0.7" in told) is ("4711" in told) is details
 
 
 def test_ends_when_told_and_answers_what_is_under_way(service: Service) -> None:

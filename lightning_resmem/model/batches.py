@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from torchmetrics import Metric
 
-from lightning_resmem.errors import HeadError, InputError, ResMemError
+from lightning_resmem.errors import HeadError, InputError, ResMemError, wrong_type
 
 TargetsFn = Callable[[Any], Tensor]
 IdsFn = Callable[[Any], Tensor]
@@ -107,6 +107,11 @@ class BatchReader:
         if self.forward_fn is None:
             return None
         return str(getattr(self.forward_fn, "__qualname__", type(self.forward_fn).__name__))
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """That a user's `forward_fn` runs the base, for a memory's provenance."""
+        return {} if self.forward_name is None else {"forward_fn": self.forward_name}
 
     def returns_outputs(self, model: L.LightningModule) -> bool:
         """Whether `run` returns what the model's `forward` returns."""
@@ -304,3 +309,9 @@ def _inputs(model: L.LightningModule, batch: Any) -> tuple[tuple[Any, ...], dict
             "forward_fn=lambda model, batch: model(batch[0])."
         )
     return (batch,), {}
+
+
+def check_batch(batch: Any) -> None:
+    """Raise an error for what no loader yields; anything else is between the loader and the base."""
+    if batch is None or isinstance(batch, str | bytes | int | float):
+        raise wrong_type("batch", batch, "a batch as the loaders yield it, such as next(iter(dataloader))")

@@ -1,7 +1,7 @@
 """Work of our own in the processes of a Trainer, outside its fit."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from lightning_resmem.collection.ranks import Ranks
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.model.batches import TRANSFER_HOOKS, borrow_transfer_hooks
+from lightning_resmem.trainer.base import configure, set_up
 from lightning_resmem.trainer.loaders import offered_loader
 from lightning_resmem.trainer.processes import runs_elsewhere
 
@@ -28,16 +29,24 @@ class Job(L.LightningModule):
         fill: The work. Under spawn it travels to other processes.
         loaders: The training rows, or a LightningDataModule.
         val_loaders: The validation rows; None for those of the datamodule, if there is one.
+        rows: Training rows in place of the datamodule's.
     """
 
     def __init__(
-        self, model: L.LightningModule, memory: ResidualMemory, fill: Fill, loaders: Any, val_loaders: Any
+        self,
+        model: L.LightningModule,
+        memory: ResidualMemory,
+        fill: Fill,
+        loaders: Any,
+        val_loaders: Any = None,
+        rows: Any = None,
     ) -> None:
         super().__init__()
         self.model, self.memory = model, memory
-        self._fill, self._loaders, self._val_loaders = fill, loaders, val_loaders
+        self._fill, self._loaders, self._val_loaders, self._rows = fill, loaders, val_loaders, rows
         self._datamodule = loaders if isinstance(loaders, L.LightningDataModule) else None
         self.directory: Path | None = None  # where the memory goes if this process ends with the job
+        self.result: object = None  # of the work, if it was done in this process
 
     def prepare_data(self) -> None:
         if self._datamodule is not None:
@@ -48,6 +57,18 @@ class Job(L.LightningModule):
             self._datamodule.trainer = self.trainer
             with Ranks(self.trainer).together("setting up the datamodule"):
                 self._datamodule.setup("fit")
+        set_up(self.model, stage, self._datamodule)
+
+    def configure_model(self) -> None:
+        configure(self.model)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.model.on_load_checkpoint(checkpoint)
+        self.strict_loading = self.model.strict_loading
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights of the model: the trainer restores checkpoints of it."""
+        return self.model.load_state_dict(state_dict, strict, assign)
 
     def on_predict_model_eval(self) -> None:
         """Do nothing: the pass changes the model's mode, and restores it even when it fails."""
@@ -64,11 +85,11 @@ class Job(L.LightningModule):
         loaders, val_loaders = self._loaders, self._val_loaders
         if self._datamodule is not None:
             with Ranks(self.trainer).together("making the loaders"):
-                offered = offered_loader(self._datamodule, self.model)
-                loaders = self._datamodule.train_dataloader() if offered is None else offered
+                loaders = offered_loader(self._datamodule, self.model) if self._rows is None else self._rows
+                loaders = self._datamodule.train_dataloader() if loaders is None else loaders
                 if val_loaders is None and is_overridden("val_dataloader", self._datamodule, L.LightningDataModule):
                     val_loaders = self._datamodule.val_dataloader()
-        self._fill(self.trainer, self.model, loaders, val_loaders)
+        self.result = self._fill(self.trainer, self.model, loaders, val_loaders)
         if self.directory is not None:
             with Ranks(self.trainer).together("saving the memory"):
                 if self.trainer.is_global_zero:
@@ -78,8 +99,16 @@ class Job(L.LightningModule):
         return True  # the trainer warns about None
 
 
-def run_job(trainer: L.Trainer, job: Job) -> ResidualMemory:
+def run_job(
+    trainer: L.Trainer, job: Job, ckpt_path: str | Path | None = None, weights_only: bool | None = None
+) -> ResidualMemory:
     """Run a job without the trainer's callbacks, and leave the trainer as it was.
+
+    Args:
+        trainer: Does the work.
+        job: The work.
+        ckpt_path: Checkpoint with the model's weights, which the trainer loads after the model's hooks.
+        weights_only: As for `trainer.test`.
 
     Returns:
         The filled memory: the job's own, or what other processes saved of theirs.
@@ -89,8 +118,8 @@ def run_job(trainer: L.Trainer, job: Job) -> ResidualMemory:
     attached = trainer.lightning_module or job.model
     try:
         if runs_elsewhere(trainer):
-            return _run_elsewhere(trainer, job)
-        trainer.predict(job, _Once(), return_predictions=False)
+            return _run_elsewhere(trainer, job, ckpt_path, weights_only)
+        _predict(trainer, job, ckpt_path, weights_only)
         return job.memory
     finally:
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
@@ -108,11 +137,17 @@ class _Once:
         return 1
 
 
-def _run_elsewhere(trainer: L.Trainer, job: Job) -> ResidualMemory:
+def _predict(trainer: L.Trainer, job: Job, ckpt_path: str | Path | None, weights_only: bool | None) -> None:
+    trainer.predict(job, _Once(), return_predictions=False, ckpt_path=ckpt_path, weights_only=weights_only)
+
+
+def _run_elsewhere(
+    trainer: L.Trainer, job: Job, ckpt_path: str | Path | None, weights_only: bool | None
+) -> ResidualMemory:
     """The memory comes back from other processes through the disk."""
     root = Path(trainer.default_root_dir)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="resmem-", dir=root) as directory:
         job.directory = Path(directory) / "memory"
-        trainer.predict(job, _Once(), return_predictions=False)
+        _predict(trainer, job, ckpt_path, weights_only)
         return LocalMemory.load(job.directory)

@@ -14,7 +14,7 @@ from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.storage import disk
 from lightning_resmem.progress import shows_progress, working
 from lightning_resmem.trainer.processes import runs_elsewhere
-from lightning_resmem.trainer.save_directory import SaveDirectory
+from lightning_resmem.trainer.save_directory import SaveDirectory, check_own
 
 
 class RestorableMemory:
@@ -39,12 +39,14 @@ class RestorableMemory:
         """Find out before training whether the memory can be saved afterwards.
 
         Raises:
-            StorageError: If something else is in its place.
+            StorageError: If something else is in its place, another model's memory included.
         """
         directory = self._place.find(trainer)
         with Ranks(trainer).together("looking where the memory will be saved"):
             if directory is not None and trainer.is_global_zero:
                 disk.try_target(directory)
+                if self._place.dirpath is not None and directory != self.directory:  # which was saved by this callback
+                    check_own(directory, trainer.lightning_module, "To keep it, give another dirpath or move it.")
 
     def save(self, trainer: L.Trainer) -> None:
         """Save the memory, from rank zero, if this trainer's run saves anything."""

@@ -1,15 +1,18 @@
-"""Where a callback saves its memory: where the user says, or beside the trainer's checkpoints."""
+"""Where a callback saves its memory (where the user says, or beside checkpoints), and what a save may replace."""
 
 import os
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
 
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_resmem.errors import InputError
+from lightning_resmem.errors import InputError, ResMemWarning, StorageError
+from lightning_resmem.memory.storage import disk
 from lightning_resmem.trainer.limits import is_fast_dev_run
 from lightning_resmem.trainer.processes import runs_elsewhere
 
@@ -60,3 +63,52 @@ class SaveDirectory:
             return directory
         versions = (directory.with_name(f"{directory.name}-v{version}") for version in count(1))
         return next(free for free in chain([directory], versions) if not free.exists())
+
+
+def kind(base: L.LightningModule) -> str:
+    """What a model is, for a memory's provenance: weights change with each fit, this does not."""
+    return f"{type(base).__module__}.{type(base).__qualname__}"
+
+
+def check_replaceable(directory: str | os.PathLike[str], provenance: Mapping[str, str]) -> None:
+    """Refuse to replace the memory of other weights: nobody has said so.
+
+    Raises:
+        StorageError: If there is such a memory, or one that cannot be read.
+    """
+    found = _provenance(directory)
+    if found and "fingerprint" in found and found["fingerprint"] != provenance.get("fingerprint"):
+        raise StorageError(
+            f"{disk.as_path(directory)} holds a memory of other weights ({found['fingerprint'][:12]}, these are "
+            f"{provenance.get('fingerprint', 'not known')[:12]}): it is left as it is. Name another directory, or give "
+            "overwrite=True to replace it."
+        )
+
+
+def check_own(directory: str | os.PathLike[str], base: L.LightningModule, way_out: str) -> None:
+    """Before a fit: refuse to replace another model's memory, and say so if it is of the same model.
+
+    Raises:
+        StorageError: If a memory there was filled by a model of another class.
+    """
+    found = _provenance(directory)
+    if not found or "fingerprint" not in found:
+        return
+    if found.get("base", kind(base)) != kind(base):
+        raise StorageError(
+            f"{disk.as_path(directory)} holds the memory of another model, {found['base']}, and this one is "
+            f"{kind(base)}: it is left as it is. {way_out}"
+        )
+    rank_zero_warn(
+        f"{disk.as_path(directory)} holds a memory of other weights ({found['fingerprint'][:12]}), which is replaced "
+        f"when training ends. {way_out}",
+        category=ResMemWarning,
+    )
+
+
+def _provenance(directory: str | os.PathLike[str]) -> Mapping[str, str] | None:
+    """Where the rows of a saved memory come from, None if there is none."""
+    if not (disk.as_path(directory) / disk.MANIFEST).is_file():
+        return None
+    found = disk.read_manifest(directory).get("provenance")
+    return found if isinstance(found, dict) else {}

@@ -3,10 +3,9 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as L
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_resmem.errors import InputError, MemoryPassError
 from lightning_resmem.trainer.limits import is_fast_dev_run
@@ -18,12 +17,18 @@ def check_weights(weights: Weights, trainer: L.Trainer) -> None:
     """Refuse weights that this trainer will not have.
 
     Raises:
-        InputError: If the best are wanted, and no checkpoint knows which are.
+        InputError: If the best are wanted, and `trainer.test(ckpt_path="best")` would find none.
     """
-    if weights == "best" and not is_fast_dev_run(trainer) and not _checkpoints(trainer):
+    if weights == "last" or is_fast_dev_run(trainer):
+        return
+    first = trainer.checkpoint_callback
+    if first is None:
+        raise InputError('weights="best" needs a ModelCheckpoint with a monitor among the Trainer\'s callbacks.')
+    if not hasattr(first, "best_model_path") or getattr(first, "save_top_k", None) == 0:
         raise InputError(
-            'weights="best" needs a ModelCheckpoint with a monitor among the Trainer\'s callbacks, and one that saves '
-            "the best epoch: save_top_k=0 saves none."
+            f'weights="best" takes the checkpoint of ckpt_path="best", which is that of the first checkpoint callback '
+            f"({type(first).__name__}), and this one keeps no best one (save_top_k=0 saves none): put one that "
+            "does before it."
         )
 
 
@@ -37,23 +42,26 @@ def memorized_weights(weights: Weights, trainer: L.Trainer, model: L.LightningMo
     if weights == "last" or is_fast_dev_run(trainer):
         yield
         return
-    path = next((c.best_model_path for c in _checkpoints(trainer) if c.best_model_path), None)
-    if path is None:
+    path = getattr(trainer.checkpoint_callback, "best_model_path", None)
+    if not path:
         raise MemoryPassError(
             'weights="best": no best checkpoint was saved in this fit. The model is trained, and '
             "memorize(trainer, model, dataloader) gives it a memory."
         )
-    last = copy.deepcopy(model.state_dict())
+    # What the model would save now, without optimizers: its hooks may keep more than weights.
+    last = copy.deepcopy(trainer._checkpoint_connector.dump_checkpoint(weights_only=True))
+    # This very fit wrote it, with whatever hyperparameters the model has: it can be trusted.
+    best = trainer.strategy.load_checkpoint(path, weights_only=False)
     try:
-        # This very fit wrote it, with whatever hyperparameters the model has: it can be trusted.
-        best = trainer.strategy.load_checkpoint(path, weights_only=False)["state_dict"]
-        model.load_state_dict(best, strict=model.strict_loading)
+        _restore(trainer, model, best)
         yield
     finally:
-        model.load_state_dict(last, strict=model.strict_loading)
+        _restore(trainer, model, {**best, **last})
 
 
-def _checkpoints(trainer: L.Trainer) -> list[ModelCheckpoint]:
-    """The checkpoints that know a best epoch."""
-    checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    return [c for c in checkpoints if c.monitor is not None and c.save_top_k != 0]
+def _restore(trainer: L.Trainer, model: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Load a checkpoint as the trainer does, whose own way also restores callbacks and loops."""
+    checkpoint = dict(checkpoint)
+    model.on_load_checkpoint(checkpoint)
+    trainer.strategy.load_model_state_dict(checkpoint, strict=model.strict_loading)
+    model.to(trainer.strategy.root_device)  # the hook may have made layers anew

@@ -7,6 +7,10 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_resmem import (
     LocalMemory,
     ResMemCallback,
+    ResMemParams,
+    ResMemWarning,
+    StorageError,
+    memorize,
 )
 from tests.models import (
     CallsSelf,
@@ -59,3 +63,63 @@ def test_another_run_keeps_the_memory_of_the_first(root):
         )
     first, second = (LocalMemory.load(root / name) for name in ("resmem", "resmem-v1"))
     assert first.provenance["fingerprint"] != second.provenance["fingerprint"]
+
+
+class Wider(CallsSelf):
+    """Another model."""
+
+
+def saved_by(kind, root, seed=0):
+    """The provenance of a memory that a fit has saved to a directory of its own choice."""
+    callback = ResMemCallback(memory_for(CallsSelf), dirpath=root / "memory")
+    trainer(root, callback).fit(make(kind, seed=seed), datamodule=Data())
+    return LocalMemory.load(root / "memory").provenance
+
+
+def test_the_memory_of_another_model_is_refused_before_training(root):
+    before, run = saved_by(Wider, root), trainer(root, ResMemCallback(memory_for(CallsSelf), dirpath=root / "memory"))
+    with pytest.raises(StorageError, match=r"memory of another model, .*Wider, and this one is .*CallsSelf: .*dirpath"):
+        run.fit(make(CallsSelf), datamodule=Data())
+    assert run.global_step == 0
+    assert LocalMemory.load(root / "memory").provenance == before
+
+
+def test_the_memory_of_another_fit_of_the_model_is_replaced_with_a_warning(root):
+    before = saved_by(CallsSelf, root)
+    with pytest.warns(ResMemWarning, match=f"other weights .{before['fingerprint'][:12]}.*replaced when training ends"):
+        after = saved_by(CallsSelf, root, seed=1)
+    assert after["fingerprint"] != before["fingerprint"]
+
+
+def test_a_callbacks_own_memory_is_replaced_without_a_word(root, recwarn):
+    callback = ResMemCallback(memory_for(CallsSelf), dirpath=root / "memory")
+    run = trainer(root, callback)
+    run.fit(make(CallsSelf), datamodule=Data())
+    run.save_checkpoint(root / "model.ckpt")
+    run.fit(make(CallsSelf, seed=1), datamodule=Data())
+    resumed = trainer(root, ResMemCallback(memory_for(CallsSelf), dirpath=root / "memory"), max_epochs=2)
+    resumed.fit(make(CallsSelf), datamodule=Data(), ckpt_path=root / "model.ckpt")
+    assert not [warning for warning in recwarn if issubclass(warning.category, ResMemWarning)]
+
+
+def test_a_module_replaces_the_memory_of_other_weights_only_if_told_to(root):
+    modules = [memorize(trainer(root), make(CallsSelf, seed=seed), Data(), tuner=None) for seed in (1, 2)]
+    first, second = modules
+    first.save(root / "memory")
+    first.memory.params = ResMemParams(k=3)
+    first.save(root / "memory")  # its own
+    with pytest.raises(StorageError, match=r"memory of other weights .*overwrite=True"):
+        second.save(root / "memory")
+    assert LocalMemory.load(root / "memory").provenance == first.memory.provenance
+    assert LocalMemory.load(root / "memory").params.k == 3
+    second.save(root / "memory", overwrite=True)
+    assert LocalMemory.load(root / "memory").provenance == second.memory.provenance
+
+
+def test_a_memory_that_was_filled_by_hand_belongs_to_nobody(root):
+    module = memorize(trainer(root), make(CallsSelf), Data(), tuner=None)
+    by_hand = LocalMemory()
+    by_hand.add(torch.rand(5, 3), torch.rand(5, 2), torch.zeros(5, dtype=torch.long))
+    by_hand.save(root / "memory")
+    module.save(root / "memory")
+    assert len(LocalMemory.load(root / "memory")) == 120

@@ -99,3 +99,91 @@ def test_a_checkpoint_that_saves_no_best_is_refused_before_training(root):
     with pytest.raises(InputError, match="save_top_k=0 saves none"):
         run.fit(model, datamodule=Data())
     assert not steps
+
+
+class Counted(CallsSelf):
+    """Keeps its weights under other names in checkpoints, and a number beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epochs, self.loaded = 0, []
+
+    def on_train_epoch_end(self) -> None:
+        self.epochs += 1
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["state_dict"] = {f"net.{name}": value for name, value in checkpoint["state_dict"].items()}
+        checkpoint["epochs"] = self.epochs
+
+    def on_load_checkpoint(self, checkpoint):
+        self.loaded.append(sorted(checkpoint))
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name.removeprefix("net."): value for name, value in state.items()}
+        self.epochs = checkpoint["epochs"]
+
+
+def test_weights_best_are_loaded_as_the_model_loads_them(root):
+    data, model = Data(), make(Counted)
+    callback, seen = ResMemCallback(memory_for(CallsSelf), weights="best"), []
+    checkpoint = ModelCheckpoint(root, monitor="val_loss", mode="max")  # the worst, which is not the last
+    model.on_train_end = lambda: seen.append((model.epochs, weights_of(model)))
+    run = trainer(root, callback, checkpoint, enable_checkpointing=True, max_epochs=3)
+    run.fit(model, datamodule=data)
+    ((epochs, weights),) = seen
+    assert (model.epochs, same_weights(weights_of(model), weights)) == (epochs, True) == (3, True)
+    assert all("optimizer_states" in keys for keys in model.loaded), "what a hook may want is there both times"
+
+    best = torch.load(checkpoint.best_model_path, weights_only=True)
+    assert best["epochs"] < 3
+    reference = make(CallsSelf)
+    reference.load_state_dict({name.removeprefix("net."): value for name, value in best["state_dict"].items()})
+    stored = callback.memory.fetch(callback.memory.ids)
+    assert torch.equal(stored.outputs, Trained(reference)(data.train[0])[1])
+    (logged,) = run.test(model, datamodule=data, ckpt_path="best", verbose=False)
+    wanted = Trained(reference).scores(data.train, data.test, callback.memory.params)
+    assert {part: logged[f"test/acc_{part}"] for part in wanted} == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    "checkpoints",
+    [
+        [{"monitor": "val_loss", "mode": "max"}, {"monitor": "val_loss", "mode": "min"}],
+        [{"monitor": None}, {"monitor": "val_loss", "mode": "max"}],  # the last that was saved
+        [{"monitor": "val_loss", "mode": "max", "save_top_k": 2}],
+        [{"monitor": "val_loss", "mode": "max", "save_top_k": -1}],
+    ],
+)
+def test_weights_best_are_those_of_ckpt_path_best(root, checkpoints):
+    class Jumps(CallsSelf):
+        """Its second epoch is by far the worst, its third the best, and it ends with another one."""
+
+        def on_validation_epoch_end(self):
+            self.log("val_loss", torch.tensor([1.0, 5.0, 0.1, 2.0, 1.5][self.current_epoch]))
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    data, model = Data(), make(Jumps)
+    saved = [ModelCheckpoint(root / str(number), **options) for number, options in enumerate(checkpoints)]
+    callback = ResMemCallback(memory_for(CallsSelf), weights="best")
+    run = trainer(root, callback, *saved, enable_checkpointing=True, max_epochs=5)
+    run.fit(model, datamodule=data)
+    run.test(model, datamodule=data, ckpt_path="best", verbose=False)  # no StaleMemoryError
+    best = torch.load(saved[0].best_model_path, weights_only=True)["state_dict"]
+    assert same_weights(weights_of(model), best)
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "message"),
+    [
+        ([], "needs a ModelCheckpoint with a monitor among"),
+        ([{"save_top_k": 0, "save_last": True}], r"\(ModelCheckpoint\), and this one keeps no best one"),
+        ([{"save_top_k": 0}, {"monitor": "val_loss"}], "put one that does before it"),
+    ],
+)
+def test_weights_best_that_no_checkpoint_will_hold_are_refused_before_training(root, checkpoints, message):
+    saved = [ModelCheckpoint(root / str(number), **options) for number, options in enumerate(checkpoints)]
+    run = trainer(root, ResMemCallback(weights="best"), *saved, enable_checkpointing=bool(saved))
+    with pytest.raises(InputError, match=message):
+        run.fit(make(CallsSelf), datamodule=Data())
+    assert run.global_step == 0

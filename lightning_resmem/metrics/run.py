@@ -1,0 +1,44 @@
+"""One run of a trainer with base and memory: the weights stay, and the answers are scored."""
+
+from torch import Tensor
+
+from lightning_resmem.collection.ranks import Ranks
+from lightning_resmem.metrics.answer import Answer
+from lightning_resmem.metrics.evaluation import Evaluation
+from lightning_resmem.metrics.scoreboard import Scoreboard
+from lightning_resmem.model.watching import Watched
+
+
+class Run:
+    """From the start of a run to `finish`.
+
+    Args:
+        watched: The base's weights, checked just now.
+        board: Scores the answers, if they are.
+        ranks: Of the run.
+    """
+
+    def __init__(self, watched: Watched, board: Scoreboard | None, ranks: Ranks) -> None:
+        self._watched, self._board, self._ranks = watched, board, ranks
+
+    def answer(self) -> None:
+        """Before a batch is answered."""
+        self._watched.check_first()
+
+    def score(self, answer: Answer, targets: Tensor, dataloader_idx: int) -> None:
+        """After a batch was answered."""
+        if self._board is not None:
+            self._board.update(answer, targets, dataloader_idx)
+
+    def finish(self) -> tuple[Evaluation, ...]:
+        """What the run showed, over all ranks.
+
+        Raises:
+            StaleMemoryError: If the base has lost its weights meanwhile.
+        """
+        with self._ranks.together("checking the weights at the end of the run"):
+            self._watched.check()
+        if self._board is None:
+            return ()
+        self._board.finish()
+        return self._board.evaluate(self._ranks)
