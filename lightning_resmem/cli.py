@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -16,13 +17,14 @@ from lightning_resmem.errors import InputError, ResMemError, ResMemWarning, Stor
 from lightning_resmem.memorization import Memorizer
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.storage import disk
+from lightning_resmem.model.fingerprint import check_fingerprint
 from lightning_resmem.module import ResMemModule
 from lightning_resmem.progress import shows_progress
 from lightning_resmem.reporting.html_report import write_report
 from lightning_resmem.trainer.job import Job, run_job
 from lightning_resmem.trainer.save_directory import check_replaceable
 from lightning_resmem.tuning.result import TuningResult
-from lightning_resmem.tuning.tuner import Tuner
+from lightning_resmem.tuning.tuner import GridTuner, Tuner
 
 _DESCRIPTION = (
     "Train, memorize, tune and test with a YAML file that names a LightningModule (model), a LightningDataModule "
@@ -124,7 +126,7 @@ class ResMemTrainer(L.Trainer):
             names = {name: memory.provenance.get(name, getattr(reader, name)) for name in ("head", "embedding")}
             reader = dataclasses.replace(reader, **names)
             chosen = tuner or callback._tuner
-            memorizer = Memorizer(memory, chosen, reader, shows_progress(self))
+            memorizer = _Retuner(memory, chosen, reader, shows_progress(self))
             job = Job(model, memory, memorizer.tune, datamodule)
             tuned = run_job(self, job, ckpt_path, weights_only)
             if isinstance(job.result, TuningResult):
@@ -142,6 +144,27 @@ class ResMemTrainer(L.Trainer):
                 "give each of them a dirpath."
             )
         return {callback: directory or _place(callback) for callback in callbacks}
+
+
+class _Retuner(Memorizer):
+    """Tunes a memory that is filled already."""
+
+    def tune(self, trainer: L.Trainer, model: L.LightningModule, loaders: Any, val_loaders: Any = None) -> TuningResult:
+        """Tune a memory that is filled already.
+
+        Args:
+            trainer: With its strategy set up.
+            model: On its device.
+            loaders: The training rows, which are not read.
+            val_loaders: The validation rows.
+        """
+        check_fingerprint(model, self.memory.provenance, "resmem tune runs")
+        reading, result = self._reading(trainer, model), None
+        if val_loaders is not None and val_loaders != []:
+            result = self._tune(reading, self.tuner or GridTuner(), self._plan(reading, val_loaders))
+        if result is None:
+            raise InputError("The validation loader yielded no rows to tune on.")
+        return result
 
 
 def _callbacks(trainer: L.Trainer) -> list[ResMemCallback]:

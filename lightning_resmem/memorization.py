@@ -28,7 +28,7 @@ from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.metrics.side_by_side import ResMemMetrics
 from lightning_resmem.model.batches import BatchReader, ForwardFn, IdsFn, TargetsFn
-from lightning_resmem.model.fingerprint import buffer_sums, check_fingerprint, describe_weights
+from lightning_resmem.model.fingerprint import buffer_sums, describe_weights
 from lightning_resmem.model.head import HeadTap
 from lightning_resmem.model.modes import evaluating
 from lightning_resmem.model.returned import check_diverged
@@ -37,7 +37,7 @@ from lightning_resmem.progress import shows_progress, working
 from lightning_resmem.trainer.job import Job, run_job
 from lightning_resmem.trainer.save_directory import kind
 from lightning_resmem.tuning.result import TuningResult
-from lightning_resmem.tuning.tuner import GridTuner, Tuner, choose_tuner
+from lightning_resmem.tuning.tuner import Tuner, choose_tuner
 
 # Rows below which a memory without validation rows is not tuned on its own.
 _LEAST_ROWS = 50
@@ -82,10 +82,8 @@ def memorize(
         ids_fn: As for `ResMemCallback`.
         limit_batches: Read only so many batches of training rows on each rank. An IterableDataset without a length
             needs it, as it may have no end; `math.inf` reads it to its end.
-        ckpt_path: Checkpoint with the model's weights; by default it has them. Models whose layers are made in `setup`
-            or `configure_model` need it in a new process.
-        weights_only: As for `trainer.test`: False also reads checkpoints with other Python objects, which is safe only
-            if you trust them.
+        ckpt_path: Checkpoint with the weights, loaded after `setup` and `configure_model`; by default the model has them.
+        weights_only: As for `trainer.test`.
 
     Returns:
         Base and memory as one LightningModule.
@@ -245,23 +243,6 @@ class Memorizer:
                 "memorize(trainer, model, dataloader) repeats the pass."
             )
             raise
-
-    def tune(self, trainer: L.Trainer, model: L.LightningModule, loaders: Any, val_loaders: Any = None) -> TuningResult:
-        """Tune a memory that is filled already.
-
-        Args:
-            trainer: With its strategy set up.
-            model: On its device.
-            loaders: The training rows, which are not read.
-            val_loaders: The validation rows.
-        """
-        check_fingerprint(model, self.memory.provenance, "resmem tune runs")
-        reading, result = self._reading(trainer, model), None
-        if val_loaders is not None and val_loaders != []:
-            result = self._tune(reading, self.tuner or GridTuner(), self._plan(reading, val_loaders))
-        if result is None:
-            raise InputError("The validation loader yielded no rows to tune on.")
-        return result
 
     def _fill(self, reading: Pass, model: L.LightningModule, parts: list[Part]) -> None:
         memory = self.memory
