@@ -164,6 +164,7 @@ class _Retuner(Memorizer):
             result = self._tune(reading, self.tuner or GridTuner(), self._plan(reading, val_loaders))
         if result is None:
             raise InputError("The validation loader yielded no rows to tune on.")
+        self.memory.params = result.params
         return result
 
 

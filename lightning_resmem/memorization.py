@@ -17,7 +17,7 @@ from torchmetrics import MetricCollection
 from lightning_resmem.collection.chunks import Chunk
 from lightning_resmem.collection.loaders import check_agreement, check_has_end, check_limit, plan
 from lightning_resmem.collection.memory_pass import Pass
-from lightning_resmem.collection.parts import Part
+from lightning_resmem.collection.parts import Part, count_rows
 from lightning_resmem.collection.ranks import Ranks, check_strategy
 from lightning_resmem.collection.samplers import draws_unevenly
 from lightning_resmem.errors import InputError, ResMemWarning, check_type
@@ -82,7 +82,7 @@ def memorize(
         ids_fn: As for `ResMemCallback`.
         limit_batches: Read only so many batches of training rows on each rank. An IterableDataset without a length
             needs it, as it may have no end; `math.inf` reads it to its end.
-        ckpt_path: Checkpoint with the weights, loaded after `setup` and `configure_model`; by default the model has them.
+        ckpt_path: Checkpoint with the weights, loaded after `configure_model`; by default the model has them.
         weights_only: As for `trainer.test`.
 
     Returns:
@@ -149,7 +149,7 @@ class Memorizer:
         """
         reading = self._reading(trainer, model)
         parts = self._plan(reading, loaders, limit_batches)
-        all_rows = _count_rows(reading.ranks, parts)
+        all_rows = count_rows(reading.ranks, parts)
         val_parts = self._plan(reading, val_loaders) if self._tunes_on(val_loaders) else []
         for note in (part.note for part in (*parts, *val_parts) if part.note):
             rank_zero_warn(f"ResMem: {note}", category=ResMemWarning)
@@ -246,7 +246,7 @@ class Memorizer:
 
     def _fill(self, reading: Pass, model: L.LightningModule, parts: list[Part]) -> None:
         memory = self.memory
-        all_rows = _count_rows(reading.ranks, parts)
+        all_rows = count_rows(reading.ranks, parts)
         with reading.ranks.together("rehearsing the memory pass on two rows"):
             sample = reading.sample(parts)
             if sample is not None:
@@ -347,11 +347,3 @@ class Memorizer:
                 category=ResMemWarning,
             )
         return parts
-
-
-def _count_rows(ranks: Ranks, parts: list[Part]) -> int | None:
-    """How many rows all ranks will read, None if that is not known."""
-    counts = [part.num_rows for part in parts if part.num_rows is not None]
-    gathered = ranks.gather_objects(sum(counts) if len(counts) == len(parts) else None)
-    known = [count for count in gathered if isinstance(count, int)]
-    return sum(known) if len(known) == len(gathered) else None

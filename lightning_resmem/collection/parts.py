@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
+from lightning_resmem.collection.ranks import Ranks
 from lightning_resmem.collection.samplers import WAY_OUT, Positions, length, own_batches
 from lightning_resmem.errors import InputError
 
@@ -233,3 +234,11 @@ class First:
 def _batch_size(loader: DataLoader[Any]) -> int:
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
     return size if isinstance(size, int) and size > 0 else _BATCH_SIZE
+
+
+def count_rows(ranks: Ranks, parts: list[Part]) -> int | None:
+    """How many rows all ranks will read, None if that is not known."""
+    counts = [part.num_rows for part in parts if part.num_rows is not None]
+    gathered = ranks.gather_objects(sum(counts) if len(counts) == len(parts) else None)
+    known = [count for count in gathered if isinstance(count, int)]
+    return sum(known) if len(known) == len(gathered) else None
