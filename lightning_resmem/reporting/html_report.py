@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from lightning_resmem.errors import StorageError
+from lightning_resmem.memory.answers import evenly_spaced
 from lightning_resmem.memory.capacity import size
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.storage import disk
@@ -172,7 +173,7 @@ def _label_chart(memory: LocalMemory, read: Read) -> Chart:
 def _samples(memory: LocalMemory, searched: Searched, k: int) -> list[dict[str, Any]]:
     """A few rows and their neighbours, as words."""
     samples = []
-    for row in torch.linspace(0, len(searched.ids) - 1, min(_SAMPLES, len(searched.ids))).long().tolist():
+    for row in evenly_spaced(torch.arange(len(searched.ids)), _SAMPLES).tolist():
         distances, ids = (column[row, :k] for column in searched.neighbors)
         distances, ids = distances[ids >= 0], ids[ids >= 0]
         label, *others = [_label(memory, id) for id in (searched.ids[row], *ids)]

@@ -28,7 +28,7 @@ _TRIED = 128
 # Keys that one pass over all of them looks at together.
 _CHUNK = 65536
 # Keys whose largest number lies between these are squared as they are: nothing that matters overflows or vanishes.
-_ORDINARY = (1e-6, 1e15)
+ORDINARY = (1e-6, 1e15)
 
 
 class ExactIndex:
@@ -118,7 +118,7 @@ class ExactIndex:
     def _scale(self) -> float:
         """The power of two that scores are computed with."""
         largest = largest_number(self.keys)
-        if _ORDINARY[0] < largest < _ORDINARY[1] or not largest:
+        if ORDINARY[0] < largest < ORDINARY[1] or not largest:
             return 1.0
         return 2.0 ** -min(126, max(-126, math.frexp(largest)[1]))  # as far as float32 has the power itself
 

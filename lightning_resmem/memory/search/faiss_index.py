@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import re
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -15,13 +16,20 @@ from lightning_resmem.memory.capacity import available_bytes
 
 _log = logging.getLogger("lightning_resmem")
 
-# Rows that may be too few to train an index, which is tried then.
-_FEW_TRAIN_ROWS = 1024
 _GPU_MAX_K = 2048
 # What an index may be described as.
 _FACTORIES = 'a FAISS factory string such as "HNSW32" or "IVF1024,Flat"'
 # A width that nearly all descriptions fit.
 _ANY_WIDTH = 64
+# What FAISS may be given to read: longer descriptions and other numbers end the process, or take all its memory.
+_LONGEST_FACTORY = 200
+_LARGEST_NUMBER = 2**24
+_LINKS = (2, 1024)  # of a node of HNSW or NSG
+_MOST_BITS = 16  # of an entry of a codebook, such as 12 in PQ8x12
+_WIDEST = 2**14  # that a transform, whose matrix is square, makes of keys
+_CODEBOOKS = re.compile(r"(?:PQ|RQ|LSQ|IMI)[\dx]*x(\d+)")
+# Rows that may be too few to train an index, which is tried then.
+_FEW_ROWS = 1024
 # Multiplications of one query (rows x width) up to which a CPU searches exactly: some 20 ms on one core.
 _EXACT_WORK = 2**30
 
@@ -40,8 +48,8 @@ class FaissIndex:
             nearest rows is found, measured on 256 stored rows.
 
     Raises:
-        InputError: If a number is out of its range, or FAISS is installed and does not understand `factory`, or such an
-            index has no such setting.
+        InputError: If a number is out of its range, also one in `factory`; or FAISS is installed and does not
+            understand `factory`, or such an index has no such setting.
     """
 
     factory: str
@@ -59,6 +67,7 @@ class FaissIndex:
             raise InputError(f"min_recall={self.min_recall!r}: give a share above 0 and at most 1, e.g. 0.95.")
         if not isinstance(self.factory, str):
             raise InputError(f"factory={self.factory!r}: give {_FACTORIES}.")
+        _check_bounds(self.factory)
         if importlib.util.find_spec("faiss") is not None:  # without it `check` refuses, before anything is memorized
             _check_factory(self)
 
@@ -73,11 +82,18 @@ def check(config: FaissIndex, rows: int | None, width: int, device: torch.device
         device: Where the keys will be.
 
     Raises:
-        InputError: As for `FaissSearch`, or if there are fewer rows than lists to train.
+        InputError: As for `FaissSearch`, if there are fewer rows than lists or codebooks take to train, or if keys are
+            narrower than `PCA` is to make them.
     """
     faiss = import_faiss(config)
     check_device(faiss, device, config)
     index = make_index(faiss, width, config)
+    reduced = re.search(r"PCA[WR]*(\d+)", config.factory)
+    if reduced and int(reduced[1]) > width:
+        raise InputError(
+            f"index={config.factory!r} reduces keys to width {reduced[1]}, and they have width {width}: use at most "
+            f"PCA{width}."
+        )
     inverted = faiss.try_extract_index_ivf(index)
     # The lists of a multi-index (IMI2x8) come of a product of quantizers, which few rows suffice to train.
     if rows is not None and inverted is not None and inverted.quantizer_trains_alone != "\1" and rows < inverted.nlist:
@@ -85,20 +101,27 @@ def check(config: FaissIndex, rows: int | None, width: int, device: torch.device
             f"index={config.factory!r} has {inverted.nlist} lists, and there are only {rows} rows to train them on: "
             'use fewer lists, or index="exact".'
         )
-    if isinstance(faiss.downcast_index(index), faiss.IndexIDMap):  # and its subclass IDMap2
+    entries = max((2 ** int(found[1]) for found in _CODEBOOKS.finditer(config.factory)), default=0)
+    if rows is not None and rows < entries:
         raise InputError(
-            f"index={config.factory!r} keeps ids of its own, which the memory does itself: leave out IDMap."
+            f"index={config.factory!r} has codebooks of {entries} entries, and there are only {rows} rows to train "
+            'them on: use fewer bits, or index="exact".'
         )
-    if rows is not None and rows <= _FEW_TRAIN_ROWS and not index.is_trained:
-        # Codebooks (PQ, RQ, LSQ) want a row at least for each of their entries, and FAISS alone knows how many.
-        keys = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
-        try:
-            index.train(keys.numpy())
-        except RuntimeError as error:
-            raise InputError(
-                f"index={config.factory!r} cannot be trained on {rows} keys: {reason_of(error)}. Use fewer "
-                'clusters, or index="exact".'
-            ) from error
+    if rows is not None and rows <= _FEW_ROWS and not index.is_trained:
+        # What else is too little, FAISS alone knows. It is not a matter of which rows.
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        train_index(index, np.random.default_rng(0).standard_normal((rows, width), np.float32), config)
+
+
+def train_index(index: Any, keys: Any, config: FaissIndex) -> None:
+    """Train an index of FAISS on keys `(n, D)`, a float32 array; raises an error that says why it cannot be."""
+    try:
+        index.train(keys)
+    except RuntimeError as error:
+        raise InputError(
+            f"index={config.factory!r} cannot be trained on {len(keys)} keys of width {keys.shape[1]}: "
+            f'{reason_of(error)}. Use fewer clusters, or index="exact".'
+        ) from error
 
 
 def check_gpu_k(device: torch.device, k: int, config: FaissIndex) -> None:
@@ -133,12 +156,12 @@ def choose(
         width: `D`.
         device: Where the keys are.
         free_bytes: Memory of the machine that nobody uses.
-        installed: Whether FAISS is.
+        installed: Whether FAISS is, and works.
 
     Returns:
         What to build, None for exact search, and the reason.
 
-    Examples:
+    Example:
         >>> choose(45_000, 64, torch.device("cpu"), 2**34, installed=True)
         (None, 'exact: 45000 x 64 keys are searched in milliseconds')
     """
@@ -147,7 +170,7 @@ def choose(
     if rows * width <= _EXACT_WORK:
         return None, f"exact: {rows} x {width} keys are searched in milliseconds"
     if not installed:
-        return None, f"exact: {rows} x {width} keys take long to search, but faiss-cpu is not installed"
+        return None, f"exact: {rows} x {width} keys take long to search, and there is no FAISS (faiss-cpu)"
     lists = 2 ** round(np.log2(4 * rows**0.5))
     copied = 4 * rows * width
     if free_bytes > 1.25 * copied:
@@ -162,21 +185,41 @@ def choose(
 
 def choose_here(keys: Tensor) -> FaissIndex | None:
     """`choose` for these keys on this machine; the reason is logged."""
-    installed = importlib.util.find_spec("faiss") is not None
+    many = keys.device.type == "cpu" and keys.numel() > _EXACT_WORK
+    installed = many and is_usable()
     config, reason = choose(keys.shape[0], keys.shape[1], keys.device, available_bytes() or 0, installed)
-    slow = config is None and keys.device.type == "cpu" and keys.numel() > _EXACT_WORK
+    slow = config is None and many
     _log.log(logging.WARNING if slow else logging.INFO, 'index="auto" chose %s', reason)
     return config
 
 
+def is_usable() -> bool:
+    """Whether FAISS is installed and works; what keeps an installed one from it is logged."""
+    try:
+        import faiss  # noqa: F401
+    except ModuleNotFoundError:
+        return False
+    except Exception as error:  # whatever its libraries raise: OSError, RuntimeError, ImportError
+        _log.warning("FAISS is installed and does not work here (%s: %s).", type(error).__name__, error)
+        return False
+    return True
+
+
 def import_faiss(config: FaissIndex) -> ModuleType:
-    """FAISS; raises an error that says how to install it for an index that needs it."""
+    """FAISS; raises an error that says how to install it, or what keeps it from working, for an index that needs it."""
     try:
         import faiss  # after torch, which this module imported: the other order breaks GPU results (faiss #2126)
     except ModuleNotFoundError as error:
         raise InputError(
             f'index={config.factory!r} needs FAISS: pip install "lightning-resmem[cpu]" (or [gpu]; never both), or use '
             'index="exact".'
+        ) from error
+    except Exception as error:  # as above
+        raise InputError(
+            f"index={config.factory!r} needs FAISS, which is installed and does not work here "
+            f"({type(error).__name__}: {error}). faiss-gpu needs the libraries of CUDA 12 (pip install "
+            "nvidia-cuda-runtime-cu12 nvidia-cublas-cu12 nvidia-curand-cu12); without a GPU uninstall it and pip "
+            'install "lightning-resmem[cpu]"; or use index="exact".'
         ) from error
     module: ModuleType = faiss
     return module
@@ -193,6 +236,30 @@ def make_index(faiss: ModuleType, width: int, config: FaissIndex) -> Any:
         ) from error
     _check_settings(faiss, index, config)
     return index
+
+
+def _check_bounds(factory: str) -> None:
+    """Raise an error for a description that FAISS must not see."""
+    if len(factory) > _LONGEST_FACTORY:
+        raise InputError(
+            f"factory={factory[:20]!r}... has {len(factory)} characters, at most {_LONGEST_FACTORY} are read: give "
+            f"{_FACTORIES}."
+        )
+    if "IDMap" in factory:
+        raise InputError(f"factory={factory!r} keeps ids of its own, as the memory does itself: leave out IDMap.")
+    bounds = (
+        (r"(?:HNSW|NSG)(\d+)", *_LINKS),
+        (_CODEBOOKS, 1, _MOST_BITS),
+        (r"(?:PCA[WR]*|RR|ITQ|Pad|OPQ\d+_)(\d+)", 1, _WIDEST),
+        (r"(\d+)", 1, _LARGEST_NUMBER),
+    )
+    for pattern, least, most in bounds:
+        for found in re.finditer(pattern, factory):
+            digits = found[1].lstrip("0") or "0"
+            if len(digits) > len(str(most)) or not least <= int(digits) <= most:
+                raise InputError(
+                    f"factory={factory!r}: the last number of {found[0]!r} has to lie between {least} and {most}."
+                )
 
 
 def _check_factory(config: FaissIndex) -> None:
@@ -221,6 +288,12 @@ def effort_of(faiss: ModuleType, index: Any, parameter: str) -> int | None:
         return None if inverted is None else int(inverted.nprobe)
     graph = getattr(faiss.downcast_index(index), "hnsw", None)
     return None if graph is None else int(graph.efSearch)
+
+
+def holds_keys(faiss: ModuleType, index: Any) -> bool:
+    """Whether an index holds the keys as they are, and returns their squared Euclidean distances."""
+    kinds = (faiss.IndexFlat, faiss.IndexFlatL2, faiss.IndexIVFFlat, faiss.IndexHNSWFlat)
+    return type(faiss.downcast_index(index)) in kinds and index.metric_type == faiss.METRIC_L2
 
 
 def lists_of(faiss: ModuleType, index: Any) -> int:

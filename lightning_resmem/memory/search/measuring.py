@@ -57,8 +57,8 @@ def _lengths(rows: Tensor) -> Tensor:
     """Of rows `(n, D)` whose squares may overflow or vanish: shape `(n,)`."""
     rows = rows.clamp(-_MOST, _MOST)
     largest = rows.abs().amax(dim=1, keepdim=True)
-    scaled = torch.linalg.vector_norm(rows / largest.where(largest > 0, 1), dim=1)
-    return (scaled * largest[:, 0]).clamp_max_(_MOST)
+    scaled: Tensor = torch.linalg.vector_norm(rows / largest.where(largest > 0, 1), dim=1)
+    return scaled.mul_(largest[:, 0]).clamp_max_(_MOST)
 
 
 def largest_number(keys: Tensor) -> float:
