@@ -24,12 +24,12 @@ _ANY_WIDTH = 64
 # What FAISS may be given to read: longer descriptions and other numbers end the process, or take all its memory.
 _LONGEST_FACTORY = 200
 _LARGEST_NUMBER = 2**24
-_LINKS = (2, 1024)  # of a node of HNSW or NSG
+_LINKS, _NSG_LINKS = (2, 1024), (8, 1024)  # of a node
+_NSG_ROWS = 100  # that are too few
 _MOST_BITS = 16  # of an entry of a codebook, such as 12 in PQ8x12
 _WIDEST = 2**14  # that a transform, whose matrix is square, makes of keys
-_CODEBOOKS = re.compile(r"(?:PQ|RQ|LSQ|IMI)[\dx]*x(\d+)")
-# Rows that may be too few to train an index, which is tried then.
-_FEW_ROWS = 1024
+# Kinds of codebooks, and numbers of which the last is that of bits.
+_CODEBOOKS = re.compile(r"(OPQ|P?LSQ|PRQ|PQ|RQ|IMI)\d+((?:x\d+)*)")
 # Multiplications of one query (rows x width) up to which a CPU searches exactly: some 20 ms on one core.
 _EXACT_WORK = 2**30
 
@@ -88,11 +88,12 @@ def check(config: FaissIndex, rows: int | None, width: int, device: torch.device
     faiss = import_faiss(config)
     check_device(faiss, device, config)
     index = make_index(faiss, width, config)
-    reduced = re.search(r"PCA[WR]*(\d+)", config.factory)
-    if reduced and int(reduced[1]) > width:
+    reduced = re.search(r"(?:PCA[WR]*|ITQ)(\d+)", config.factory)
+    if reduced and int(reduced[1]) > min(width, width if rows is None else rows):
+        there = "keys have" if rows is None else f"there are {rows} rows of"
         raise InputError(
-            f"index={config.factory!r} reduces keys to width {reduced[1]}, and they have width {width}: use at most "
-            f"PCA{width}."
+            f"index={config.factory!r} reduces keys to width {reduced[1]}, and {there} width {width}: give a smaller "
+            "number."
         )
     inverted = faiss.try_extract_index_ivf(index)
     # The lists of a multi-index (IMI2x8) come of a product of quantizers, which few rows suffice to train.
@@ -101,16 +102,25 @@ def check(config: FaissIndex, rows: int | None, width: int, device: torch.device
             f"index={config.factory!r} has {inverted.nlist} lists, and there are only {rows} rows to train them on: "
             'use fewer lists, or index="exact".'
         )
-    entries = max((2 ** int(found[1]) for found in _CODEBOOKS.finditer(config.factory)), default=0)
+    if rows is not None and rows <= _NSG_ROWS and "NSG" in config.factory:
+        raise InputError(
+            f'index={config.factory!r} takes more than {_NSG_ROWS} rows, and there are only {rows}: use "HNSW32", or '
+            'index="exact".'
+        )
+    entries = max((_entries(*found.groups()) for found in _CODEBOOKS.finditer(config.factory)), default=0)
     if rows is not None and rows < entries:
         raise InputError(
             f"index={config.factory!r} has codebooks of {entries} entries, and there are only {rows} rows to train "
-            'them on: use fewer bits, or index="exact".'
+            'them on: use fewer bits, such as PQ8x4, or index="exact".'
         )
-    if rows is not None and rows <= _FEW_ROWS and not index.is_trained:
-        # What else is too little, FAISS alone knows. It is not a matter of which rows.
-        faiss.omp_set_num_threads(torch.get_num_threads())
-        train_index(index, np.random.default_rng(0).standard_normal((rows, width), np.float32), config)
+
+
+def _entries(kind: str, numbers: str) -> int:
+    """How many rows a codebook takes to train, as many as it has entries: `kind` and `numbers` of `_CODEBOOKS`."""
+    if kind.endswith("LSQ"):
+        return 0
+    bits = numbers.rpartition("x")[2]
+    return 2 ** int(bits) if bits and kind != "OPQ" else 256
 
 
 def train_index(index: Any, keys: Any, config: FaissIndex) -> None:
@@ -247,9 +257,12 @@ def _check_bounds(factory: str) -> None:
         )
     if "IDMap" in factory:
         raise InputError(f"factory={factory!r} keeps ids of its own, as the memory does itself: leave out IDMap.")
+    if "ZnLattice" in factory:
+        raise InputError(f"factory={factory!r}: ZnLattice ends the process for many a number. Give {_FACTORIES}.")
     bounds = (
-        (r"(?:HNSW|NSG)(\d+)", *_LINKS),
-        (_CODEBOOKS, 1, _MOST_BITS),
+        (r"HNSW(\d+)", *_LINKS),
+        (r"NSG(\d+)", *_NSG_LINKS),
+        (r"(?:PQ|RQ|LSQ|IMI)[\dx]*x(\d+)", 1, _MOST_BITS),
         (r"(?:PCA[WR]*|RR|ITQ|Pad|OPQ\d+_)(\d+)", 1, _WIDEST),
         (r"(\d+)", 1, _LARGEST_NUMBER),
     )

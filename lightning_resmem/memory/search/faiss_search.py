@@ -136,8 +136,17 @@ class FaissSearch:
         else:
             index = self._faiss.deserialize_index(np.frombuffer(trained, np.uint8))
         for chunk in self.keys.split(_ADD_ROWS):
-            index.add(chunk.float().cpu().contiguous().numpy())
+            self._add(index, chunk.float().cpu().contiguous().numpy())
         return index
+
+    def _add(self, index: Any, keys: Any) -> None:
+        try:
+            index.add(keys)
+        except RuntimeError as error:
+            raise InputError(
+                f"index={self.config.factory!r} cannot be built of {len(self.keys)} keys: {reason_of(error)}. Give "
+                'another index, or index="exact".'
+            ) from error
 
     def _on_device(self) -> Any:
         """The index to search: on the GPU of the keys, if they are on one."""
