@@ -25,7 +25,7 @@ _ANY_WIDTH = 64
 _LONGEST_FACTORY = 200
 _LARGEST_NUMBER = 2**24
 _LINKS, _NSG_LINKS = (2, 1024), (8, 1024)  # of a node
-_NSG_ROWS = 100  # that are too few
+_NSG_ROWS = 114  # that are too few: NSG looks at so many candidates
 _MOST_BITS = 16  # of an entry of a codebook, such as 12 in PQ8x12
 _WIDEST = 2**14  # that a transform, whose matrix is square, makes of keys
 # Kinds of codebooks, and numbers of which the last is that of bits.
@@ -102,16 +102,22 @@ def check(config: FaissIndex, rows: int | None, width: int, device: torch.device
             f"index={config.factory!r} has {inverted.nlist} lists, and there are only {rows} rows to train them on: "
             'use fewer lists, or index="exact".'
         )
-    if rows is not None and rows <= _NSG_ROWS and "NSG" in config.factory:
-        raise InputError(
-            f'index={config.factory!r} takes more than {_NSG_ROWS} rows, and there are only {rows}: use "HNSW32", or '
-            'index="exact".'
-        )
+    if rows is not None:
+        check_nsg(config, rows)
     entries = max((_entries(*found.groups()) for found in _CODEBOOKS.finditer(config.factory)), default=0)
     if rows is not None and rows < entries:
         raise InputError(
             f"index={config.factory!r} has codebooks of {entries} entries, and there are only {rows} rows to train "
             'them on: use fewer bits, such as PQ8x4, or index="exact".'
+        )
+
+
+def check_nsg(config: FaissIndex, rows: int) -> None:
+    """Raise an error for so few rows that building NSG ends the process."""
+    if "NSG" in config.factory and rows <= _NSG_ROWS:
+        raise InputError(
+            f'index={config.factory!r} takes more than {_NSG_ROWS} rows, and there are only {rows}: use "HNSW32", or '
+            'index="exact".'
         )
 
 

@@ -19,6 +19,7 @@ from lightning_resmem.memory.search.faiss_index import (
     FaissIndex,
     check_device,
     check_gpu_k,
+    check_nsg,
     effort_of,
     holds_keys,
     import_faiss,
@@ -130,6 +131,7 @@ class FaissSearch:
         return found
 
     def _filled(self, trained: bytes | None) -> Any:
+        check_nsg(self.config, len(self.keys))
         self._faiss.omp_set_num_threads(torch.get_num_threads())
         if trained is None:
             index = _trained(self._faiss, self.keys, self.config)
