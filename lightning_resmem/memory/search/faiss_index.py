@@ -88,6 +88,8 @@ def check(config: FaissIndex, rows: int | None, width: int, device: torch.device
     faiss = import_faiss(config)
     check_device(faiss, device, config)
     index = make_index(faiss, width, config)
+    if "IDMap" in config.factory:
+        raise InputError(f"index={config.factory!r} keeps ids of its own, as the memory does itself: leave out IDMap.")
     reduced = re.search(r"(?:PCA[WR]*|ITQ)(\d+)", config.factory)
     if reduced and int(reduced[1]) > min(width, width if rows is None else rows):
         there = "keys have" if rows is None else f"there are {rows} rows of"
@@ -107,8 +109,8 @@ def check(config: FaissIndex, rows: int | None, width: int, device: torch.device
     entries = max((_entries(*found.groups()) for found in _CODEBOOKS.finditer(config.factory)), default=0)
     if rows is not None and rows < entries:
         raise InputError(
-            f"index={config.factory!r} has codebooks of {entries} entries, and there are only {rows} rows to train "
-            'them on: use fewer bits, such as PQ8x4, or index="exact".'
+            f"index={config.factory!r} cannot be trained on {rows} keys: a codebook has {entries} entries, and takes "
+            'as many. Use fewer bits, such as PQ8x4, or index="exact".'
         )
 
 
@@ -177,7 +179,7 @@ def choose(
     Returns:
         What to build, None for exact search, and the reason.
 
-    Example:
+    Examples:
         >>> choose(45_000, 64, torch.device("cpu"), 2**34, installed=True)
         (None, 'exact: 45000 x 64 keys are searched in milliseconds')
     """
@@ -261,8 +263,6 @@ def _check_bounds(factory: str) -> None:
             f"factory={factory[:20]!r}... has {len(factory)} characters, at most {_LONGEST_FACTORY} are read: give "
             f"{_FACTORIES}."
         )
-    if "IDMap" in factory:
-        raise InputError(f"factory={factory!r} keeps ids of its own, as the memory does itself: leave out IDMap.")
     if "ZnLattice" in factory:
         raise InputError(f"factory={factory!r}: ZnLattice ends the process for many a number. Give {_FACTORIES}.")
     bounds = (

@@ -55,7 +55,7 @@ def test_what_fits_some_width_is_let_through(factory: str) -> None:
         ("IMI2x5,Flat", 200, None),  # 1,024 lists of two quantizers with 32 centroids each
         ("HNSW8", 1, None),
         ("PQ3", None, "width 4"),
-        ("PQ2", 255, "'PQ2' has codebooks of 256 entries, and there are only 255 rows"),
+        ("PQ2", 255, "'PQ2' cannot be trained on 255 keys: a codebook has 256 entries"),
         ("IVF4,PQ2", 200, "256 entries"),
         ("OPQ2,PQ2x3", 200, "256 entries"),  # OPQ trains codebooks of its own
         ("HNSW8_PQ2", 200, "256 entries"),
@@ -71,6 +71,8 @@ def test_what_fits_some_width_is_let_through(factory: str) -> None:
         ("PCA3,Flat", 2, "reduces keys to width 3, and there are 2 rows"),
         ("PCA4,Flat", 4, None),
         ("RR5,Flat", 10, None),
+        ("IDMap,Flat", 10, "leave out IDMap"),
+        ("PCA4,IDMap2,Flat", 10, "leave out IDMap"),
     ],
 )
 def test_a_rehearsal_refuses_what_building_would(factory: str, rows: int | None, message: str | None) -> None:
@@ -165,8 +167,6 @@ def test_auto_builds_what_the_rule_says_and_logs_why(
         ("OPQ4_99999,PQ4", "'OPQ4_99999' has to lie"),
         ("RR65536,Flat", "'RR65536' has to lie"),
         ("PQ" + "9" * 190, "has to lie"),
-        ("IDMap,Flat", "leave out IDMap"),
-        ("IDMap2,HNSW32", "leave out IDMap"),
     ],
 )
 def test_descriptions_that_would_end_the_process_never_reach_faiss(
