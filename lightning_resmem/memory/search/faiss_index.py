@@ -2,7 +2,6 @@
 
 import importlib.util
 import logging
-import re
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -13,23 +12,13 @@ from torch import Tensor
 
 from lightning_resmem.errors import InputError
 from lightning_resmem.memory.capacity import available_bytes
+from lightning_resmem.memory.search.faiss_limits import FACTORIES, check_bounds, check_size
 
 _log = logging.getLogger("lightning_resmem")
 
 _GPU_MAX_K = 2048
-# What an index may be described as.
-_FACTORIES = 'a FAISS factory string such as "HNSW32" or "IVF1024,Flat"'
 # A width that nearly all descriptions fit.
 _ANY_WIDTH = 64
-# What FAISS may be given to read: longer descriptions and other numbers end the process, or take all its memory.
-_LONGEST_FACTORY = 200
-_LARGEST_NUMBER = 2**24
-_LINKS, _NSG_LINKS = (2, 1024), (8, 1024)  # of a node
-_NSG_ROWS = 114  # that are too few: NSG looks at so many candidates
-_MOST_BITS = 16  # of an entry of a codebook, such as 12 in PQ8x12
-_WIDEST = 2**14  # that a transform, whose matrix is square, makes of keys
-# Kinds of codebooks, and numbers of which the last is that of bits.
-_CODEBOOKS = re.compile(r"(OPQ|P?LSQ|PRQ|PQ|RQ|IMI)\d+((?:x\d+)*)")
 # Multiplications of one query (rows x width) up to which a CPU searches exactly: some 20 ms on one core.
 _EXACT_WORK = 2**30
 
@@ -66,8 +55,8 @@ class FaissIndex:
         if self.min_recall is not None and not 0 < self.min_recall <= 1:
             raise InputError(f"min_recall={self.min_recall!r}: give a share above 0 and at most 1, e.g. 0.95.")
         if not isinstance(self.factory, str):
-            raise InputError(f"factory={self.factory!r}: give {_FACTORIES}.")
-        _check_bounds(self.factory)
+            raise InputError(f"factory={self.factory!r}: give {FACTORIES}.")
+        check_bounds(self.factory)
         if importlib.util.find_spec("faiss") is not None:  # without it `check` refuses, before anything is memorized
             _check_factory(self)
 
@@ -88,15 +77,6 @@ def check(config: FaissIndex, rows: int | None, width: int, device: torch.device
     faiss = import_faiss(config)
     check_device(faiss, device, config)
     index = make_index(faiss, width, config)
-    if "IDMap" in config.factory:
-        raise InputError(f"index={config.factory!r} keeps ids of its own, as the memory does itself: leave out IDMap.")
-    reduced = re.search(r"(?:PCA[WR]*|ITQ)(\d+)", config.factory)
-    if reduced and int(reduced[1]) > min(width, width if rows is None else rows):
-        there = "keys have" if rows is None else f"there are {rows} rows of"
-        raise InputError(
-            f"index={config.factory!r} reduces keys to width {reduced[1]}, and {there} width {width}: give a smaller "
-            "number."
-        )
     inverted = faiss.try_extract_index_ivf(index)
     # The lists of a multi-index (IMI2x8) come of a product of quantizers, which few rows suffice to train.
     if rows is not None and inverted is not None and inverted.quantizer_trains_alone != "\1" and rows < inverted.nlist:
@@ -104,31 +84,7 @@ def check(config: FaissIndex, rows: int | None, width: int, device: torch.device
             f"index={config.factory!r} has {inverted.nlist} lists, and there are only {rows} rows to train them on: "
             'use fewer lists, or index="exact".'
         )
-    if rows is not None:
-        check_nsg(config, rows)
-    entries = max((_entries(*found.groups()) for found in _CODEBOOKS.finditer(config.factory)), default=0)
-    if rows is not None and rows < entries:
-        raise InputError(
-            f"index={config.factory!r} cannot be trained on {rows} keys: a codebook has {entries} entries, and takes "
-            'as many. Use fewer bits, such as PQ8x4, or index="exact".'
-        )
-
-
-def check_nsg(config: FaissIndex, rows: int) -> None:
-    """Raise an error for so few rows that building NSG ends the process."""
-    if "NSG" in config.factory and rows <= _NSG_ROWS:
-        raise InputError(
-            f'index={config.factory!r} takes more than {_NSG_ROWS} rows, and there are only {rows}: use "HNSW32", or '
-            'index="exact".'
-        )
-
-
-def _entries(kind: str, numbers: str) -> int:
-    """How many rows a codebook takes to train, as many as it has entries: `kind` and `numbers` of `_CODEBOOKS`."""
-    if kind.endswith("LSQ"):
-        return 0
-    bits = numbers.rpartition("x")[2]
-    return 2 ** int(bits) if bits and kind != "OPQ" else 256
+    check_size(config.factory, rows, width)
 
 
 def train_index(index: Any, keys: Any, config: FaissIndex) -> None:
@@ -250,35 +206,10 @@ def make_index(faiss: ModuleType, width: int, config: FaissIndex) -> Any:
     except RuntimeError as error:
         raise InputError(
             f"index={config.factory!r} cannot be built for keys of width {width}: "
-            f'{reason_of(error)}. Give "auto", "exact" or {_FACTORIES}.'
+            f'{reason_of(error)}. Give "auto", "exact" or {FACTORIES}.'
         ) from error
     _check_settings(faiss, index, config)
     return index
-
-
-def _check_bounds(factory: str) -> None:
-    """Raise an error for a description that FAISS must not see."""
-    if len(factory) > _LONGEST_FACTORY:
-        raise InputError(
-            f"factory={factory[:20]!r}... has {len(factory)} characters, at most {_LONGEST_FACTORY} are read: give "
-            f"{_FACTORIES}."
-        )
-    if "ZnLattice" in factory:
-        raise InputError(f"factory={factory!r}: ZnLattice ends the process for many a number. Give {_FACTORIES}.")
-    bounds = (
-        (r"HNSW(\d+)", *_LINKS),
-        (r"NSG(\d+)", *_NSG_LINKS),
-        (r"(?:PQ|RQ|LSQ|IMI)[\dx]*x(\d+)", 1, _MOST_BITS),
-        (r"(?:PCA[WR]*|RR|ITQ|Pad|OPQ\d+_)(\d+)", 1, _WIDEST),
-        (r"(\d+)", 1, _LARGEST_NUMBER),
-    )
-    for pattern, least, most in bounds:
-        for found in re.finditer(pattern, factory):
-            digits = found[1].lstrip("0") or "0"
-            if len(digits) > len(str(most)) or not least <= int(digits) <= most:
-                raise InputError(
-                    f"factory={factory!r}: the last number of {found[0]!r} has to lie between {least} and {most}."
-                )
 
 
 def _check_factory(config: FaissIndex) -> None:
@@ -289,7 +220,7 @@ def _check_factory(config: FaissIndex) -> None:
     except RuntimeError as error:
         if "could not parse" in str(error):  # other errors may come of the width
             raise InputError(
-                f'index={config.factory!r} is not understood: give "auto", "exact" or {_FACTORIES}.'
+                f'index={config.factory!r} is not understood: give "auto", "exact" or {FACTORIES}.'
             ) from error
 
 

@@ -19,7 +19,6 @@ from lightning_resmem.memory.search.faiss_index import (
     FaissIndex,
     check_device,
     check_gpu_k,
-    check_nsg,
     effort_of,
     holds_keys,
     import_faiss,
@@ -28,6 +27,7 @@ from lightning_resmem.memory.search.faiss_index import (
     reason_of,
     train_index,
 )
+from lightning_resmem.memory.search.faiss_limits import check_nsg
 from lightning_resmem.memory.search.measuring import largest_number, measure
 
 _log = logging.getLogger("lightning_resmem")
@@ -131,7 +131,7 @@ class FaissSearch:
         return found
 
     def _filled(self, trained: bytes | None) -> Any:
-        check_nsg(self.config, len(self.keys))
+        check_nsg(self.config.factory, len(self.keys))
         self._faiss.omp_set_num_threads(torch.get_num_threads())
         if trained is None:
             index = _trained(self._faiss, self.keys, self.config)
