@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_resmem.errors import InputError
 from lightning_resmem.memory.capacity import available_bytes
+from lightning_resmem.memory.search.factories import check_bounds
 
 _log = logging.getLogger("lightning_resmem")
 
@@ -57,6 +58,7 @@ class FaissIndex:
             raise InputError(f"min_recall={self.min_recall!r}: give a share above 0 and at most 1, e.g. 0.95.")
         if not isinstance(self.factory, str):
             raise InputError(f"factory={self.factory!r}: give {_FACTORIES}.")
+        check_bounds(self.factory)
         if importlib.util.find_spec("faiss") is not None:  # without it `check` refuses, before anything is memorized
             _check_factory(self)
 

@@ -4,9 +4,10 @@ import dataclasses
 import logging
 import os
 import warnings
+from io import FileIO
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ from lightning_resmem.memory.search.measuring import measure
 _log = logging.getLogger("lightning_resmem")
 
 FILE = "index.faiss"
+# Bytes of a saved index that FAISS asks for at a time.
+_READ_BYTES = 2**20
 # Keys handed to FAISS at a time: it may copy what it is given.
 _ADD_ROWS = 65536
 # Keys a quantizer is trained on, per cluster; FAISS wants at least 39 and uses at most 256.
@@ -90,7 +93,10 @@ class FaissSearch:
 
     def save(self, file: Path) -> None:
         """Write FAISS's own file."""
-        self._faiss.write_index(self.index, str(file))
+        try:
+            self._faiss.write_index(self.index, str(file))
+        except RuntimeError as error:
+            raise OSError(f"FAISS could not write its index: {reason_of(error)}") from error
 
     def describe(self) -> dict[str, Any]:
         """What to build, with the search parameters in force: as a `FaissIndex` takes it."""
@@ -235,16 +241,17 @@ def _trained(faiss: ModuleType, keys: Tensor, config: FaissIndex) -> Any:
     return index
 
 
-def load(file: Path, keys: Tensor, config: FaissIndex) -> FaissSearch:
-    """The index of these keys that `FaissSearch.save` wrote.
+def load(stream: BinaryIO | FileIO, keys: Tensor, config: FaissIndex) -> FaissSearch:
+    """The index of these keys that `FaissSearch.save` wrote, from the open file.
 
     Raises:
         StorageError: If the file cannot be read, or holds other keys.
     """
+    faiss = import_faiss(config)
     try:
-        loaded = import_faiss(config).read_index(str(file))
+        loaded = faiss.read_index(faiss.PyCallbackIOReader(stream.read, _READ_BYTES))
     except RuntimeError as error:
-        raise StorageError(f"{file} cannot be read ({reason_of(error)})") from error
+        raise StorageError(f"{FILE} cannot be read ({reason_of(error)})") from error
     if (loaded.ntotal, loaded.d) != tuple(keys.shape):
-        raise StorageError(f"{file} holds {loaded.ntotal} x {loaded.d} keys, the memory {tuple(keys.shape)}")
+        raise StorageError(f"{FILE} holds {loaded.ntotal} x {loaded.d} keys, the memory {tuple(keys.shape)}")
     return FaissSearch(keys, config, loaded)
