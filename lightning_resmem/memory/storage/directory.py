@@ -159,21 +159,20 @@ def tidy(target: Path, ours: set[str], alone: bool) -> None:
                 (target / name).unlink()
 
 
-def make(target: Path) -> Path | None:
-    """Make a directory and those around it, on the disk; returns the first that was missing, if any was."""
-    missing = [path for path in (target, *target.parents) if not path.exists()]
-    target.mkdir(parents=True, exist_ok=True)
-    for path in missing:
+def missing(target: Path) -> list[Path]:
+    """The directories that have to be made for `target`, the innermost first."""
+    return [path for path in (target, *target.parents) if not path.exists()]
+
+
+def make(directories: list[Path]) -> None:
+    """Make the `missing` ones, on the disk."""
+    for path in reversed(directories):
+        path.mkdir(exist_ok=True)
         files.sync_directory(path.parent)
-    return missing[0] if missing else None
 
 
-def unmake(target: Path, first: Path) -> None:
-    """Take back what `make` made, as far as it is empty."""
-    for path in (target, *target.parents):
-        try:
+def unmake(directories: list[Path]) -> None:
+    """Remove those that were `missing`, as far as they are there and empty."""
+    for path in directories:
+        with suppress(OSError):
             path.rmdir()
-        except OSError:
-            return
-        if path == first:
-            return

@@ -97,26 +97,24 @@ def _write_here(
     extra: Mapping[str, Callable[[Path], None]],
 ) -> None:
     directories.check(target)
+    missing = directories.missing(target)
     try:
-        made = directories.make(target)
-        try:
-            with directories.locked(target) as alone:
-                directories.check(target)  # again, now that nobody else can change it
-                ours = directories.named_files(target)
-                try:
-                    document = {**manifest, **_write_files(target, tensors, extra, ours)}
-                    directories.put_manifest(target, manifests.dumped(document))
-                finally:
-                    directories.tidy(target, ours, alone)
-        except BaseException:
-            if made is not None:
-                directories.unmake(target, made)
-            raise
+        directories.make(missing)
+        with directories.locked(target) as alone:
+            directories.check(target)  # again, now that nobody else can change it
+            ours = directories.named_files(target)
+            try:
+                document = {**manifest, **_write_files(target, tensors, extra, ours)}
+                directories.put_manifest(target, manifests.dumped(document))
+            finally:
+                directories.tidy(target, ours, alone)
     except OSError as error:
         raise StorageError(
             f"The memory could not be saved to {target}: {error}. Check the free space and the permissions there, "
             "or name another directory."
         ) from error
+    finally:
+        directories.unmake(missing)  # nothing, unless saving has failed
 
 
 def _write_files(
