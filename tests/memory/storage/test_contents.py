@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_resmem import LocalMemory, Multilabel, Regression, ResMemParams, SparseConfig, StorageError
-from lightning_resmem.memory.storage import disk
+from lightning_resmem.memory.storage import files
 from lightning_resmem.memory.storage.saved import read_saved
 from lightning_resmem.tasks import Task
 from tests.saved_files import edited, file_of
@@ -31,7 +31,7 @@ def put(path: Path, name: str, place: int, value: float) -> None:
     tensor: Tensor = safetensors.torch.load_file(file)[name].clone()
     tensor.view(-1)[place] = value
     safetensors.torch.save_file({name: tensor}, file)
-    edited(path, lambda manifest: manifest["tensors"][name].update(sha256=disk.sha256(file)))
+    edited(path, lambda manifest: manifest["tensors"][name].update(sha256=files.sha256(file)))
 
 
 SPARSE = {"values": SparseConfig(2)}
@@ -86,7 +86,7 @@ def test_dtypes_that_are_never_saved(tmp_path: Path, name: str, dtype: torch.dty
     path = saved(tmp_path / "memory", None)
     file = file_of(path, name)
     safetensors.torch.save_file({name: safetensors.torch.load_file(file)[name].to(dtype)}, file)
-    stated = {"sha256": disk.sha256(file), "dtype": str(dtype).removeprefix("torch.")}
+    stated = {"sha256": files.sha256(file), "dtype": str(dtype).removeprefix("torch.")}
     edited(path, lambda manifest: manifest["tensors"][name].update(stated))
     with pytest.raises(StorageError, match=f"tensors.{name}.dtype is {dtype}"):
         LocalMemory.load(path, mmap=True)

@@ -9,37 +9,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_resmem import LocalMemory, ResMemParams, SparseConfig, StorageError
+from lightning_resmem import LocalMemory, StorageError
 from tests.saved_files import edited, file_of
 
-VERSION1 = Path(__file__).parent / "version1"
+SAVED_BEFORE = Path(__file__).parents[2] / "data" / "saved_before"
 
 
-def version1(**options: object) -> LocalMemory:
-    """What `VERSION1` holds, which the release before this format has saved."""
-    memory = LocalMemory(params=ResMemParams(k=3, sigma=0.5), **options)
-    keys, outputs = torch.arange(40.0).reshape(20, 2).sin(), torch.arange(60.0).reshape(20, 3).cos()
-    memory.add(keys, outputs, torch.arange(20) % 3, torch.arange(20) * 2)
-    return memory
-
-
-@pytest.mark.parametrize(("name", "options"), [("dense", {"index": "HNSW8"}), ("sparse", {"values": SparseConfig(2)})])
+@pytest.mark.parametrize("name", ["dense-with-gate", "faiss", "multilabel", "regression", "sparse"])
 @pytest.mark.parametrize("mmap", [False, True])
 def test_memories_saved_before_can_be_read_and_replaced(
-    tmp_path: Path, name: str, options: dict, mmap: bool, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, name: str, mmap: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = shutil.copytree(VERSION1 / name, tmp_path / "memory")
-    expected, queries = version1(**options), torch.randn(50, 2)
+    path = shutil.copytree(SAVED_BEFORE / name, tmp_path / "memory")
     loaded = LocalMemory.load(path, mmap=mmap)
-    assert torch.equal(loaded.ids, expected.ids)
-    assert torch.equal(loaded(queries), expected(queries))
-    assert "built again" not in caplog.text
+    width = loaded.stats()["width"]
+    queries = torch.randn(50, width)
+    expected = loaded(queries)
     (path / "mine.safetensors").write_text("stays")
     loaded.save(path)
-    assert torch.equal(LocalMemory.load(path)(queries), expected(queries))
-    named = {file_of(path, part).name for part in json.loads((path / "manifest.json").read_text())["tensors"]}
-    extra = {file_of(path, "index.faiss").name} if name == "dense" else set()
-    assert {file.name for file in path.iterdir()} == {"manifest.json", "mine.safetensors", *named, *extra}
+    assert torch.equal(LocalMemory.load(path)(queries), expected)
+    assert "built again" not in caplog.text
+    manifest = json.loads((path / "manifest.json").read_text())
+    named = {file_of(path, part).name for part in [*manifest["tensors"], *manifest["extra"]]}
+    assert {file.name for file in path.iterdir()} == {"manifest.json", "mine.safetensors", *named}
 
 
 def test_every_value_is_covered(saved: Path) -> None:
