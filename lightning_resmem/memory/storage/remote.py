@@ -22,7 +22,8 @@ def check(target: Url, probe: bool = False) -> None:
     """
     with _failing(target, "saved to"):
         fs, root = target.fs, target.root
-        paths = fs.ls(root, detail=False) if fs.exists(root) else []
+        existed = fs.exists(root)
+        paths = fs.ls(root, detail=False) if existed else []
         names = [str(path).rstrip("/").rpartition("/")[2] for path in paths]
         ours = manifests.describes_a_memory(read_manifest(target)) if MANIFEST in names else None
         others = sorted(name for name in names if not manifests.is_ours(name))
@@ -36,6 +37,9 @@ def check(target: Url, probe: bool = False) -> None:
             fs.makedirs(root, exist_ok=True)
             fs.pipe_file(file, b"resmem")
             fs.rm_file(file)
+            if not existed and "/" in root:
+                with suppress(OSError, NotImplementedError):  # where there are directories, it would look taken
+                    fs.rmdir(root)
 
 
 def read_manifest(place: Url) -> bytes:
