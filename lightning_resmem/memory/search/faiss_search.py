@@ -7,7 +7,7 @@ import warnings
 from io import FileIO
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -241,8 +241,8 @@ def _trained(faiss: ModuleType, keys: Tensor, config: FaissIndex) -> Any:
     return index
 
 
-def load(stream: BinaryIO | FileIO, keys: Tensor, config: FaissIndex) -> FaissSearch:
-    """The index of these keys that `FaissSearch.save` wrote, from the open file.
+def load(stream: FileIO, file: Path, keys: Tensor, config: FaissIndex) -> FaissSearch:
+    """The index of these keys that `FaissSearch.save` wrote to a file, which is open.
 
     Raises:
         StorageError: If the file cannot be read, or holds other keys.
@@ -251,7 +251,7 @@ def load(stream: BinaryIO | FileIO, keys: Tensor, config: FaissIndex) -> FaissSe
     try:
         loaded = faiss.read_index(faiss.PyCallbackIOReader(stream.read, _READ_BYTES))
     except RuntimeError as error:
-        raise StorageError(f"{FILE} cannot be read ({reason_of(error)})") from error
+        raise StorageError(f"{file} cannot be read ({reason_of(error)})") from error
     if (loaded.ntotal, loaded.d) != tuple(keys.shape):
-        raise StorageError(f"{FILE} holds {loaded.ntotal} x {loaded.d} keys, the memory {tuple(keys.shape)}")
+        raise StorageError(f"{file} holds {loaded.ntotal} x {loaded.d} keys, the memory {tuple(keys.shape)}")
     return FaissSearch(keys, config, loaded)

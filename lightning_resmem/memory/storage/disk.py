@@ -206,23 +206,21 @@ class Opened:
         for name, told in self.manifest["tensors"].items():
             files.check_sum(self.streams[name], self.path / told["file"], told["sha256"])
 
-    def extra(self, name: str) -> tuple[FileIO | None, str]:
-        """A file that was written as `extra`, if it is complete and belongs to the keys.
+    def extra(self, name: str) -> tuple[FileIO, Path]:
+        """A file that was written as `extra`, and its path for messages.
 
-        Returns:
-            The file, None if it cannot be used, and what is wrong with it, for a message.
+        Raises:
+            StorageError: If it is missing, damaged, or belongs to other keys.
         """
         file = self.path / (manifests.extra_file(self.manifest, name) or name)
-        entry = self.manifest.get("extra", {}).get(name)
-        if entry is None or name not in self.streams:
-            return None, f"{file} is missing"
-        if entry.get("keys_sha256") != self.manifest["tensors"]["keys"]["sha256"]:
-            return None, f"{file} belongs to other keys"
-        try:
-            files.check_sum(self.streams[name], file, entry.get("sha256", ""))
-        except StorageError:
-            return None, f"{file} is damaged"
-        return self.streams[name], ""
+        told = self.manifest.get("extra", {}).get(name)
+        if told is None or name not in self.streams:
+            raise StorageError(f"{file} is missing")
+        if told.get("keys_sha256") != self.manifest["tensors"]["keys"]["sha256"]:
+            raise StorageError(f"{file} belongs to other keys")
+        if files.checksum(self.streams[name]) != told.get("sha256"):
+            raise StorageError(f"{file} is damaged")
+        return self.streams[name], file
 
 
 @contextmanager

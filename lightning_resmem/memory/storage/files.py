@@ -63,14 +63,20 @@ def unreadable(file: Path, error: Exception) -> StorageError:
 def sha256(file: Path) -> str:
     """The checksum of a file, as hexadecimal digits."""
     with open_regular(file) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return checksum(stream)
+
+
+def checksum(stream: FileIO) -> str:
+    """Read an open file to its end, and go back to its start."""
+    stream.seek(0)
+    digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    stream.seek(0)
+    return digest
 
 
 def check_sum(stream: FileIO, file: Path, expected: str) -> None:
-    """Read an open file to its end and go back to its start; raises an error unless its checksum is as expected."""
-    stream.seek(0)
-    found = hashlib.file_digest(stream, "sha256").hexdigest()
-    stream.seek(0)
+    """Raise an error unless the checksum of an open file is as expected."""
+    found = checksum(stream)
     if found != expected:
         raise StorageError(
             f"{file} is damaged: its sha256 is {found}, the manifest says {expected}. "

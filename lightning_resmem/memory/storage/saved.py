@@ -118,14 +118,11 @@ def _understood(files: disk.Opened) -> Saved:
 
 def read_index(files: disk.Opened, keys: Tensor, config: FaissIndex) -> FaissSearch | None:
     """The index saved with a memory, or None, with a logged reason, if it has to be built again from the keys."""
-    stream, reason = files.extra(faiss_search.FILE)
-    if stream is not None:
-        try:
-            return faiss_search.load(stream, keys, config)
-        except StorageError as error:
-            reason = str(error)
-    _log.warning("%s: it is built again from the keys.", reason)
-    return None
+    try:
+        return faiss_search.load(*files.extra(faiss_search.FILE), keys, config)
+    except StorageError as error:
+        _log.warning("%s: it is built again from the keys.", error)
+        return None
 
 
 def manifest(

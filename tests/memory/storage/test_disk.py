@@ -182,18 +182,19 @@ def test_failed_save_keeps_the_old_memory(saved: Path, monkeypatch: pytest.Monke
 def test_the_old_memory_is_put_back_if_the_new_one_cannot_take_its_place(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rename = Path.rename
+    replace = Path.replace
 
     def refused(path: Path, target: Path) -> Path:
-        if path.suffix == ".partial":
+        if target.name == "manifest.json":
             raise OSError(5, "Input/output error")
-        return rename(path, target)
+        return replace(path, target)
 
-    monkeypatch.setattr(Path, "rename", refused)
+    monkeypatch.setattr(Path, "replace", refused)
     with pytest.raises(StorageError, match="Input/output error"):
         _memory(rows=7).save(saved)
     assert len(LocalMemory.load(saved)) == 200
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+    assert len(list(saved.iterdir())) == 5
 
 
 def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
@@ -239,9 +240,9 @@ def _stale(file: Path) -> None:
 
 
 def _of_fewer_rows(file: Path) -> None:
-    other = _memory("HNSW8", rows=100).save(file.parent.parent / "other") / file.name
-    file.write_bytes(other.read_bytes())
-    _edited(file.parent, lambda manifest: manifest["extra"][file.name].update(sha256=tensor_file.sha256(file)))
+    other = _memory("HNSW8", rows=100).save(file.parent.parent / "other")
+    file.write_bytes(file_of(other, "index.faiss").read_bytes())
+    edited(file.parent, lambda manifest: manifest["extra"]["index.faiss"].update(sha256=files.sha256(file)))
 
 
 @pytest.mark.parametrize(
