@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from lightning_resmem import LocalMemory, ResMemParams, StorageError
+from lightning_resmem.memory.storage.disk import write
+from lightning_resmem.memory.storage.tensor_file import Streamed
 
 ROWS = 2000
 
@@ -159,6 +161,18 @@ def test_a_full_disk_keeps_the_old_memory(tmp_path: Path, index: str) -> None:
             assert {path.name: path.read_bytes() for path in (disk / "memory").iterdir()} == before
         assert os.listdir(disk) == ["memory"]
         assert whole(LocalMemory.load(disk / "memory")) == 1
+
+
+def test_a_full_disk_is_an_error_for_rows_that_come_in_parts(tmp_path: Path) -> None:
+    """Their file is mapped: without room on the disk for it, writing to it would end the process."""
+
+    def parts() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        yield torch.arange(100_000), torch.ones(100_000, 8)
+
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=1m", "tmpfs") as disk:
+        with pytest.raises(StorageError, match=r"could not be saved to .*No space left on device"):
+            write(disk / "memory", {}, {"keys": Streamed((100_000, 8), torch.float32, parts)})
+        assert os.listdir(disk) == []
 
 
 def test_a_mount_point_is_saved_to(tmp_path: Path) -> None:
