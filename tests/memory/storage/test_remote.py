@@ -54,7 +54,7 @@ def names(url: str) -> set[str]:
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     kind, name = request.param, uuid.uuid4().hex
     if kind == "simplecache of files":
-        return f"simplecache::file://{tmp_path}/bucket/memory"
+        return f"simplecache::{(tmp_path / 'bucket' / 'memory').as_uri()}"
     return f"{'simplecache::memory' if kind == 'simplecache' else kind}://{name}/a/memory"
 
 
@@ -73,8 +73,9 @@ def test_saved_and_loaded(url: str, make: Make, index: str, mmap: bool, caplog: 
 
 
 def test_a_file_url_is_a_path(tmp_path: Path, make: Make) -> None:
-    assert make().save(f"file://{tmp_path}/memory") == tmp_path / "memory"
-    assert len(LocalMemory.load(tmp_path / "memory")) == len(LocalMemory.load(f"file://{tmp_path}/memory")) == 200
+    url = (tmp_path / "memory").as_uri()
+    assert make().save(url) == tmp_path / "memory"
+    assert len(LocalMemory.load(tmp_path / "memory")) == len(LocalMemory.load(url)) == 200
 
 
 @pytest.mark.parametrize("broken", ["keys-", "targets-", "manifest.json"])
