@@ -59,7 +59,7 @@ class Url(str):
 
 
 def as_path(directory: str | os.PathLike[str]) -> Path | Url:
-    """Where a path or URL leads: the absolute path of a directory here, which a `file` URL stands for as well, or a URL.
+    """Where a path or URL leads: the absolute path of a directory here, also for a `file` URL, or a URL.
 
     Raises:
         InputError: If it is neither, or no URL that can be used here.
