@@ -10,9 +10,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_resmem.collection.ranks import check_strategy
+from lightning_resmem.collection.ranks import Ranks, check_strategy
 from lightning_resmem.errors import EmptyMemoryError, InputError, ResMemWarning
-from lightning_resmem.memorization import Memorizer, choose_tuner
+from lightning_resmem.memorization import Memorizer
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.metrics.evaluation import Evaluation
 from lightning_resmem.metrics.reported import UserMetrics, as_collection
@@ -24,12 +24,13 @@ from lightning_resmem.reporting.report import Report
 from lightning_resmem.reporting.wandb_report import finish_forked_run
 from lightning_resmem.routing import Routing, make_ready
 from lightning_resmem.trainer.limits import is_fast_dev_run, train_limit, val_limit
+from lightning_resmem.trainer.loaders import offered_loader, validation_loaders
 from lightning_resmem.trainer.processes import trainer_of
 from lightning_resmem.trainer.restoring import RestorableMemory
 from lightning_resmem.trainer.save_directory import SaveDirectory
 from lightning_resmem.trainer.weights import check_weights, memorized_weights
 from lightning_resmem.tuning.result import TuningResult
-from lightning_resmem.tuning.tuner import Tuner
+from lightning_resmem.tuning.tuner import Tuner, choose_tuner
 
 
 class ResMemCallback(Callback):
@@ -58,13 +59,15 @@ class ResMemCallback(Callback):
             through its `predict_step`, `validation_step` or `test_step`, with logging switched off.
         ids_fn: `ids_fn(batch)` returns the rows' ids, unique over the training set; by default their positions in the
             dataset. Needed to detect rows that an IterableDataset gives to several ranks.
-        memory_dataloader: The rows to memorize, e.g. without augmentation; by default those of the training loader.
+        memory_dataloader: The rows to memorize, e.g. without augmentation; by default what a method
+            `memory_dataloader()` of the datamodule or the model returns, else those of the training loader.
         weights: `"last"` memorizes the weights at the end of training; `"best"` those of the best checkpoint, for
             `trainer.test(ckpt_path="best")`.
         dirpath: Where the memory is saved after the pass, a path or a URL such as `s3://bucket/memory`; a memory that
             is there is replaced. By default beside the trainer's `checkpoints` directory, if it writes checkpoints,
             with a version if there is one already.
-        name: Tells several callbacks on one trainer apart; also the name of the default directory.
+        name: Tells several callbacks on one trainer apart, of which no two may have the same ("Found more than one
+            stateful callback", the Trainer says); also the name of the default directory.
         route: Whether the model's own metrics see the combined prediction. Of several callbacks only one may.
         metrics: Your own torchmetrics metrics, reported as `{stage}/{name}_base`, `_knn` and `_resmem`; see
             `ResMemMetrics`.
@@ -110,6 +113,7 @@ class ResMemCallback(Callback):
         self._name, self._route = name, route
         self._report = Report(name, log_memory_artifact)
         self._metrics = None if metrics is None else as_collection(metrics, self._memory.task)
+        self._offered: Any = None  # rows to memorize, by the datamodule or the model of the current fit
         self._base: L.LightningModule | None = None
         self._memorized = False  # in the current fit
         self._routing: Routing | None = None
@@ -161,8 +165,11 @@ class ResMemCallback(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._kept.check_target(trainer)
+        with Ranks(trainer).together("making the loaders"):
+            self._offered = offered_loader(trainer.datamodule, pl_module) if self._memory_dataloader is None else None  # type: ignore[attr-defined]
+            val_loaders = None if self._tuner is None else validation_loaders(trainer)
         loaders, limit_batches = self._rows(trainer)
-        head = self._memorizer(trainer).rehearse(trainer, pl_module, loaders, limit_batches, self._metrics)
+        head = self._memorizer(trainer).rehearse(trainer, pl_module, loaders, val_loaders, limit_batches, self._metrics)
         self._first_loss = None if head is None else FirstLoss(pl_module, head, self._reader)
 
     def on_train_batch_start(
@@ -180,12 +187,11 @@ class ResMemCallback(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._base, started = pl_module, time.monotonic()
-        if trainer.val_dataloaders is None and trainer.enable_validation:  # no epoch was validated
-            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        val_loaders = None if self._tuner is None else validation_loaders(trainer)
         loaders, limit_batches = self._rows(trainer)
         with memorized_weights(self._weights, trainer, pl_module):
             self.tuning = self._memorizer(trainer).run(
-                trainer, pl_module, loaders, trainer.val_dataloaders, limit_batches, val_limit(trainer)
+                trainer, pl_module, loaders, val_loaders, limit_batches, val_limit(trainer)
             )
         self._memorized, seconds = True, time.monotonic() - started
         self._kept.save(trainer)
@@ -301,9 +307,10 @@ class ResMemCallback(Callback):
 
     def _rows(self, trainer: L.Trainer) -> tuple[Any, int | None]:
         """The rows to memorize: their loaders, and how many batches of them a rank reads, None for all."""
-        if self._memory_dataloader is None:
+        given = self._offered if self._memory_dataloader is None else self._memory_dataloader
+        if given is None:
             return trainer.train_dataloader, train_limit(trainer)
-        return self._memory_dataloader, train_limit(trainer) if is_fast_dev_run(trainer) else None
+        return given, train_limit(trainer) if is_fast_dev_run(trainer) else None
 
     def _found_base(self) -> L.LightningModule | None:
         """The base, if there is one; the memory is then there as well, if it was filled or saved."""
@@ -321,3 +328,11 @@ def _check_siblings(callbacks: list[ResMemCallback]) -> None:
             f"{len(callbacks)} ResMemCallbacks would each replace the head's output. Keep one of them, and give the "
             'others name="..." and route=False: they fill memories and log scores of their own under that name.'
         )
+    for index, callback in enumerate(callbacks):
+        twin = next((other for other in callbacks[:index] if other._name == callback._name), None)
+        if twin is not None:
+            raise InputError(
+                f"A {type(twin).__name__} and a {type(callback).__name__} on this Trainer both have "
+                f"name={callback._name!r}, under which each would save its memory and log its scores. Give one of them "
+                'another name: ResMemCallback(name="...").'
+            )

@@ -57,6 +57,7 @@ class ResMemTrainer(L.Trainer):
         directory: str | None = None,
         ckpt_path: str | None = None,
         weights_only: bool = True,
+        limit_batches: int | float | None = None,
     ) -> None:
         """Fill a memory with the training rows of a trained model, tune it on the validation rows, and save it.
 
@@ -67,6 +68,7 @@ class ResMemTrainer(L.Trainer):
                 there is replaced.
             ckpt_path: Checkpoint with the weights.
             weights_only: False also reads checkpoints that hold other Python objects: only if you trust them.
+            limit_batches: As for the function `memorize`: how many batches each rank reads of a stream, `.inf` for all.
         """
         _load_weights(model, ckpt_path, weights_only)
         callback = self._callback()
@@ -82,6 +84,7 @@ class ResMemTrainer(L.Trainer):
             targets_fn=reader.targets_fn,
             forward_fn=reader.forward_fn,
             ids_fn=reader.ids_fn,
+            limit_batches=limit_batches,
         )
         if self.is_global_zero:
             saved = module.save(directory or callback._dirpath or _DIRECTORY)

@@ -1,8 +1,10 @@
 """Fill a memory from a trained model, and tune it: what `ResMemCallback` does after `fit`, as functions."""
 
+import math
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as L
@@ -11,9 +13,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import MetricCollection
 
-from lightning_resmem.collection.loaders import Part, check_agreement, plan
-from lightning_resmem.collection.memory_pass import Chunk, Pass
+from lightning_resmem.collection.chunks import Chunk
+from lightning_resmem.collection.loaders import check_agreement, check_has_end, check_limit, plan
+from lightning_resmem.collection.memory_pass import Pass
+from lightning_resmem.collection.parts import Part
 from lightning_resmem.collection.ranks import Ranks, check_strategy
+from lightning_resmem.collection.samplers import draws_unevenly
 from lightning_resmem.errors import InputError, ResMemWarning, check_type
 from lightning_resmem.memory.answers import Predictions
 from lightning_resmem.memory.base_quality import look_at_base
@@ -28,10 +33,9 @@ from lightning_resmem.model.modes import evaluating
 from lightning_resmem.model.returned import check_diverged
 from lightning_resmem.module import ResMemModule, forward_of
 from lightning_resmem.progress import shows_progress, working
-from lightning_resmem.tasks import check_finite
 from lightning_resmem.trainer.job import Job, run_job
 from lightning_resmem.tuning.result import TuningResult
-from lightning_resmem.tuning.tuner import GridTuner, Tuner
+from lightning_resmem.tuning.tuner import Tuner, choose_tuner
 
 # Rows below which a memory without validation rows is not tuned on its own.
 _LEAST_ROWS = 50
@@ -50,14 +54,16 @@ def memorize(
     targets_fn: TargetsFn | None = None,
     forward_fn: ForwardFn | None = None,
     ids_fn: IdsFn | None = None,
+    limit_batches: int | float | None = None,
 ) -> ResMemModule:
     """Give a model that is already trained a memory of its training residuals.
 
     Args:
         trainer: Its accelerator, devices and precision are used; its callbacks are not called.
         model: The trained model.
-        dataloader: The training rows, a DataLoader (its shuffling, sampling and `drop_last` do not matter), or the
-            LightningDataModule that the model was trained with.
+        dataloader: The training rows, a DataLoader (its shuffling, sampling and `drop_last` do not matter), a list of
+            batches, or the LightningDataModule that the model was trained with: the rows of its `memory_dataloader()`
+            (or that of the model) if it has such a method, else of its `train_dataloader()`.
         val_dataloader: Validation rows to tune on; by default those of the datamodule. Without them the memory is tuned
             on 5,000 of its own rows, each left out of it in turn.
         memory: Where the rows go; `LocalMemory()` by default. Rows that it holds are forgotten.
@@ -67,6 +73,8 @@ def memorize(
         targets_fn: As for `ResMemCallback`.
         forward_fn: As for `ResMemCallback`.
         ids_fn: As for `ResMemCallback`.
+        limit_batches: Read only so many batches of training rows on each rank. An IterableDataset without a length
+            needs it, as it may have no end; `math.inf` reads it to its end.
 
     Returns:
         Base and memory as one LightningModule.
@@ -90,10 +98,12 @@ def memorize(
     check_type("trainer", trainer, L.Trainer, "a lightning.pytorch Trainer")
     check_type("model", model, L.LightningModule, "the LightningModule that was trained")
     check_memory(memory)
+    check_limit(limit_batches)
     check_strategy(trainer.strategy)
     reader = BatchReader(targets_fn, forward_fn, ids_fn, head, embedding)
     memorizer = Memorizer(memory, choose_tuner(tuner, memory), reader, shows_progress(trainer))
-    memory = run_job(trainer, Job(model, memory, memorizer.run, dataloader, val_dataloader))
+    fill = partial(memorizer.rehearse_and_run, limit_batches=limit_batches)
+    memory = run_job(trainer, Job(model, memory, fill, dataloader, val_dataloader))
     return ResMemModule(model, memory, targets_fn=targets_fn, forward_fn=forward_fn)
 
 
@@ -111,27 +121,64 @@ class Memorizer:
         trainer: L.Trainer,
         model: L.LightningModule,
         loaders: Any,
+        val_loaders: Any = None,
         limit_batches: int | None = None,
         metrics: MetricCollection | None = None,
     ) -> str | None:
-        """Find out with two rows what would fail in `run` or afterwards.
+        """Find out with a few rows what would fail in `run` or afterwards.
 
         Args:
             trainer: With its strategy set up.
             model: On its device.
             loaders: The training rows.
+            val_loaders: The validation rows, if any.
             limit_batches: As for `run`.
             metrics: Users' own, which will see such rows.
 
         Returns:
-            The name of the head, unless reading two rows would use them up.
+            The name of the head, unless reading a few rows would use them up.
         """
         reading = self._reading(trainer, model)
         parts = self._plan(reading, loaders, limit_batches)
         all_rows = _count_rows(reading.ranks, parts)
-        with reading.ranks.together("rehearsing the memory pass on two rows"):
-            self._sample(reading, parts, all_rows, metrics)
+        val_parts = self._plan(reading, val_loaders) if self._tunes_on(val_loaders) else []
+        for note in (part.note for part in (*parts, *val_parts) if part.note):
+            rank_zero_warn(f"ResMem: {note}", category=ResMemWarning)
+        with reading.ranks.together("rehearsing the memory pass on a few rows"):
+            chunks = reading.rehearse(parts)
+            for chunk in chunks:
+                self._check(chunk, chunks[0])
+            usable = next((rows for rows in (chunk.usable() for chunk in chunks) if len(rows.ids)), None)
+            if usable is not None:
+                self._try(usable, all_rows, metrics)
+        with reading.ranks.together("rehearsing tuning on a few validation rows"):
+            for chunk in reading.rehearse(val_parts, compare=False):
+                self._check(chunk, chunks[0] if chunks else chunk)
         return None if reading.tap is None else reading.tap.head
+
+    def rehearse_and_run(
+        self,
+        trainer: L.Trainer,
+        model: L.LightningModule,
+        loaders: Any,
+        val_loaders: Any = None,
+        limit_batches: int | float | None = None,
+    ) -> None:
+        """For a model that is trained already: no hours lie between the two.
+
+        Args:
+            trainer: With its strategy set up.
+            model: On its device.
+            loaders: The training rows.
+            val_loaders: The validation rows, if any.
+            limit_batches: As for `run`; None is for loaders that have an end.
+        """
+        if limit_batches is None:
+            check_has_end(loaders)
+        limit = None if limit_batches is None or math.isinf(limit_batches) else int(limit_batches)
+        self.memory.clear()
+        self.rehearse(trainer, model, loaders, val_loaders, limit)
+        self.run(trainer, model, loaders, val_loaders, limit)
 
     def run(
         self,
@@ -169,10 +216,15 @@ class Memorizer:
                 f"{memory.provenance['head']!r}) in {time.monotonic() - started:.1f} s."
             )
             result = None
-            if self.tuner is not None and val_loaders is not None and val_loaders != []:  # both mean none to Lightning
+            if self.tuner is not None and self._tunes_on(val_loaders):
                 result = self._tune(reading, self.tuner, self._plan(reading, val_loaders, limit_val_batches))
             if self.tuner is not None and result is None and len(memory) >= _LEAST_ROWS:
                 result = self._tune_leave_one_out(reading.ranks, self.tuner, reading.show_progress)
+            if result is not None:
+                if result.balanced is not None and draws_unevenly([loaders, trainer.train_dataloader]):
+                    result = replace(result, balanced=result.balanced._replace(uneven=True))
+                memory.params = result.params
+                rank_zero_info(f"ResMem: {result.summary()}.")
             memory.publish()
             return result
         except BaseException as error:
@@ -187,7 +239,9 @@ class Memorizer:
         memory = self.memory
         all_rows = _count_rows(reading.ranks, parts)
         with reading.ranks.together("rehearsing the memory pass on two rows"):
-            sample = self._sample(reading, parts, all_rows)
+            sample = reading.sample(parts)
+            if sample is not None:
+                self._check(sample, sample)
             if all_rows and sample is not None:
                 shape = sample.embeddings.shape[1], sample.outputs.shape[1]
                 needed = memory.estimate_bytes(all_rows, *shape)
@@ -221,19 +275,27 @@ class Memorizer:
         )
         self.memory.provenance.update(describe_weights(model, ignored) | names | forward_of(self.reader))
 
-    def _sample(
-        self, reading: Pass, parts: list[Part], all_rows: int | None, metrics: MetricCollection | None = None
-    ) -> Chunk | None:
-        """Two of `all_rows`, checked; None if reading them would use them up."""
-        chunk = reading.rehearse(parts)
-        if chunk is None:
-            return None
-        check_diverged(chunk.outputs)
-        check_finite("embeddings", chunk.embeddings, chunk.ids)
-        check_finite("outputs", chunk.outputs, chunk.ids)
-        task, outputs = self.memory.task, chunk.outputs.cpu()
-        targets = task.check_targets(chunk.targets.cpu(), outputs.shape[1], chunk.ids)
-        self.memory.rehearse(all_rows, chunk.embeddings.shape[1])
+    def _tunes_on(self, val_loaders: Any) -> bool:
+        return self.tuner is not None and val_loaders is not None and val_loaders != []  # both mean none to Lightning
+
+    def _check(self, chunk: Chunk, first: Chunk) -> None:
+        """Raise an error if a few rows cannot be stored, or not beside those of the first loader."""
+        check_diverged(torch.cat([chunk.outputs, chunk.embeddings], dim=1))
+        usable = chunk.usable()
+        self.memory.task.check_targets(usable.targets.cpu(), usable.outputs.shape[1], usable.ids)
+        for name, rows, others in zip(("embeddings", "outputs"), chunk, first, strict=False):
+            if rows.shape[1] != others.shape[1]:
+                raise InputError(
+                    f"The {name} of one loader's rows have width {rows.shape[1]}, those of the first loader "
+                    f"{others.shape[1]}: the memory wants one model and one embedding for all rows. Give the loaders "
+                    "of such rows alone."
+                )
+
+    def _try(self, rows: Chunk, all_rows: int | None, metrics: MetricCollection | None) -> None:
+        """Give a few rows to whoever will see such rows: the index, the tuner, the user's metrics."""
+        task, outputs = self.memory.task, rows.outputs.cpu()
+        targets = task.check_targets(rows.targets.cpu(), outputs.shape[1], rows.ids)
+        self.memory.rehearse(all_rows, rows.embeddings.shape[1])
         # Users' metrics may draw random numbers, and warn of classes that two rows lack.
         with isolate_rng(include_cuda=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -241,9 +303,8 @@ class Memorizer:
                 self.tuner.rehearse(task, outputs, targets)
             if metrics is not None:
                 base = task.predict(outputs)
-                rows = Predictions(base, base, base), targets, torch.zeros(len(base))
-                ResMemMetrics(task, base.shape[1], metrics).cpu().update(*rows)
-        return chunk
+                seen = Predictions(base, base, base), targets, torch.zeros(len(base))
+                ResMemMetrics(task, base.shape[1], metrics).cpu().update(*seen)
 
     def _tune(self, reading: Pass, tuner: Tuner, parts: list[Part]) -> TuningResult | None:
         chunks: list[Chunk] = []
@@ -255,18 +316,11 @@ class Memorizer:
             return None
         with reading.ranks.together("tuning"), working(reading.show_progress, "tuning"):
             embeddings, outputs, targets, _ = (torch.cat(column) for column in zip(*chunks, strict=True))
-            result = tuner.tune(self.memory, embeddings, outputs, targets, gather=reading.ranks.gather)
-        return self._tuned(result)
+            return tuner.tune(self.memory, embeddings, outputs, targets, gather=reading.ranks.gather)
 
     def _tune_leave_one_out(self, ranks: Ranks, tuner: Tuner, show_progress: bool) -> TuningResult:
         with ranks.together("tuning"), working(show_progress, "tuning"):
-            result = tuner.tune_leave_one_out(self.memory, gather=ranks.gather, rank=ranks.rank, num_ranks=ranks.size)
-        return self._tuned(result)
-
-    def _tuned(self, result: TuningResult) -> TuningResult:
-        self.memory.params = result.params
-        rank_zero_info(f"ResMem: {result.summary()}.")
-        return result
+            return tuner.tune_leave_one_out(self.memory, gather=ranks.gather, rank=ranks.rank, num_ranks=ranks.size)
 
     def _reading(self, trainer: L.Trainer, model: L.LightningModule) -> Pass:
         return Pass(trainer, model, self.reader, self.show_progress)
@@ -283,17 +337,6 @@ class Memorizer:
                 category=ResMemWarning,
             )
         return parts
-
-
-def choose_tuner(tuner: Tuner | Literal["auto"] | None, memory: ResidualMemory) -> Tuner | None:
-    """The tuner that an argument stands for."""
-    if tuner == "auto":
-        return GridTuner() if memory.tunable else None
-    if tuner is not None and not isinstance(tuner, Tuner):
-        raise InputError(f'tuner={tuner!r} is not a Tuner: give GridTuner(), "auto", or None to keep the params.')
-    if tuner is not None:
-        tuner.check(memory.task)
-    return tuner
 
 
 def _count_rows(ranks: Ranks, parts: list[Part]) -> int | None:

@@ -118,8 +118,7 @@ class ResMemModule(L.LightningModule):
             captured, returned = self._capture(lambda: self.base(*args, **kwargs), returns_outputs=True)
         else:
             captured, returned = self._captured_whole(*args, **kwargs), None
-        predictions = self.memory.predictions(*captured)
-        outputs = self.memory.task.to_outputs(predictions.resmem, predictions.base)
+        outputs = Answer.of(self.memory, *captured).combined(self.memory.task)
         is_flat = isinstance(returned, Tensor) and returned.shape == outputs.shape[:1] and outputs.shape[1] == 1
         return outputs[:, 0] if is_flat else outputs
 
@@ -130,7 +129,8 @@ class ResMemModule(L.LightningModule):
         A list of rows of a dataset, `[dataset[0], dataset[1]]`, is made a batch.
         """
         _check_batch(batch)
-        return self.memory.predictions(*self._captured(self._reader.collate(batch, self._target_shapes())))
+        captured = self._captured(self._reader.collate(batch, self._target_shapes()))
+        return Answer.of(self.memory, *captured).predictions
 
     def explain(self, batch: Any, top: int = 5) -> Explanation:
         """Why the predictions for a batch are what they are: the neighbours behind each, and what each of them added.
@@ -300,7 +300,7 @@ class ResMemModule(L.LightningModule):
     @uncompiled
     def _evaluate(self, batch: Any, dataloader_idx: int) -> Tensor:
         captured = self._captured(batch)
-        answer = Answer(captured.output, *self.memory.predictions_and_neighbors(*captured))
+        answer = Answer.of(self.memory, *captured)
         if self._board is not None:  # None where a step is called by hand, outside a trainer
             self._board.update(answer, self._reader.targets(batch), dataloader_idx)
         return answer.predictions.resmem

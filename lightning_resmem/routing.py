@@ -136,14 +136,11 @@ class Routing:
         self._stack.close()
 
     def _answer(self, captured: Captured) -> Answer:
-        found = self._memory.predictions_and_neighbors(captured.embedding.float(), captured.output)
-        self._answers.append(Answer(captured.output, *found))
+        self._answers.append(Answer.of(self._memory, captured.embedding.float(), captured.output))
         return self._answers[-1]
 
     def _combined(self, captured: Captured) -> Tensor:
-        predictions = self._answer(captured).predictions
-        # A copy: the step may change it in place before it is scored.
-        return self._memory.task.to_outputs(predictions.resmem, predictions.base).clone()
+        return self._answer(captured).combined(self._memory.task)
 
     def _look(self, captured: Captured) -> None:
         self._answer(captured)

@@ -46,6 +46,7 @@ from lightning_resmem import (
     StaleMemoryError,
     StorageError,
 )
+from lightning_resmem.memory.storage import disk
 from lightning_resmem.tasks import TASKS
 from tests import oracle
 from tests.models import (
@@ -662,6 +663,22 @@ def test_two_that_route_are_refused(root):
         trainer(root, ResMemCallback(), ResMemCallback(route=False))
 
 
+class Mine(ResMemCallback):
+    """Another class, so that the Trainer takes one with the same name beside it."""
+
+
+def test_two_callbacks_of_one_name_are_refused_before_training(root):
+    run = trainer(root, ResMemCallback(), Mine(route=False))
+    with pytest.raises(InputError, match=r"A ResMemCallback and a Mine .* both have name='resmem'.*name=\"\.\.\.\""):
+        run.fit(make(CallsSelf), datamodule=Data())
+    assert run.global_step == 0
+    run = trainer(root, ResMemCallback(name="a"))
+    run.callbacks.append(ResMemCallback(name="a", route=False))
+    with pytest.raises(InputError, match="name='a'"):
+        run.test(make(CallsSelf), datamodule=Data())
+    trainer(root, ResMemCallback(tuner=None), Mine(tuner=None, route=False, name="mine")).fit(make(CallsSelf), Data())
+
+
 def test_state_keys_and_default_directories_differ_by_name(root):
     first = ResMemCallback(memory_for(CallsSelf))
     second = ResMemCallback(memory_for(CallsSelf), name="second", route=False)
@@ -855,6 +872,22 @@ def test_a_directory_that_cannot_be_saved_to_is_refused_before_training(root):
     assert (root / "mine" / "thesis.tex").read_text() == "years of work"
 
 
+@pytest.mark.parametrize(
+    "dirpath",
+    ["/proc/memory", "/proc/some/where", f"{{root}}/{'n' * 250}", f"{{root}}/{'n' * 300}/memory"],
+    ids=["proc", "in proc", "long", "longer"],
+)
+def test_what_only_the_system_refuses_to_make_is_refused_before_training(root, dirpath):
+    callback = ResMemCallback(memory_for(CallsSelf), dirpath=dirpath.format(root=root))
+    assert steps_before(StorageError, callback, root, "Name another directory") == 0
+    assert list(root.iterdir()) == []
+
+
+def test_looking_whether_a_directory_can_be_made_leaves_nothing(root):
+    disk.try_target(root / "some" / "where" / "memory")
+    assert list(root.iterdir()) == []
+
+
 def test_a_head_that_is_not_the_last_layer_is_refused_before_training(root):
     assert (
         steps_before(
@@ -874,6 +907,10 @@ def test_what_is_no_loader_is_refused_before_training(root, loader):
     [
         ("IVF121,Flat", "'IVF121,Flat' has 121 lists, .* only 120 rows"),
         ("PQ7", "'PQ7' cannot be built for keys of width"),
+        ("PQ5", "'PQ5' cannot be trained on 120 keys"),
+        ("IVF4,PQ5", "'IVF4,PQ5' cannot be trained on 120 keys"),
+        ("IDMap,Flat", "'IDMap,Flat' keeps ids of its own"),
+        ("IDMap2,HNSW8", "'IDMap2,HNSW8' keeps ids of its own"),
     ],
 )
 @pytest.mark.parametrize("kind", [LocalMemory, RayMemory])

@@ -6,7 +6,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 from torchmetrics.classification import MulticlassF1Score
 
 from lightning_resmem import GridTuner, InputError, LocalMemory, ResMemCallback, ResMemParams, memorize
@@ -293,3 +293,17 @@ def test_an_objective_that_does_not_fit_is_refused_before_the_pass(tmp_path):
     with pytest.raises(InputError, match=r"objective=MulticlassF1Score\(\) does not take .* \(2, 4\)"):
         memorize(trainer(tmp_path), model, Data(), tuner=tuner)
     assert set(batches) == {2}
+
+
+def test_a_balanced_sampler_has_balanced_accuracy_reported(tmp_path):
+    """Of classes that are not far from uniform themselves: one in nine is rare."""
+    data = Data()
+    weights = torch.where(data.train[1] == 0, 9.0, 1.0)
+    balanced = data.loader(data.train, sampler=WeightedRandomSampler(weights, len(weights)))
+    callback, model = ResMemCallback(tuner=QUICK), make(CallsSelf)
+    trainer(tmp_path, callback).fit(model, balanced, data.val_dataloader())
+    assert callback.tuning.balanced.uneven
+    assert ", balanced accuracy " in callback.tuning.summary()
+    assert callback.memory.params == callback.tuning.params
+    trainer(tmp_path, callback).fit(model, datamodule=data)
+    assert not callback.tuning.balanced.uneven

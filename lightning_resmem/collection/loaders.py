@@ -5,53 +5,31 @@ each row once, in the dataset's order, with its position as id. So the loader is
 `collate_fn`, with the positions as its sampler.
 """
 
+import math
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as L
-import numpy as np
-import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    Subset,
-    TensorDataset,
-    default_collate,
-)
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from lightning_resmem.collection.parts import (
+    Part,
+    Share,
+    as_array,
+    part_of_batches,
+    part_of_items,
+    part_of_iterable,
+    part_of_rows,
+)
+from lightning_resmem.collection.repeats import Repeats
 from lightning_resmem.collection.samplers import WAY_OUT, length, training_positions
 from lightning_resmem.errors import InputError
-
-# Rows per batch where the user's loader does not say (a batch sampler of the user's own).
-_BATCH_SIZE = 64
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one rank reads of one loader.
-
-    Attributes:
-        batches: Yields the batches.
-        ids: `ids(batch_index, first_row, count)` are the ids of a batch of `count` rows, after `first_row` rows of the
-            batches before it.
-        num_batches: How many batches there are, if it is known.
-        num_rows: How many rows there are, if it is known.
-        sample: Yields one small batch, for a rehearsal; None where reading a row would use it up.
-        drawn: The rows of all ranks, in short: the same on every rank.
-    """
-
-    batches: Iterable[Any]
-    ids: Callable[[int, int, int], Tensor]
-    num_batches: int | None = None
-    num_rows: int | None = None
-    sample: Iterable[Any] | None = None
-    drawn: str = ""
+from lightning_resmem.model.batches import tensors_of
 
 
 def plan(
@@ -65,11 +43,11 @@ def plan(
 
     Rank `r` reads the rows `r, r + world_size, ...` of those that the loader trains on. An iterable without positions
     (an `IterableDataset`, a generator) is read as it is: its rows are counted, and over several ranks the user shards
-    it.
+    it. A row that several loaders, or several entries of a `Subset`, take from one dataset is read once.
 
     Args:
-        loaders: A `DataLoader`, any iterable of batches, or a dict, list or `CombinedLoader` of them. The ids of a
-            second loader continue after the dataset of the first.
+        loaders: A `DataLoader`, a list of batches, any iterable of batches, or a dict, list or `CombinedLoader` of
+            loaders. The ids of a second loader continue after the dataset of the first.
         count_rows: The number of rows of a batch.
         rank: This process.
         world_size: Number of processes.
@@ -78,116 +56,73 @@ def plan(
     Raises:
         InputError: If a loader's rows cannot be read exactly once; the message says what to do.
     """
-    combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)
-    flat = [
-        loader
-        for loader in combined.flattened
-        if not (loader is None or (isinstance(loader, (list, tuple, dict)) and not loader))
-    ]
+    share = Share(rank, world_size, limit_batches)
+    if _are_batches(loaders):
+        return [part_of_batches(loaders, count_rows, share)]
+    flat = _flat(loaders)
     if not flat:
         raise InputError(f"There is no loader to read rows from. {WAY_OUT}")
-    parts, first_id = [], 0
+    parts: list[Part] = []
+    first_id, repeats = 0, Repeats()
     for loader in flat:
-        if isinstance(loader, (str, bytes, Tensor, Dataset)) or not isinstance(loader, Iterable):
-            raise InputError(
-                f"A {type(loader).__name__} ({str(loader)[:50]!r}) is not a loader of batches: give a DataLoader, such "
-                "as DataLoader(dataset, batch_size=128)."
-            )
+        _check_loader(loader)
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             if len(flat) > 1:
                 raise InputError(
                     f"{type(loader).__name__} is one of {len(flat)} loaders and has no positions, so the ids of the "
                     f"others have no start. {WAY_OUT}"
                 )
-            return [_plan_iterable(loader, rank, world_size, limit_batches)]
-        if type(loader).__iter__ is not DataLoader.__iter__:
-            raise InputError(
-                f"{type(loader).__name__} has an __iter__ of its own, so its batches cannot be rebuilt row by row. "
-                f"{WAY_OUT}"
-            )
+            return [part_of_iterable(loader, share)]
+        drawn = training_positions(loader)
+        one_by_one = len(flat) == 1 and not isinstance(loader.dataset, Subset)
+        positions = drawn if one_by_one else repeats.left(loader.dataset, drawn)
         if loader.batch_size is None and loader.batch_sampler is None:
-            part, size = _plan_items(loader, count_rows, rank, world_size, limit_batches, first_id)
+            part, size = part_of_items(loader, positions, share, first_id, count_rows)
         else:
-            part, size = _plan_rows(loader, rank, world_size, limit_batches, first_id), length(loader.dataset)
-        parts.append(part)
+            part, size = part_of_rows(loader, positions, share, first_id), length(loader.dataset)
+        note = "" if len(positions) == len(drawn) else _repeated(loader.dataset, len(drawn) - len(positions), len(flat))
+        dataset = part.dataset if len(flat) == 1 else f"{part.dataset} (loader {len(parts) + 1} of {len(flat)})"
+        parts.append(replace(part, drawn=_in_short(loader.dataset, positions), note=note, dataset=dataset))
         first_id += size
     return parts
 
 
-def _plan_rows(loader: DataLoader[Any], rank: int, world_size: int, limit: int | None, first_id: int) -> Part:
-    """A loader that collates rows into batches."""
-    positions = training_positions(loader)
-    rows = positions[rank::world_size]
-    batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
-    if not isinstance(batch_size, int) or batch_size < 1:
-        batch_size = _BATCH_SIZE
-    if limit is not None:
-        rows = rows[: limit * batch_size]
-
-    def ids(_: int, first_row: int, count: int) -> Tensor:
-        taken = rows[first_row : first_row + count]
-        if len(taken) < count:
-            raise InputError(
-                f"The batches of {type(loader.dataset).__name__} have more rows than it has positions "
-                f"({first_row + count} for {len(rows)}), so a row has no id: does collate_fn repeat or cut rows? "
-                f"{WAY_OUT}"
-            )
-        return torch.from_numpy(_as_array(taken)) + first_id
-
-    return Part(
-        batches=rebuilt(loader, rows, batch_size),
-        ids=ids,
-        num_batches=-(-len(rows) // batch_size),
-        num_rows=len(rows),
-        sample=rebuilt(loader, rows[:2], 2, num_workers=0) if len(rows) else None,
-        drawn=_in_short(loader.dataset, positions),
-    )
+def _flat(loaders: Any) -> list[Any]:
+    """All loaders of a collection of them."""
+    combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)
+    return [
+        loader
+        for loader in combined.flattened
+        if not (loader is None or (isinstance(loader, (list, tuple, dict)) and not loader))
+    ]
 
 
-def _plan_items(
-    loader: DataLoader[Any],
-    count_rows: Callable[[Any], int],
-    rank: int,
-    world_size: int,
-    limit: int | None,
-    first_id: int,
-) -> tuple[Part, int]:
-    """`batch_size=None`: every item is a batch already, of as many rows as the first (the last may have less)."""
-    items = training_positions(loader)
-    size = 0
-    if len(items):
-        with isolate_rng(include_cuda=False):
-            size = count_rows(next(iter(rebuilt(loader, items[:1], None, num_workers=0))))
-    last = items[-1] if len(items) else 0
-    mine = items[rank::world_size] if limit is None else items[rank::world_size][:limit]
-
-    def ids(batch_index: int, _: int, count: int) -> Tensor:
-        item = mine[batch_index]
-        if count != size and not (item == last and count < size):
-            raise InputError(
-                f"With batch_size=None item {item} of {type(loader.dataset).__name__} has {count} rows and the first "
-                f"has {size}, so rows have no positions. {WAY_OUT}"
-            )
-        return torch.arange(count) + (first_id + item * size)
-
-    part = Part(
-        batches=rebuilt(loader, mine, None),
-        ids=ids,
-        num_batches=len(mine),
-        sample=rebuilt(loader, mine[:1], None, num_workers=0) if len(mine) else None,
-        drawn=_in_short(loader.dataset, items),
-    )
-    return part, size * length(loader.dataset)
+def _are_batches(loaders: Any) -> bool:
+    """Whether these are batches rather than loaders: a list of what holds tensors."""
+    if not isinstance(loaders, (list, tuple)) or not loaders:
+        return False
+    return all(isinstance(batch, (list, tuple, Mapping)) and any(True for _ in tensors_of(batch)) for batch in loaders)
 
 
-def _plan_iterable(batches: Iterable[Any], rank: int, world_size: int, limit: int | None) -> Part:
-    """Batches without positions: rows are counted in the order they come."""
-    if isinstance(batches, DataLoader) and batches.drop_last and type(batches).__iter__ is DataLoader.__iter__:
-        batches = rebuilt(batches, None, batches.batch_size)
-    return Part(
-        batches=batches if limit is None else _Limited(batches, limit),
-        ids=lambda _, first_row, count: rank + world_size * torch.arange(first_row, first_row + count),
-        num_batches=limit,
+def _check_loader(loader: Any) -> None:
+    if isinstance(loader, (str, bytes, Tensor, Dataset)) or not isinstance(loader, Iterable):
+        raise InputError(
+            f"A {type(loader).__name__} ({str(loader)[:50]!r}) is not a loader of batches: give a DataLoader, such "
+            "as DataLoader(dataset, batch_size=128), or a list of batches."
+        )
+    of_rows = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    if of_rows and type(loader).__iter__ is not DataLoader.__iter__:
+        raise InputError(
+            f"{type(loader).__name__} has an __iter__ of its own, so its batches cannot be rebuilt row by row. "
+            f"{WAY_OUT}"
+        )
+
+
+def _repeated(dataset: Any, count: int, num_loaders: int) -> str:
+    who = "its indices" if num_loaders == 1 else f"several of the {num_loaders} loaders"
+    return (
+        f"{count} rows of a {type(dataset).__name__} are drawn more than once by {who}: each row is read once, under "
+        "the first of its ids."
     )
 
 
@@ -200,13 +135,7 @@ def _in_short(dataset: Any, positions: Sequence[int]) -> str:
 
 
 def _checksum(numbers: Sequence[int]) -> str:
-    return str(numbers) if isinstance(numbers, range) else f"crc32 {zlib.crc32(_as_array(numbers).tobytes()):08x}"
-
-
-def _as_array(numbers: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    if isinstance(numbers, range):  # a hundred times faster than one by one
-        return np.arange(numbers.start, numbers.stop, numbers.step, dtype=np.int64)
-    return np.asarray(numbers, dtype=np.int64)
+    return str(numbers) if isinstance(numbers, range) else f"crc32 {zlib.crc32(as_array(numbers).tobytes()):08x}"
 
 
 def check_agreement(drawn: Sequence[object]) -> None:
@@ -226,45 +155,21 @@ def check_agreement(drawn: Sequence[object]) -> None:
             )
 
 
-def rebuilt(
-    loader: DataLoader[Any], rows: Sequence[int] | None, batch_size: int | None, num_workers: int | None = None
-) -> DataLoader[Any]:
-    """A plain DataLoader that reads `rows` of the same dataset (None: all), in their order, collated the same way."""
-    workers = loader.num_workers if num_workers is None else num_workers
-    parallel: dict[str, Any] = {}
-    if workers:
-        parallel = {
-            "timeout": loader.timeout,
-            "multiprocessing_context": loader.multiprocessing_context,
-            "prefetch_factor": loader.prefetch_factor,
-            "worker_init_fn": loader.worker_init_fn,
-        }
-    collate_fn, sampler = loader.collate_fn, rows
-    if type(loader.dataset) is TensorDataset and collate_fn is default_collate and rows and batch_size:
-        # The same batches, several times faster: one gather per tensor instead of a look-up per row and a stack.
-        batch_size, sampler, collate_fn = None, torch.from_numpy(_as_array(rows)).split(batch_size), list
-    return DataLoader(
-        loader.dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        num_workers=workers,
-        collate_fn=collate_fn,
-        pin_memory=loader.pin_memory,
-        **parallel,
-    )
+def check_limit(limit_batches: object) -> None:
+    """Raise an error unless an argument is a number of batches, `math.inf` or None."""
+    whole = isinstance(limit_batches, int) and not isinstance(limit_batches, bool) and limit_batches > 0
+    if not whole and limit_batches not in (None, math.inf):
+        raise InputError(f"limit_batches={limit_batches!r}: give a number of batches of at least 1, or math.inf.")
 
 
-class _Limited:
-    """The first batches of an iterable."""
-
-    def __init__(self, batches: Iterable[Any], limit: int) -> None:
-        self._batches, self._limit = batches, limit
-
-    def __iter__(self) -> Any:
-        for index, batch in enumerate(self._batches):
-            if index >= self._limit:
-                return
-            yield batch
+def check_has_end(loaders: Any) -> None:
+    """Raise an error for an `IterableDataset` without a length, which may have no end."""
+    for loader in [] if _are_batches(loaders) else _flat(loaders):
+        if isinstance(loader, DataLoader) and sized_len(loader) is None:
+            raise InputError(
+                f"{type(loader.dataset).__name__} has no length, so it may have no end: give limit_batches=..., how "
+                "many batches each rank is to read of it, or limit_batches=math.inf to read it to its end."
+            )
 
 
 def evaluation_loaders(trainer: L.Trainer) -> list[Any]:

@@ -1,9 +1,10 @@
 """The memory pass: every row of a loader once, through the trained model, into whoever wants it."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import lightning.pytorch as L
 import torch
@@ -14,54 +15,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_resmem.collection.loaders import Part
+from lightning_resmem.collection.chunks import Chunk, Waiting, report_left_out
+from lightning_resmem.collection.parts import Part
 from lightning_resmem.collection.ranks import Ranks
+from lightning_resmem.collection.rehearsal import Sample, check_augmentation, check_order
 from lightning_resmem.errors import InputError
-from lightning_resmem.model.batches import TRANSFER_HOOKS, BatchReader
+from lightning_resmem.model.batches import TRANSFER_HOOKS, BatchReader, tensors_of
 from lightning_resmem.model.head import HeadTap
 from lightning_resmem.model.modes import evaluation_mode
 from lightning_resmem.model.returned import check_returned
 from lightning_resmem.progress import progress_bar
 
-# Rows wait until there are so many bytes of them, so that a memory's checks are not paid for every batch.
-_CHUNK_BYTES = 4 * 2**20
 # A pass is timed over its first batches; one of more than so many seconds is announced.
 _TIMED_BATCHES = 5
 _LONG_SECONDS = 20.0
-
-
-class Chunk(NamedTuple):
-    """Some rows of a pass: embeddings `(n, D)`, outputs `(n, C)`, targets and ids `(n,)`."""
-
-    embeddings: Tensor
-    outputs: Tensor
-    targets: Tensor
-    ids: Tensor
-
-
-class _Waiting:
-    """Joins small chunks into larger ones."""
-
-    def __init__(self, consume: Callable[[Chunk], None]) -> None:
-        self._consume = consume
-        self._chunks: list[Chunk] = []
-        self._bytes = 0
-
-    def add(self, chunk: Chunk) -> None:
-        if self._chunks and any(
-            new.shape[1:] != old.shape[1:] for new, old in zip(chunk, self._chunks[0], strict=True)
-        ):
-            self.flush()  # the memory says what is wrong with other shapes
-        self._chunks.append(chunk)
-        self._bytes += chunk.embeddings.nbytes + chunk.outputs.nbytes
-        if self._bytes >= _CHUNK_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._chunks:
-            self._consume(Chunk(*(torch.cat(column) for column in zip(*self._chunks, strict=True))))
-            self._chunks.clear()
-            self._bytes = 0
 
 
 class Pass:
@@ -91,8 +58,8 @@ class Pass:
         self._tapped = False
         self.tap: HeadTap | None = None if reader.head is None else HeadTap(model, reader.head, reader.embedding)
 
-    def rehearse(self, parts: Sequence[Part]) -> Chunk | None:
-        """Read one small batch, so that what is wrong shows before hours of training; randomness is left as it was.
+    def sample(self, parts: Sequence[Part]) -> Chunk | None:
+        """Read one small batch; randomness is left as it was.
 
         Returns:
             The rows, or None if reading them would use them up.
@@ -100,8 +67,59 @@ class Pass:
         for part in parts:
             if part.sample is not None:
                 with self._evaluating(), self._capturing:
-                    return self._read(next(iter(part.sample)), part, 0, 0)
+                    return self._sample(part)[0].chunk
         return None
+
+    def rehearse(self, parts: Sequence[Part], compare: bool = True) -> list[Chunk]:
+        """Read the first rows of every part, so that what is wrong shows before hours of training.
+
+        Args:
+            parts: From `loaders.plan`.
+            compare: Read them twice, and warn if they differ.
+
+        Returns:
+            The rows of each part that can be read without using them up; randomness is left as it was.
+        """
+        chunks = []
+        with self._evaluating(), self._capturing:
+            for part in parts:
+                if part.sample is not None:
+                    sample, source = self._sample(part)
+                    chunks.append(sample.chunk)
+                    if compare:
+                        check_augmentation(sample, self._samples(part, source)[0], part.dataset)
+                elif part.start is not None and not self._reader.gives_ids:
+                    samples = self._samples(part, part.start)
+                    chunks += [sample.chunk for sample in samples[:1]]
+                    check_order(samples, self._samples(part, part.start), part.dataset)
+        return chunks
+
+    def _sample(self, part: Part) -> tuple[Sample, Iterable[Any]]:
+        """A small batch with a row that is finite, if any of a few has one, and the loader that it is from."""
+        assert part.sample is not None
+        found: list[tuple[Sample, Iterable[Any]]] = []
+        failures: list[InputError] = []
+        for source in (part.sample, *part.others):
+            try:
+                found.append((self._samples(part, source)[0], source))
+            except InputError as error:  # the head cannot be told by outputs that are NaN
+                failures.append(error)
+            else:
+                if len(found[-1][0].chunk.usable().ids):
+                    return found[-1]
+        if not found:
+            raise failures[0]
+        return found[0]
+
+    def _samples(self, part: Part, batches: Iterable[Any]) -> list[Sample]:
+        samples: list[Sample] = []
+        for index, batch in enumerate(batches):
+            batch = self._moved(batch)
+            # Copies: the model may change its input in place.
+            inputs = [tensor.detach().clone() for tensor in tensors_of(batch)]
+            first_row = sum(len(sample.chunk.ids) for sample in samples)
+            samples.append(Sample(self._read(batch, part, index, first_row), inputs))
+        return samples
 
     def run(self, parts: Sequence[Part], consume: Callable[[Chunk], None], doing: str) -> int:
         """Read all rows of this rank and hand them on, a few batches at a time.
@@ -115,9 +133,11 @@ class Pass:
             Number of rows read by this rank.
         """
         rows, started = 0, time.monotonic()
+        if self._reader.gives_ids:  # which are no positions that start at some id
+            parts = [replace(part, first_id=0) for part in parts]
         num_batches = sum(part.num_batches or 0 for part in parts)
         total = num_batches if all(part.num_batches is not None for part in parts) else None
-        waiting = _Waiting(consume)
+        waiting = Waiting(consume)
         with (
             self.ranks.together(doing) as check,
             self._evaluating(),
@@ -128,8 +148,8 @@ class Pass:
                 read = 0
                 for index, batch in enumerate(part.batches):
                     check()
-                    chunk = self._read(batch, part, index, read)
-                    waiting.add(chunk)
+                    chunk = self._read(self._moved(batch), part, index, read)
+                    waiting.add(chunk, part)
                     read += len(chunk.ids)
                     advance()
                     if index == _TIMED_BATCHES and part is parts[0]:
@@ -141,17 +161,21 @@ class Pass:
                         f"A loader yielded {read} rows for {part.num_rows} positions, so ids would be wrong: its "
                         "collate_fn (or batch_size) drops rows. Give memory_dataloader= with one row for each position."
                     )
+                waiting.flush(part)
                 rows += read
-            waiting.flush()
+        report_left_out(self.ranks, waiting.left_out, rows, doing.removeprefix("collecting "))
         return rows
 
-    def _read(self, batch: object, part: Part, index: int, first_row: int) -> Chunk:
-        trainer, model = self._trainer, self._model
-        # The same steps, in the same order, as in the trainer's own evaluation loop.
-        batch = trainer.precision_plugin.convert_input(batch)
+    def _moved(self, batch: Any) -> Any:
+        """A batch as the model gets it: the same steps, in the same order, as in the trainer's own evaluation loop."""
+        batch = self._trainer.precision_plugin.convert_input(batch)
         if self._transfers:
-            batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+            batch = self._trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+            batch = self._trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        return batch
+
+    def _read(self, batch: Any, part: Part, index: int, first_row: int) -> Chunk:
+        trainer, model = self._trainer, self._model
         with trainer.precision_plugin.forward_context():
             if self.tap is None:
                 self.tap = HeadTap.find(

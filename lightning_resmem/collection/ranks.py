@@ -12,9 +12,11 @@ import lightning.pytorch as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from lightning_resmem.errors import InputError, MemoryPassError
+from lightning_resmem.errors import InputError, MemoryPassError, ResMemWarning
 
 # How often a rank looks whether another one has failed, in seconds.
 _POLL_SECONDS = 1.0
@@ -127,16 +129,32 @@ class Ranks:
         return gathered
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give every rank the buffers of rank zero: those of BatchNorm differ by rank after training."""
+        """Give every rank the buffers of rank zero: those of BatchNorm differ by rank after training.
+
+        Where a rank has a buffer in another shape, or not at all, a warning names it.
+        """
         if self.group is None:
             return
-        with self._noticing_loss("sharing the buffers of rank 0"):
-            for buffer in model.buffers():
+        doing = "sharing the buffers of rank 0"
+        own = {name: buffer for name, buffer in model.named_buffers() if _can_travel(buffer)}
+        described = {name: (buffer.dtype, tuple(buffer.shape)) for name, buffer in own.items()}
+        ranks = [held for held in self.gather_objects(described, doing) if isinstance(held, dict)]
+        with self._noticing_loss(doing):
+            for name, (dtype, shape) in ranks[0].items():
+                value = torch.empty(shape, dtype=dtype)
+                if not self.rank:
+                    value.copy_(own[name].detach())
                 # As bytes on the CPU: not every dtype and device can be sent.
-                value = buffer.detach().cpu().contiguous()
                 dist.broadcast(value.view(-1).view(torch.uint8), src=0, group=self.group)
                 if self.rank:
-                    buffer.detach().copy_(value)
+                    _set_buffer(model, name, own.get(name), value)
+        differing = sorted({name for held in ranks for name, _ in held.items() ^ ranks[0].items()})
+        if differing:
+            rank_zero_warn(
+                f"The buffers {', '.join(differing)} differ by rank in shape or dtype, or some ranks lack them: for "
+                "the memory pass all ranks have those of rank 0 now.",
+                category=ResMemWarning,
+            )
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows `(n, ...)` of all ranks, one after the other, on the device of this rank's rows."""
@@ -153,6 +171,26 @@ class Ranks:
             raise MemoryPassError(
                 f"A rank was lost while {doing} (rank {self.rank} of {self.size} noticed): {error}"
             ) from error
+
+
+def _can_travel(buffer: Tensor) -> bool:
+    return not is_lazy(buffer) and buffer.layout == torch.strided and not buffer.is_quantized
+
+
+def _set_buffer(model: nn.Module, name: str, buffer: Tensor | None, value: Tensor) -> None:
+    """Give a buffer a value, in place if it has its shape."""
+    if buffer is not None and (buffer.dtype, buffer.shape) == (value.dtype, value.shape):
+        with suppress(RuntimeError):  # an expanded one cannot be written to
+            buffer.detach().copy_(value)
+            return
+    path, _, leaf = name.rpartition(".")
+    with suppress(AttributeError, KeyError):  # this rank has no such module, or something else of this name
+        owner = model.get_submodule(path)
+        value = value.to(getattr(model, "device", "cpu") if buffer is None else buffer.device)
+        if leaf in dict(owner.named_buffers(recurse=False)) or getattr(owner, leaf, value) is None:
+            setattr(owner, leaf, value)
+        else:
+            owner.register_buffer(leaf, value)
 
 
 class _Vote(NamedTuple):

@@ -68,7 +68,7 @@ def _image_of(row: Any, name: str) -> Picture:
 
 
 def _picture(axes: Axes, picture: Picture | None, title: str, color: str | None = None) -> None:
-    axes.set_title(title, fontsize=8)
+    axes.set_title(title, fontsize=8, parse_math=False)  # a class may be called "$x_$"
     axes.set_xticks([])
     axes.set_yticks([])
     if picture is None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from lightning_resmem.errors import InputError
@@ -96,21 +97,22 @@ class Explanation:
         """A rich table for each query.
 
         Args:
-            class_names: Shown in the place of numbers.
+            class_names: Shown in the place of numbers, letter by letter: none of them is rich's markup.
         """
         headings = {"change_base": "to base class", "change_resmem": "to resmem class", "change": "change"}
         tables = []
         for query in range(len(self)):
             rows = self.rows_of(query)
             changes = [name for name in headings if name in rows[0]]
-            table = Table(title=self.title(query, class_names), title_justify="left")
+            title = Text(self.title(query, class_names), style="table.title")
+            table = Table(title=title, title_justify="left")
             for column in ("id", "label", "distance", "weight", *(headings[name] for name in changes)):
                 table.add_column(column, justify="left" if column in ("id", "label") else "right")
             for row in rows:
                 about = ["others", "", ""]
                 if row["id"] is not None:
                     about = [str(row["id"]), class_name(row["label"], class_names), f"{row['distance']:.4g}"]
-                table.add_row(*about, f"{row['weight']:.3f}", *(f"{row[name]:+.4f}" for name in changes))
+                table.add_row(*map(Text, about), f"{row['weight']:.3f}", *(f"{row[name]:+.4f}" for name in changes))
             table.add_section()
             table.add_row("sum", "", "", "", *(f"{sum(row[name] for row in rows):+.4f}" for name in changes))
             tables.append(table)

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.memory.answers import Neighbors, Predictions
+from lightning_resmem.memory.checks import as_compared
+from lightning_resmem.memory.interface import ResidualMemory
+from lightning_resmem.tasks import Task
 
 _FLIP_NEIGHBORS = 5  # that a flip shows
 
@@ -23,6 +26,52 @@ class Answer(NamedTuple):
     outputs: Tensor
     predictions: Predictions
     neighbors: Neighbors
+
+    @classmethod
+    def of(cls, memory: ResidualMemory, embeddings: Tensor, outputs: Tensor) -> "Answer":
+        """What a memory says to rows; to those that are NaN or infinite nothing: the base's own prediction stays.
+
+        Args:
+            memory: Filled.
+            embeddings: Shape `(B, D)`.
+            outputs: Shape `(B, C)`.
+        """
+        # The sums are finite almost always, and cheaper than masks.
+        if torch.isfinite(as_compared(embeddings).sum() + outputs.sum()):
+            return cls(outputs, *memory.predictions_and_neighbors(embeddings, outputs))
+        usable = torch.isfinite(as_compared(embeddings)).all(dim=1) & torch.isfinite(outputs).all(dim=1)
+        found, near = memory.predictions_and_neighbors(embeddings[usable], outputs[usable])
+        base = memory.task.predict(outputs, memory.params.softmax_temperature)
+        predictions = Predictions(*(base.clone() for _ in Predictions._fields))
+        for whole, part in zip(predictions, found, strict=True):
+            whole[usable] = part.to(whole.dtype)
+        distances = near.distances.new_full((len(base), near.distances.shape[1]), torch.inf)
+        neighbors = Neighbors(distances, torch.full_like(distances, -1, dtype=near.ids.dtype))
+        for whole, part in zip(neighbors, near, strict=True):
+            whole[usable] = part
+        return cls(outputs, predictions, neighbors)
+
+    @property
+    def is_combined(self) -> Tensor:
+        """Which rows the memory had its say in, shape `(B,)`: all but those that are NaN or infinite."""
+        return torch.isfinite(self.neighbors.distances[:, 0])
+
+    def combined(self, task: Task) -> Tensor:
+        """What the head has to return: the combined prediction, or what the base returned where there is none.
+
+        A copy, which may be changed in place. Shape `(B, C)`.
+        """
+        combined = task.to_outputs(self.predictions.resmem, self.predictions.base)
+        outputs = self.outputs.to(combined.dtype)
+        return torch.where(self.is_combined[:, None].to(combined.device), combined, outputs)
+
+    def rows(self, kept: Tensor) -> "Answer":
+        """The rows of a mask `(B,)`."""
+        return Answer(
+            self.outputs[kept],
+            Predictions(*(prediction[kept] for prediction in self.predictions)),
+            Neighbors(*(part[kept] for part in self.neighbors)),
+        )
 
     @classmethod
     def cat(cls, answers: Sequence["Answer"]) -> "Answer":

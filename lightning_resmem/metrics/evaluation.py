@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from lightning_resmem.metrics.bins import Neighborhoods, ReliabilityBins
+from lightning_resmem.metrics.reported import LESS_IS_BETTER
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,16 @@ class Evaluation:
         scores: By short name: `"acc_base"`, `"nll_resmem"`, `"positive_flip_rate"`, ... and those of the user's own
             metrics. `ResMemMetrics` lists them.
         shown: Short names of the scores that the run logs by itself, to be seen at a glance.
-        gain: Mean score of resmem minus that of the base: in accuracy, or in mean squared error (lower is better).
+        gain: How much better resmem is than the base, in accuracy or in mean squared error: as all gains, above 0 if it
+            is better and below 0 if it is worse.
         gain_error: Standard error of the gain, from the differences of the rows.
         flips: Rows that the memory turned right or wrong, by position: at most 100 of either kind. Empty in regression.
         reliability: Confidence against accuracy, for `"base"`, `"knn"` and `"resmem"`. Empty in regression.
         neighborhoods: Scores by the distance to the nearest neighbour, in tenths of the rows.
+        less_is_better: Names of scores, without `_base` and so on, of which less is better. Your own metrics are among
+            them if they are `higher_is_better = False`.
+        left_out: Rows beside those counted whose embedding, output or target is NaN or infinite: the base alone
+            answered them, and they are not scored.
     """
 
     prefix: str
@@ -65,6 +71,17 @@ class Evaluation:
     flips: tuple[Flip, ...]
     reliability: dict[str, ReliabilityBins]
     neighborhoods: Neighborhoods
+    less_is_better: tuple[str, ...] = LESS_IS_BETTER
+    left_out: int = 0
+
+    def gain_in(self, name: str) -> float:
+        """How much better resmem is than the base in a score: above 0 if it is better, whatever the score.
+
+        Args:
+            name: Of the score, without `_base` and so on: `"nll"`.
+        """
+        base, resmem = (self.scores[f"{name}_{prediction}"] for prediction in ("base", "resmem"))
+        return base - resmem if name in self.less_is_better else resmem - base
 
     def named_scores(self) -> dict[str, float]:
         """All scores under their full names, such as `test/acc_base`."""

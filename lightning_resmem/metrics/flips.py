@@ -29,8 +29,8 @@ class FirstFlips:
         self._task = task
         self.found: tuple[list[Flip], list[Flip]] = [], []
 
-    def add(self, answer: Answer, targets: Tensor, positions: range | None, start: int) -> None:
-        """Look at rows, of which the first is number `start` of those that this rank reads."""
+    def add(self, answer: Answer, targets: Tensor, positions: range | None, numbers: Tensor) -> None:
+        """Look at rows, which have these numbers `(n,)` among those that this rank reads."""
         if isinstance(self._task, Regression) or all(len(flips) >= _MOST_FLIPS for flips in self.found):
             return
         base, _, resmem = answer.predictions
@@ -45,7 +45,7 @@ class FirstFlips:
                 answer.neighbors.ids[rows],
                 answer.neighbors.distances[rows],
             ]
-            for row, output, *values in zip(*(c.tolist() for c in (rows + start, outputs, *columns)), strict=True):
+            for row, output, *values in zip(*(c.tolist() for c in (numbers[rows], outputs, *columns)), strict=True):
                 label, confidence, new_label, new_confidence, target, ids, distances = values
                 flips.append(
                     Flip(

@@ -4,6 +4,8 @@ Shapes: `B` rows, `C` classes (or outputs). Predictions are labels `(B,)` or pro
 the largest is the label; in multilabel tasks both predictions and targets are `(B, C)`, and 0.5 is the threshold.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,8 +15,10 @@ from lightning_resmem.functional import argmax
 __all__ = [
     "absolute_errors",
     "all_right",
+    "balanced_accuracy",
     "brier_scores",
     "f1_counts",
+    "far_from_uniform",
     "is_right",
     "labels",
     "macro_f1",
@@ -25,6 +29,9 @@ __all__ = [
     "top_k_right",
     "turned_right",
 ]
+
+# Class sizes with a standard deviation above this share of their mean are far from uniform: two classes at 2 to 1.
+_UNEVEN = 1 / 3
 
 
 def is_right(predictions: Tensor, targets: Tensor) -> Tensor:
@@ -235,6 +242,47 @@ def macro_f1(counts: Tensor) -> Tensor:
     both = counts.double()
     scores = 2 * both[0] / (both[1] + both[2])
     return scores.nanmean()
+
+
+def balanced_accuracy(counts: Tensor) -> Tensor:
+    """The mean over classes of the share of their rows that is right (macro recall): every class counts the same.
+
+    Args:
+        counts: From `f1_counts`, shape `(3, C)`.
+
+    Returns:
+        Scalar, float64; classes without rows are left out, as scikit-learn's `balanced_accuracy_score` does.
+
+    Examples:
+        >>> targets = torch.tensor([0, 0, 0, 1])
+        >>> balanced_accuracy(f1_counts(torch.tensor([0, 0, 0, 0]), targets, num_classes=2))
+        tensor(0.5000, dtype=torch.float64)
+    """
+    both = counts.double()
+    return (both[0] / both[2]).nanmean()
+
+
+def far_from_uniform(counts: Tensor) -> bool:
+    """Whether classes differ so much in their rows that accuracy and balanced accuracy are two things.
+
+    They do if the standard deviation of their sizes is more than a third of the mean, chance aside: what rows drawn
+    from equal classes would show is subtracted, and has to be exceeded by four standard deviations.
+
+    Args:
+        counts: Rows of each class, shape `(C,)`; classes without any are left out.
+
+    Examples:
+        >>> far_from_uniform(torch.tensor([90, 10])), far_from_uniform(torch.tensor([55, 45]))
+        (True, False)
+    """
+    sizes = counts[counts > 0].double()
+    others = len(sizes) - 1
+    if others < 1:
+        return False
+    mean = sizes.mean()
+    chance = others + 4 * math.sqrt(2 * others)  # chi-squared of equal classes, and four standard deviations
+    chi_squared = float((sizes - mean).square().sum() / mean)
+    return chi_squared > chance and (chi_squared - others) / float(sizes.sum()) > _UNEVEN**2
 
 
 def absolute_errors(predictions: Tensor, targets: Tensor) -> Tensor:

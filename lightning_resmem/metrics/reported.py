@@ -16,6 +16,10 @@ UserMetrics = Metric | Sequence[Metric] | Mapping[str, Metric] | MetricCollectio
 # Names of scores that `PredictionMetrics` adds to those of `own_metrics`.
 COMMON = ("f1", "ece")
 _TOP_K = 5
+# Of the scores that are ours, by name: those of which less is better.
+LESS_IS_BETTER = ("mse", "mae", "nll", "brier", "ece")
+# Reported for `Multiclass`, but a name that users' own metrics may have.
+BALANCED = "balanced_acc"
 
 
 def own_metrics(task: Task, num_outputs: int) -> dict[str, Metric | MetricCollection]:

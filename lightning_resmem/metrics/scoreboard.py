@@ -92,7 +92,7 @@ class _Part:
         self._flips = FirstFlips(task)
         self._positions, self._rows_left = row_positions(loader), num_unpadded_rows(loader)
         self._waiting: list[tuple[Answer, Tensor]] = []
-        self._num_waiting = self._num_counted = 0
+        self._num_waiting = self._num_read = self._num_left_out = 0
 
     def update(self, answer: Answer, targets: Tensor) -> None:
         rows = len(targets) if self._rows_left is None else min(len(targets), self._rows_left)
@@ -108,7 +108,7 @@ class _Part:
         self._waiting.append((answer.head(rows), targets[:rows]))
         self._num_waiting += answer.predictions.base[:rows].numel()
         # The first batch at once: if something does not fit, it shows in the first step.
-        if not self._num_counted or self._num_waiting >= _WAITING_ENTRIES:
+        if not self._num_read or self._num_waiting >= _WAITING_ENTRIES:
             self.count()
 
     def count(self) -> None:
@@ -117,10 +117,17 @@ class _Part:
         answers, targets = zip(*self._waiting, strict=True)
         self._waiting, self._num_waiting = [], 0
         answer, target = Answer.cat(answers).to(self._device), torch.cat(targets).to(self._device)
+        numbers = torch.arange(self._num_read, self._num_read + len(target), device=self._device)
+        self._num_read += len(target)
+        usable = answer.is_combined
+        if target.is_floating_point():
+            usable = usable & torch.isfinite(target.reshape(len(target), -1)).all(dim=1)
+        if not usable.all():
+            self._num_left_out += int((~usable).sum())
+            answer, target, numbers = answer.rows(usable), target[usable], numbers[usable]
         target = self._task.check_targets(target, answer.predictions.base.shape[1])
         self._metrics.update(answer.predictions, target, answer.neighbors.distances[:, 0].contiguous(), answer.outputs)
-        self._flips.add(answer, target, self._positions, self._num_counted)
-        self._num_counted += len(target)
+        self._flips.add(answer, target, self._positions, numbers)
 
     def evaluate(self, ranks: Ranks, prefix: str, suffix: str) -> Evaluation:
         metrics = self._metrics
@@ -137,6 +144,8 @@ class _Part:
             flips=first_flips(ranks.gather_objects(self._flips.found)),
             reliability={name: ReliabilityBins(*_on_cpu(of.reliability.compute())) for name, of in reliability.items()},
             neighborhoods=Neighborhoods(*_on_cpu(metrics.neighborhoods.compute())),
+            less_is_better=tuple(sorted(metrics.less_is_better)),
+            left_out=sum(count for count in ranks.gather_objects(self._num_left_out) if isinstance(count, int)),
         )
 
 

@@ -11,9 +11,17 @@ from torchmetrics.wrappers.abstract import WrapperMetric
 from lightning_resmem.memory.answers import Predictions
 from lightning_resmem.metrics import functional
 from lightning_resmem.metrics.binned import NeighborhoodAccuracy, Reliability
-from lightning_resmem.metrics.reported import COMMON, UserMetrics, as_collection, for_users, own_metrics
-from lightning_resmem.metrics.sums import MacroF1, MeanScores, NegativeFlipRate, PositiveFlipRate
-from lightning_resmem.tasks import Regression, Task
+from lightning_resmem.metrics.reported import (
+    BALANCED,
+    COMMON,
+    LESS_IS_BETTER,
+    UserMetrics,
+    as_collection,
+    for_users,
+    own_metrics,
+)
+from lightning_resmem.metrics.sums import ClassCounts, MeanScores, NegativeFlipRate, PositiveFlipRate
+from lightning_resmem.tasks import Multiclass, Regression, Task
 
 
 class ResMemMetrics(WrapperMetric):
@@ -23,11 +31,11 @@ class ResMemMetrics(WrapperMetric):
 
     | task | names |
     |---|---|
-    | `Multiclass` | `acc`, `nll`, `ece`, `brier`, `f1` (macro), `top5` (if there are more than 5 classes) |
+    | `Multiclass` | `acc`, `balanced_acc` (macro recall), `nll`, `ece`, `brier`, `f1` (macro), `top5` (of 6 and more) |
     | `Multilabel` | `acc` (share of right labels), `nll`, `ece`, `brier`, `f1` (macro), `exact` (all labels right) |
     | `Regression` | `mse`, `mae`, `r2` |
     | classification | `positive_flip_rate`, `negative_flip_rate` |
-    | all | `gain` (mean score of resmem minus base), `gain_error` (its standard error) |
+    | all | `gain` (of resmem over the base in `acc` or `mse`: above 0 is better), `gain_error` (its standard error) |
 
     `nll`, `ece`, `brier` and your own metrics are those of a proper distribution, the one that the model's own loss
     sees (`functional.log_predictions`), since the combined prediction has entries outside [0, 1].
@@ -59,7 +67,7 @@ class ResMemMetrics(WrapperMetric):
 
     def __init__(self, task: Task, num_outputs: int, metrics: UserMetrics | None = None) -> None:
         super().__init__()
-        self.task, self.scores, self.neighborhoods = task, MeanScores(), NeighborhoodAccuracy()
+        self.task, self.scores, self.neighborhoods = task, MeanScores(task.higher_is_better), NeighborhoodAccuracy()
         users = None if metrics is None else as_collection(metrics, task, num_outputs)
         self.base, self.knn, self.resmem = (PredictionMetrics(task, num_outputs, users) for _ in Predictions._fields)
         self.positive_flips, self.negative_flips = PositiveFlipRate(), NegativeFlipRate()
@@ -111,11 +119,22 @@ class ResMemMetrics(WrapperMetric):
         return scores | {name: means[name] for name in ("gain", "gain_error")}
 
     def is_shown(self, name: str) -> bool:
-        """Whether runs log a score by themselves: what tells at a glance if the memory helped, and your own metrics."""
+        """Whether runs log a score by themselves: what tells at a glance if the memory helped, and your own metrics.
+
+        Balanced accuracies are where classes are far from uniform; after `compute`, on all ranks.
+        """
         score, _, prediction = name.rpartition("_")
+        if score == BALANCED and score in self.base.names:
+            return functional.far_from_uniform(self.base.counts.compute()[2])
         if score in self.base.names:
             return score in ("nll", "ece", "r2") and prediction != "knn"
         return score != "gain" and name != "gain"
+
+    @property
+    def less_is_better(self) -> frozenset[str]:
+        """The names of scores, without `_base` and so on, of which less is better; your own have to say so."""
+        ours = {self.task.score_name, *self.base.names}.intersection(LESS_IS_BETTER)
+        return self.base.users_less_is_better.union(ours)
 
     def reset(self) -> None:
         """Forget all rows."""
@@ -129,7 +148,7 @@ class PredictionMetrics(nn.Module):
     """What is reported of one prediction beside its score: part of `ResMemMetrics`.
 
     Attributes:
-        f1: A `MacroF1`; not updated in regression.
+        counts: A `ClassCounts`; not updated in regression.
         reliability: A `Reliability`; not updated in regression.
         names: Of what is reported, without the user's own.
     """
@@ -141,14 +160,15 @@ class PredictionMetrics(nn.Module):
         self._users = None if users is None else users.clone()
         if self._users is not None:
             self._users.reset()
-        self.f1, self.reliability = MacroF1(num_outputs), Reliability()
-        self.names = frozenset([*COMMON, *self._own])
+        self.counts, self.reliability = ClassCounts(num_outputs), Reliability()
+        balanced = {BALANCED} if isinstance(task, Multiclass) else set()
+        self.names = frozenset({*COMMON, *self._own, *balanced} - set(self._users or ()))
 
     def update(self, probabilities: Tensor, labels: Tensor, targets: Tensor) -> None:
         """Add rows of probabilities `(B, C)` (predictions, in regression), their labels, and checked targets."""
         self._own.update(probabilities, targets)
         if not isinstance(self._task, Regression):
-            self.f1.update(labels, targets)
+            self.counts.update(labels, targets)
             if targets.ndim == 1:
                 self.reliability.update(probabilities.gather(1, labels[:, None])[:, 0], labels == targets)
             else:
@@ -167,7 +187,10 @@ class PredictionMetrics(nn.Module):
         """By name, the user's own last."""
         scores: dict[str, Tensor] = self._own.compute()
         if not isinstance(self._task, Regression):
-            scores["f1"] = self.f1.compute()
+            counts = self.counts.compute()
+            if BALANCED in self.names:
+                scores = {BALANCED: functional.balanced_accuracy(counts), **scores}
+            scores["f1"] = functional.macro_f1(counts)
             scores["ece"] = self.reliability.compute().calibration_error
         if self._users is None:
             return scores
@@ -180,12 +203,18 @@ class PredictionMetrics(nn.Module):
             )
             raise
 
+    @property
+    def users_less_is_better(self) -> frozenset[str]:
+        """The names of those of the user's own that are `higher_is_better = False`."""
+        users = {} if self._users is None else dict(self._users.items())
+        return frozenset(name for name, metric in users.items() if metric.higher_is_better is False)
+
     def _named_users(self) -> str:
         return f"the metrics given to ResMem ({', '.join(map(str, self._users or ()))})"
 
     def reset(self) -> None:
         """Forget all rows."""
-        for metric in (self._own, self.f1, self.reliability):
+        for metric in (self._own, self.counts, self.reliability):
             metric.reset()
         if self._users is not None:
             self._users.reset()

@@ -81,6 +81,9 @@ class NegativeFlipRate(PositiveFlipRate):
 class MeanScores(Sums):
     """Mean scores of base, knn and resmem, and the gain of resmem over the base with its standard error.
 
+    Args:
+        more_is_better: Whether a gain is a higher score, or a lower one, such as an error; it is above 0 either way.
+
     Examples:
         >>> metric = MeanScores()
         >>> metric.update(torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]]))
@@ -88,8 +91,9 @@ class MeanScores(Sums):
         {'base': 0.5, 'knn': 0.5, 'resmem': 1.0, 'gain': 0.5, 'gain_error': 0.5, 'rows': 2.0}
     """
 
-    def __init__(self) -> None:
+    def __init__(self, more_is_better: bool = True) -> None:
         super().__init__(5)
+        self.more_is_better = more_is_better
 
     def update(self, scores: Tensor) -> None:
         """Add rows.
@@ -105,7 +109,7 @@ class MeanScores(Sums):
         """By name; the standard error is inf for a single row, and all are NaN without rows."""
         rows = self.sums[4]
         base, knn, resmem, squares = self.sums[:4] / rows
-        gain = resmem - base
+        gain = resmem - base if self.more_is_better else base - resmem
         error = ((squares - gain.square()).clamp_min(0) / (rows - 1)).sqrt() if rows > 1 else rows / 0
         return {"base": base, "knn": knn, "resmem": resmem, "gain": gain, "gain_error": error, "rows": rows}
 
@@ -137,8 +141,8 @@ class RowMean(Sums):
         return self.sums[0] / self.sums[1]
 
 
-class MacroF1(Sums):
-    """The mean over classes of F1; classes that were neither predicted nor labelled are left out.
+class ClassCounts(Sums):
+    """Rows of each class that are true positives, predicted, and labelled so; see `functional.f1_counts`.
 
     Args:
         num_classes: `C`.
@@ -152,8 +156,28 @@ class MacroF1(Sums):
         self.add(functional.f1_counts(predictions, targets, self.sums.shape[1]))
 
     def compute(self) -> Tensor:
+        """Shape `(3, C)`."""
+        return self.sums.clone()
+
+
+class BalancedAccuracy(ClassCounts):
+    """The mean over classes of the share of their rows that is right; classes without rows are left out.
+
+    Args:
+        num_classes: `C`.
+
+    Examples:
+        >>> metric = BalancedAccuracy(num_classes=2)
+        >>> metric.update(torch.tensor([0, 0, 0, 0]), torch.tensor([0, 0, 0, 1]))
+        >>> metric.compute()
+        tensor(0.5000, dtype=torch.float64)
+    """
+
+    higher_is_better = True
+
+    def compute(self) -> Tensor:
         """Scalar."""
-        return functional.macro_f1(self.sums)
+        return functional.balanced_accuracy(self.sums)
 
 
 class R2(Sums):

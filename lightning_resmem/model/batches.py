@@ -173,6 +173,18 @@ class BatchReader:
                 vars(metric).update(state)
 
 
+def tensors_of(batch: Any) -> Iterator[Tensor]:
+    """All tensors in a batch: nested tuples, lists, dicts, dataclasses."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, (Mapping, list, tuple)):
+        for value in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from tensors_of(value)
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        for field in dataclasses.fields(batch):
+            yield from tensors_of(getattr(batch, field.name))
+
+
 def borrow_transfer_hooks(module: L.LightningModule, owners: Sequence[DataHooks]) -> None:
     """Let `module` transfer batches as the first of `owners` that overrides a transfer hook does."""
     for hook in TRANSFER_HOOKS:

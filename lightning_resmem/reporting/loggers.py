@@ -2,12 +2,12 @@
 
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as L
-from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_resmem.errors import ResMemWarning
@@ -62,10 +62,18 @@ def log_metrics(trainer: L.Trainer, what: str, metrics: dict[str, float]) -> Non
         each_logger(trainer, what, lambda logger: logger.log_metrics(metrics, trainer.global_step))
 
 
-def log_hyperparameters(trainer: L.Trainer, params: dict[str, Any], metrics: dict[str, float]) -> None:
-    """Give all loggers the hyperparameters of a memory, and numbers about it."""
+def log_hyperparameters(trainer: L.Trainer, name: str, values: dict[str, Any], metrics: dict[str, float]) -> None:
+    """Give all loggers the hyperparameters of a memory, and numbers about it.
+
+    Args:
+        trainer: Whose loggers.
+        name: That the hyperparameters stand under; `{name}_memory` where the user has a hyperparameter of that name.
+        values: By name.
+        metrics: The numbers, by full name.
+    """
 
     def tell(logger: Logger) -> None:
+        params = {_free_name(name, _known_hyperparameters(logger), values.keys()): values}
         if isinstance(logger, TensorBoardLogger):
             # With the numbers: on its own it would log its hp_metric of -1 over that of the user.
             logger.log_hyperparams(params, metrics, trainer.global_step)
@@ -74,6 +82,30 @@ def log_hyperparameters(trainer: L.Trainer, params: dict[str, Any], metrics: dic
             logger.log_hyperparams(params)
 
     each_logger(trainer, "the memory's hyperparameters", tell)
+
+
+def _known_hyperparameters(logger: Logger) -> Mapping[str, Any]:
+    """What a logger's run was given so far, the user's own among it; nothing where that cannot be read."""
+    known: Any = {}
+    if isinstance(logger, WandbLogger):
+        known = logger.experiment.config
+    elif isinstance(logger, CSVLogger):
+        known = logger.experiment.hparams
+    elif isinstance(logger, TensorBoardLogger):
+        known = logger.hparams
+    return dict(known)
+
+
+def _free_name(name: str, taken: Mapping[str, Any], ours: Iterable[str]) -> str:
+    """A name that the user does not use; what has all of `ours` is that of an earlier fit, to be replaced.
+
+    Examples:
+        >>> _free_name("resmem", {"resmem": "on"}, ["k"]), _free_name("resmem", {"resmem": {"k": 3}}, ["k"])
+        ('resmem_memory', 'resmem')
+    """
+    while name in taken and not (isinstance(taken[name], Mapping) and set(ours) <= set(taken[name])):
+        name += "_memory"
+    return name
 
 
 def log_figures(trainer: L.Trainer, figures: Mapping[str, Callable[[Any], "Figure | None"]]) -> None:

@@ -179,7 +179,7 @@ def _figure(title: str, size: tuple[float, float] = (6.4, 4.0)) -> tuple[Figure,
 
 
 def _style(axes: Axes, title: str = "") -> None:
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(title, loc="left", fontsize=11, parse_math=False)  # callbacks are named by users
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -63,13 +63,13 @@ class Report:
             loaders: That it was filled from, for pictures of neighbours, if ids are positions in their datasets.
         """
         self._memory_loaders = loaders
-        if tuning is None and memory.tunable:
-            rank_zero_info(
-                f"ResMem: without a tuner, or without validation rows and with few others, params are measured, not "
-                f"tuned: k={memory.params.k}, sigma={memory.params.sigma:.4g}."
-            )
         with warn_only("the memory is not reported"):
             stats = memory.stats()
+            if tuning is None and memory.tunable:
+                rank_zero_info(
+                    f"ResMem: without a tuner, or without validation rows and with few others, params are measured, "
+                    f"not tuned: k={memory.params.k}, sigma={memory.params.sigma:.4g}."
+                )
             numbers = {
                 f"{self._name}/{name}": value for name, value in memory_numbers(memory, stats, tuning, seconds).items()
             } | memory.metrics()
@@ -80,7 +80,7 @@ class Report:
                 rich.print(*memory_summary(stats, seconds, tuning), sep="\n")
             step = trainer.global_step
             _each_wandb(trainer, "definitions", lambda run: wandb_report.hide_metrics(run, numbers))
-            log_hyperparameters(trainer, {self._name: hyperparameters(memory, stats)}, numbers)
+            log_hyperparameters(trainer, self._name, hyperparameters(memory, stats), numbers)
             if tuning is not None:
                 name = f"{self._name}/tuning"
                 log_figures(trainer, {name: lambda plots: plots.tuning_map(tuning)})
@@ -91,7 +91,7 @@ class Report:
                 if not any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
                     words = "log_memory_artifact=True, but the Trainer has no WandbLogger to log the memory to."
                     rank_zero_warn(f"ResMem: {words}", category=ResMemWarning)
-                artifact = "memory" if self._name == "resmem" else f"memory-{self._name}"
+                artifact = wandb_report.artifact_name(self._name)
                 _each_wandb(
                     trainer, "the memory", lambda run: wandb_report.log_memory(run, artifact, memory, directory)
                 )
@@ -175,11 +175,13 @@ def memory_numbers(
             {
                 f"tuning_{tuning.score_name}_base": tuning.base_score,
                 f"tuning_{tuning.score_name}_resmem": tuning.score,
-                "tuning_gain": tuning.score - tuning.base_score,
+                "tuning_gain": tuning.gain,
                 "tuning_gain_error": tuning.gain_error,
                 "tuning_rows": tuning.rows,
             }
         )
+        if tuning.balanced is not None and tuning.balanced.uneven:
+            numbers["tuning_balanced_acc_base"], numbers["tuning_balanced_acc_resmem"], *_ = tuning.balanced
         lost = chosen_flip_rate(tuning)
         if lost is not None:
             numbers["tuning_negative_flip_rate"] = lost

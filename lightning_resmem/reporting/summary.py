@@ -3,6 +3,7 @@
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from lightning_resmem.memory.answers import Predictions
 from lightning_resmem.memory.capacity import size
@@ -11,6 +12,7 @@ from lightning_resmem.tuning.result import TuningResult
 
 _NAMES = {
     "acc": "accuracy",
+    "balanced_acc": "balanced accuracy",
     "mse": "mean squared error",
     "mae": "mean absolute error",
     "r2": "R²",
@@ -28,8 +30,8 @@ def score_rows(scores: dict[str, float]) -> list[tuple[str, list[float]]]:
     return [(stem, [scores[name] for name in names]) for stem, names in columns.items() if set(names) <= set(scores)]
 
 
-def evaluation_summary(evaluation: Evaluation, stats: dict[str, Any]) -> list[Table | str]:
-    """What a validate or test run showed.
+def evaluation_summary(evaluation: Evaluation, stats: dict[str, Any]) -> list[Table | Text]:
+    """What a validate or test run showed; names are users' own, so none of it is rich's markup.
 
     Args:
         evaluation: Of one dataloader.
@@ -40,16 +42,23 @@ def evaluation_summary(evaluation: Evaluation, stats: dict[str, Any]) -> list[Ta
     )
     for index, (stem, (base, knn, resmem)) in enumerate(score_rows(evaluation.scores)):
         error = f" ± {evaluation.gain_error:.4f}" if index == 0 else ""
-        table.add_row(_long(stem), f"{base:.4f}", f"{knn:.4f}", f"{resmem:.4f}", f"{resmem - base:+.4f}{error}")
+        gain = f"{evaluation.gain_in(stem):+.4f}{error}"
+        table.add_row(Text(_long(stem)), f"{base:.4f}", f"{knn:.4f}", f"{resmem:.4f}", gain)
     lines = []
+    if evaluation.left_out:
+        kind = counted(evaluation.left_out, "row")
+        lines.append(f"{kind} with NaN or infinite values: answered by the base alone, not scored")
     if "positive_flip_rate" in evaluation.scores:
         right, wrong = evaluation.scores["positive_flip_rate"], evaluation.scores["negative_flip_rate"]
         lines.append(_flips(right, wrong))
-    return [table, *lines, _describe(stats)]
+    if "balanced_acc_base" in evaluation.shown and evaluation.gain >= 0 > evaluation.gain_in("balanced_acc"):
+        way_out = 'GridTuner(objective="balanced_accuracy") keeps it'
+        lines.append(f"balanced accuracy falls while accuracy does not: {way_out}")
+    return [table, *map(Text, lines), Text(_describe(stats))]
 
 
-def memory_summary(stats: dict[str, Any], seconds: float, tuning: TuningResult | None) -> list[Table | str]:
-    """What was memorized, and what tuning chose.
+def memory_summary(stats: dict[str, Any], seconds: float, tuning: TuningResult | None) -> list[Table | Text]:
+    """What was memorized, and what tuning chose; none of it is rich's markup.
 
     Args:
         stats: `memory.stats()`.
@@ -58,19 +67,23 @@ def memory_summary(stats: dict[str, Any], seconds: float, tuning: TuningResult |
     """
     filled = f"{_describe(stats)}, filled in {seconds:.1f} s"
     if tuning is None:
-        return [f"ResMem {filled}"]
+        return [Text(f"ResMem {filled}")]
     params = tuning.params
     kind = "memorized row" if tuning.leave_one_out else "validation row"
     table = _table(f"ResMem: tuned on {counted(tuning.rows, kind)}", "base", "resmem")
-    gain = f"{tuning.score - tuning.base_score:+.4f} ± {tuning.gain_error:.4f}"
-    table.add_row(_long(tuning.score_name), f"{tuning.base_score:.4f}", f"{tuning.score:.4f}", gain)
+    gain = f"{tuning.gain:+.4f} ± {tuning.gain_error:.4f}"
+    table.add_row(Text(_long(tuning.score_name)), f"{tuning.base_score:.4f}", f"{tuning.score:.4f}", gain)
+    if tuning.balanced is not None and tuning.balanced.uneven:
+        base, choice, error, _ = tuning.balanced
+        gain = f"{choice - base:+.4f} ± {error:.4f}"
+        table.add_row(_long("balanced_acc"), f"{base:.4f}", f"{choice:.4f}", gain)
     chosen = (
         f"k={params.k}, sigma={params.sigma:.4g}, softmax_temperature={params.softmax_temperature:g}, "
         f"strength={params.strength:g}"
     )
     lost = chosen_flip_rate(tuning)
-    flips = [] if lost is None else [_flips(tuning.score - tuning.base_score + lost, lost)]
-    return [table, *flips, chosen, filled]
+    flips = [] if lost is None else [_flips(tuning.gain + lost, lost)]
+    return [table, *map(Text, [*flips, chosen, filled])]
 
 
 def chosen_flip_rate(tuning: TuningResult) -> float | None:
@@ -87,7 +100,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def _table(title: str, *predictions: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title, style="table.title"), title_justify="left")
     table.add_column("")
     for name in (*predictions, "gain"):
         table.add_column(name, justify="right")

@@ -1,7 +1,9 @@
 """What a Weights & Biases run gets on top of metrics and figures: tables, the memory itself, and a proper end."""
 
 import os
+import re
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 ARTIFACT_TYPE = "memory"
 # Flips of either kind in the table; with pictures fewer, as each takes up to six files.
 _MOST_ROWS, _MOST_PICTURED_ROWS = 100, 12
+_MOST_CHARACTERS = 112  # of a callback's name in that of an artifact, which has 128
 
 Look = Callable[[int], Picture | None]
 
@@ -40,7 +43,8 @@ def hide_metrics(logger: WandbLogger, names: Iterable[str]) -> None:
     A `summary=` here would put `name.last` in the place of `name` there, and sweeps look for the latter.
     """
     for name in names:
-        logger.experiment.define_metric(name, step_metric="trainer/global_step", hidden=True)
+        if "*" not in name:  # which means all of a kind there
+            logger.experiment.define_metric(name, step_metric="trainer/global_step", hidden=True)
 
 
 def log_tuning(logger: WandbLogger, name: str, tuning: TuningResult, step: int) -> None:
@@ -51,7 +55,7 @@ def log_tuning(logger: WandbLogger, name: str, tuning: TuningResult, step: int) 
 
 def log_scores(logger: WandbLogger, name: str, evaluation: Evaluation, step: int) -> None:
     """The scores of base, knn and resmem, as a table."""
-    rows = [[stem, *scores, scores[-1] - scores[0]] for stem, scores in score_rows(evaluation.scores)]
+    rows = [[stem, *scores, evaluation.gain_in(stem)] for stem, scores in score_rows(evaluation.scores)]
     logger.log_table(name, ["score", *Predictions._fields, "gain"], rows, step=step)
 
 
@@ -99,6 +103,23 @@ def log_flips(
             cells.append(None if id < 0 else _image(look_at_neighbor(id), words) if with_neighbors else words)
         rows.append(cells)
     logger.log_table(name, [*about, *(["image"] if pictured else []), *neighbors], rows, step=step)
+
+
+def artifact_name(name: str) -> str:
+    """What the memory of a callback is called as an artifact, in the characters that these may have.
+
+    Args:
+        name: Of the callback.
+
+    Examples:
+        >>> artifact_name("resmem"), artifact_name("hidden"), artifact_name("layer 4")
+        ('memory', 'memory-hidden', 'memory-layer-4-09adccb6')
+    """
+    if name == "resmem":
+        return "memory"
+    plain = re.sub(r"[^a-zA-Z0-9_.-]+", "-", name)[:_MOST_CHARACTERS]
+    # Another name may look the same then.
+    return f"memory-{plain}" if plain == name else f"memory-{plain}-{zlib.crc32(name.encode()):08x}"
 
 
 def log_memory(logger: WandbLogger, name: str, memory: ResidualMemory, directory: Path | Url | None) -> None:

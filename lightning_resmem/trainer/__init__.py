@@ -2,6 +2,6 @@
 
 In comes a Trainer with its settings; out come paths, weights, limits and a memory that is found again. `save_directory`
 says where a callback saves, `restoring` how a checkpoint or a new process finds the memory there, `weights` which
-weights are memorized, `limits` how many batches, `processes` and `job` where work runs. A new option of the Trainer
-that the memory pass has to heed belongs here.
+weights are memorized, `loaders` and `limits` which rows and how many batches, `processes` and `job` where work runs. A
+new option of the Trainer that the memory pass has to heed belongs here.
 """

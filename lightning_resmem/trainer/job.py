@@ -13,6 +13,7 @@ from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.storage import disk
 from lightning_resmem.model.batches import TRANSFER_HOOKS, borrow_transfer_hooks
+from lightning_resmem.trainer.loaders import offered_loader
 from lightning_resmem.trainer.processes import runs_elsewhere
 
 # `fill(trainer, model, loaders, val_loaders)`
@@ -64,7 +65,8 @@ class Job(L.LightningModule):
         loaders, val_loaders = self._loaders, self._val_loaders
         if self._datamodule is not None:
             with Ranks(self.trainer).together("making the loaders"):
-                loaders = self._datamodule.train_dataloader()
+                offered = offered_loader(self._datamodule, self.model)
+                loaders = self._datamodule.train_dataloader() if offered is None else offered
                 if val_loaders is None and is_overridden("val_dataloader", self._datamodule, L.LightningDataModule):
                     val_loaders = self._datamodule.val_dataloader()
         self._fill(self.trainer, self.model, loaders, val_loaders)

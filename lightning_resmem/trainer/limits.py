@@ -1,6 +1,9 @@
 """How many batches a Trainer's settings let a rank read."""
 
+import math
+
 import lightning.pytorch as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 
 def is_fast_dev_run(trainer: L.Trainer) -> bool:
@@ -9,8 +12,19 @@ def is_fast_dev_run(trainer: L.Trainer) -> bool:
 
 
 def train_limit(trainer: L.Trainer) -> int | None:
-    """How many batches of its training rows a rank reads, None for all of them."""
-    return _limit(trainer.limit_train_batches, [trainer.num_training_batches])
+    """How many batches of its training rows a rank reads, None for all of them.
+
+    Of a stream without a length, those that training has read.
+    """
+    limit = _limit(trainer.limit_train_batches, [trainer.num_training_batches])
+    read = int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+    if limit is None and math.isinf(trainer.num_training_batches) and read:  # it may have no end
+        rank_zero_info(
+            f"ResMem: the training loader has no length, so the pass reads at most the {read} batches of it that "
+            "training has read on a rank."
+        )
+        return read
+    return limit
 
 
 def val_limit(trainer: L.Trainer) -> int | None:

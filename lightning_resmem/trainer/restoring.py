@@ -44,7 +44,7 @@ class RestorableMemory:
         directory = self._place.find(trainer)
         with Ranks(trainer).together("looking where the memory will be saved"):
             if directory is not None and trainer.is_global_zero:
-                disk.check_target(directory)
+                disk.try_target(directory)
 
     def save(self, trainer: L.Trainer) -> None:
         """Save the memory, from rank zero, if this trainer's run saves anything."""

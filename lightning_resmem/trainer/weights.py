@@ -21,7 +21,10 @@ def check_weights(weights: Weights, trainer: L.Trainer) -> None:
         InputError: If the best are wanted, and no checkpoint knows which are.
     """
     if weights == "best" and not is_fast_dev_run(trainer) and not _checkpoints(trainer):
-        raise InputError('weights="best" needs a ModelCheckpoint with a monitor among the Trainer\'s callbacks.')
+        raise InputError(
+            'weights="best" needs a ModelCheckpoint with a monitor among the Trainer\'s callbacks, and one that saves '
+            "the best epoch: save_top_k=0 saves none."
+        )
 
 
 @contextmanager
@@ -52,4 +55,5 @@ def memorized_weights(weights: Weights, trainer: L.Trainer, model: L.LightningMo
 
 def _checkpoints(trainer: L.Trainer) -> list[ModelCheckpoint]:
     """The checkpoints that know a best epoch."""
-    return [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
+    checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    return [c for c in checkpoints if c.monitor is not None and c.save_top_k != 0]

@@ -1,6 +1,6 @@
 """What a tuner maximises: a name, or any torchmetrics metric."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,12 +10,13 @@ from torchmetrics.classification import MulticlassF1Score, MultilabelF1Score
 
 from lightning_resmem.errors import InputError
 from lightning_resmem.metrics.reported import for_users
+from lightning_resmem.metrics.sums import BalancedAccuracy
 from lightning_resmem.tasks import Multiclass, Multilabel, Regression, Task
 
 # Outputs beyond which a rehearsal makes up no rows of every class.
 _MOST_REHEARSED = 1000
 
-NAMES = ("accuracy", "nll", "f1", "mse")
+NAMES = ("accuracy", "balanced_accuracy", "nll", "f1", "mse")
 
 
 class MetricObjective:
@@ -110,7 +111,9 @@ def check_objective(objective: object) -> None:
 
 def check_task(objective: Metric | str, task: Task) -> None:
     """Raise an error unless an objective is one for the task."""
-    fitting = ("accuracy", "mse", "nll") if isinstance(task, Regression) else ("accuracy", "nll", "f1")
+    fitting = ["accuracy", "mse", "nll"] if isinstance(task, Regression) else ["accuracy", "nll", "f1"]
+    if isinstance(task, Multiclass):
+        fitting.insert(1, "balanced_accuracy")
     if isinstance(objective, str) and objective not in fitting:
         raise InputError(f"objective={objective!r} is not for task={type(task).__name__}(): give {_listed(fitting)}.")
 
@@ -119,6 +122,9 @@ def make_objective(objective: Metric | str, task: Task, num_outputs: int) -> Met
     """The metric that an objective stands for, or None if it is the task's own score or loss."""
     if isinstance(objective, Metric):
         return MetricObjective(objective, task)
+    if objective == "balanced_accuracy":
+        # torchmetrics' macro recall counts a class that is predicted but has no rows as one of recall 0.
+        return MetricObjective(BalancedAccuracy(num_outputs), task)
     if objective != "f1":
         return None
     if isinstance(task, Multiclass):
@@ -127,5 +133,5 @@ def make_objective(objective: Metric | str, task: Task, num_outputs: int) -> Met
     return MetricObjective(MultilabelF1Score(num_outputs, average="macro", validate_args=False), task)
 
 
-def _listed(names: tuple[str, ...]) -> str:
+def _listed(names: Sequence[str]) -> str:
     return ", ".join(f'"{name}"' for name in names[:-1]) + f' or "{names[-1]}"'

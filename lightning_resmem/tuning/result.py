@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 
 from lightning_resmem.params import ResMemParams
+from lightning_resmem.tasks import Regression
+from lightning_resmem.tuning.balance import BalancedScore
 
 
 @dataclass(frozen=True)
@@ -20,13 +22,15 @@ class TuningResult:
         score: Score of the choice.
         score_name: `"acc"` or `"mse"`.
         rows: Number of tuning rows, over all ranks.
-        gain_error: Standard error of `score - base_score`, from the differences of the rows; 0 if the choice is the
-            base alone, inf for a single row. It leaves out that the best of many settings looks better than it is.
+        gain_error: Standard error of `gain`, from the differences of the rows; 0 if the choice is the base alone, inf
+            for a single row. It leaves out that the best of many settings looks better than it is.
         objective: What was optimised: `"accuracy"`, `"nll"`, ... or the name of the metric.
         base_objective: Its value for the base alone.
         best_objective: Its value for the choice.
         refined: How many of the settings lie between those of the grid, around its best one.
         leave_one_out: Whether the rows were those of the memory itself.
+        balanced: Balanced accuracy of base and choice for `Multiclass`, else None. Where classes are far from uniform
+            the summary has it.
         notes: What else there is to say, as sentences without a full stop.
     """
 
@@ -43,26 +47,36 @@ class TuningResult:
     refined: int = 0
     leave_one_out: bool = False
     notes: tuple[str, ...] = ()
+    balanced: BalancedScore | None = None
+
+    @property
+    def gain(self) -> float:
+        """How much better the choice's score is than the base's: above 0 is better, also where less of it is."""
+        less_is_better = self.score_name == Regression.score_name
+        return self.base_score - self.score if less_is_better else self.score - self.base_score
 
     def summary(self) -> str:
         """The choice and the gain, as one line."""
         compared = f"{self.score_name} {self.base_score:.4f} -> {self.score:.4f}"
+        balanced = ""
+        if self.balanced is not None and self.balanced.uneven:
+            balanced = f", balanced accuracy {self.balanced.base:.4f} -> {self.balanced.choice:.4f}"
         kind = "row of the memory, left out of it" if self.leave_one_out else "validation row"
         if self.rows != 1:
             kind = "rows of the memory, each left out of it" if self.leave_one_out else "validation rows"
         where = f"on {self.rows} {kind}"
         notes = "".join(f"; {note}" for note in self.notes)
         if self.params.strength == 0:
-            compared = f"{compared} {where}"
+            compared = f"{compared}{balanced} {where}"
             return (
                 f"the memory does not help ({len(self.table)} settings, {compared}): strength 0, the base alone{notes}"
             )
         params = self.params
         refined = f", {self.refined} of them around the best of the grid" if self.refined else ""
-        other = f", {self.objective} {self.base_objective:.4f} -> {self.best_objective:.4f}"
+        named = self.objective in ("accuracy", "mse") or (balanced and self.objective == "balanced_accuracy")
+        other = "" if named else f", {self.objective} {self.base_objective:.4f} -> {self.best_objective:.4f}"
         return (
             f"chose k={params.k}, sigma={params.sigma:.4g}, softmax_temperature={params.softmax_temperature:.4g}, "
             f"strength={params.strength:.4g} of {len(self.table)} settings{refined}: {compared} "
-            f"({self.score - self.base_score:+.4f} ± {self.gain_error:.4f})"
-            f"{other if self.objective not in ('accuracy', 'mse') else ''} {where}{notes}"
+            f"({self.gain:+.4f} ± {self.gain_error:.4f}){other}{balanced} {where}{notes}"
         )

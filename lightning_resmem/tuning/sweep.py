@@ -21,6 +21,8 @@ from lightning_resmem.tuning.objectives import MetricObjective
 Gather = Callable[[Tensor], Tensor]
 Number = TypeVar("Number", int, float)
 
+# Of a row's norm, the distance to itself at most: the same row in two batches differs in the last digits.
+_SAME = 1e-5
 # Groups of rows that are left out in turn, for the error of a metric.
 _JACKKNIFE_GROUPS = 20
 
@@ -94,6 +96,7 @@ class Sweep:
         self.ks = sorted({min(k, max(1, most)) for k in ks})
         distances, ids = self._search(memory, rows)
         self.distances = distances
+        self._norms = rows.embeddings.to(distances.device).float().norm(dim=1)
         self._values, self._positions = fetch_neighbors(memory, ids)
         if rows.outputs.shape[1] != self._values.num_outputs:
             raise InputError(
@@ -110,6 +113,19 @@ class Sweep:
         self.counts_flips = self._base_right is not None
         self._order = gather(self.task.loss(base, base, rows.targets)).argsort(stable=True)
         self._all_targets = gather(rows.targets)[self._order]
+
+    def known_rows(self) -> int:
+        """How many rows look like rows of the memory, over all ranks: at distance 0 of one of them, with its target."""
+        zero = self.distances[:, :2] <= _SAME * self._norms[:, None]
+        # One row is the row itself; where several are as near, rows are no more than alike.
+        alone = zero[:, 0] & ~zero[:, 1:].any(dim=1)
+        nearest = self._positions[:, :1]
+        labels = self._values.label_sum(nearest, torch.ones_like(nearest, dtype=torch.float32)).to(self._targets.device)
+        if isinstance(self.task, Multiclass):
+            same = labels.argmax(dim=1) == self._targets
+        else:
+            same = torch.isclose(labels, self._targets.to(labels.dtype)).all(dim=1)
+        return int(self._gather((alone.to(same.device) & same).sum()[None].cpu()).sum())
 
     def measure(self, settings: Sequence[ResMemParams]) -> Measured:
         """Score and loss of each setting, without gates; `k` at most the largest of `ks`."""
@@ -188,6 +204,12 @@ class Sweep:
         nearest = self.distances[:, 0].to(base.device)
         base, residual, nearest = (self._gather(part)[self._order] for part in (base, residual, nearest))
         return Pooled(base, residual, nearest, self._all_targets)
+
+    def predict(self, setting: ResMemParams) -> Tensor:
+        """What a setting, with its gate, predicts for the rows of this rank; shape `(V, C)`."""
+        ((_, _, base, residual),) = self._each([setting])
+        strength = setting.strengths(self.task, base, self.distances[:, 0].to(base.device))
+        return combine(base, residual, strength)
 
     def agreed(self, numbers: Sequence[float]) -> list[float]:
         """Numbers that every rank computed from the same rows, of one rank: others may differ in the last digit."""

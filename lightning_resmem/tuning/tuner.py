@@ -5,7 +5,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from lightning_resmem.memory.checks import as_ids, as_tensor, check_shapes
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Regression, Task, check_finite
+from lightning_resmem.tuning.balance import measure_balance
 from lightning_resmem.tuning.gate import with_gate
 from lightning_resmem.tuning.grid import Axes, GridSearch
 from lightning_resmem.tuning.interpolation import Residuals, measure_residuals
@@ -23,6 +24,8 @@ from lightning_resmem.tuning.objectives import check_objective, check_task, make
 from lightning_resmem.tuning.result import TuningResult
 from lightning_resmem.tuning.sweep import Gather, Rows, Sweep
 
+# Validation rows that may be found in the memory: so many, and this share of them; data sets hold a few rows twice.
+_FEW_KNOWN_ROWS, _FEW_KNOWN_SHARE = 5, 0.01
 # Tuning rows below which a choice says little.
 _FEW_ROWS = 50
 
@@ -115,7 +118,8 @@ class GridTuner(Tuner):
             training rows.
         softmax_temperature: Divisors of the logits (without effect, and not tried, in regression).
         strength: Factors of the weighted residual.
-        objective: `"accuracy"` (the mean squared error in regression, also called `"mse"`), `"nll"`, the negative
+        objective: `"accuracy"` (the mean squared error in regression, also called `"mse"`), `"balanced_accuracy"`, in
+            which every class counts the same however few its rows (for `Multiclass`), `"nll"`, the negative
             log-likelihood (the squared error in regression), `"f1"`, its mean over classes, or any torchmetrics
             `Metric` of probabilities and targets.
         max_negative_flip_rate: Largest share of the rows (in multilabel tasks: of labels) that the base has right and
@@ -233,7 +237,14 @@ class GridTuner(Tuner):
         )
         if self.gate and choice.place:
             result = with_gate(result, sweep, self.max_negative_flip_rate)
-        _warn(result, measure_residuals(memory, rows, gather))
+        result = replace(result, balanced=measure_balance(memory, rows, sweep, result.params, gather))
+        if _unbalances(result):
+            note = (
+                "balanced accuracy, in which every class counts the same, falls while accuracy does not: "
+                'GridTuner(objective="balanced_accuracy") keeps it'
+            )
+            result = replace(result, notes=(*result.notes, note))
+        _warn(result, measure_residuals(memory, rows, gather), 0 if result.leave_one_out else sweep.known_rows())
         return result
 
 
@@ -257,8 +268,14 @@ def _checked_rows(memory: ResidualMemory, embeddings: Tensor, outputs: Tensor, t
     return Rows(embeddings, outputs, targets, ids)
 
 
-def _warn(result: TuningResult, residuals: Residuals) -> None:
+def _warn(result: TuningResult, residuals: Residuals, known: int) -> None:
     advice = []
+    if known > max(_FEW_KNOWN_ROWS, _FEW_KNOWN_SHARE * result.rows):
+        advice.append(
+            f"{known} of the {result.rows} validation rows are rows of the memory (the distance to the nearest row is "
+            "0, and the label is the same), which answers them from themselves: the gain is not that of new rows, and "
+            "may be a loss there. Tune on rows that are not memorized."
+        )
     if residuals.vanish:
         unseen = "" if residuals.unseen is None else f", {residuals.unseen:.1%} on rows that it has not seen"
         advice.append(
@@ -272,9 +289,27 @@ def _warn(result: TuningResult, residuals: Residuals) -> None:
             f"A choice on fewer than {_FEW_ROWS} rows is mostly chance: give more validation rows, or set the params "
             "yourself."
         )
-    if result.params.strength == 0 or advice:
+    if result.params.strength == 0 or _unbalances(result) or advice:
         warnings.warn(" ".join([f"ResMem tuning: {result.summary()}.", *advice]), ResMemWarning, stacklevel=4)
+
+
+def _unbalances(result: TuningResult) -> bool:
+    """Whether rare classes pay for the gain of frequent ones, and another objective would not let them."""
+    if result.balanced is None or result.objective == "balanced_accuracy":
+        return False
+    return result.balanced.falls and result.gain >= 0
 
 
 def _is_number(value: object, least: float, most: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+
+
+def choose_tuner(tuner: Tuner | Literal["auto"] | None, memory: ResidualMemory) -> Tuner | None:
+    """The tuner that an argument stands for."""
+    if tuner == "auto":
+        return GridTuner() if memory.tunable else None
+    if tuner is not None and not isinstance(tuner, Tuner):
+        raise InputError(f'tuner={tuner!r} is not a Tuner: give GridTuner(), "auto", or None to keep the params.')
+    if tuner is not None:
+        tuner.check(memory.task)
+    return tuner

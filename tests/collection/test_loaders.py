@@ -94,7 +94,7 @@ def test_every_row_is_read_once_over_all_ranks(size, world_size):
             assert part.num_batches == len(list(part.batches))
             assert max([len(batch) for batch in part.batches], default=0) <= batch_size
             assert (part.sample is None) == (not rows)
-            assert part.sample is None or len(next(iter(part.sample))) == min(2, len(rows))
+            assert part.sample is None or len(next(iter(part.sample))) == min(2, batch_size, len(rows))
 
 
 class Net(L.LightningModule):
@@ -572,8 +572,8 @@ def test_a_batch_sampler_with_a_strange_batch_size(batch_size):
     sampler = Buckets(200, 4, False)
     sampler.batch_size = batch_size
     (part,) = plan(DataLoader(Positions(200), batch_sampler=sampler), len)
-    assert part.num_batches == len(list(part.batches)) == 4
-    assert read([part]) == each_once(range(200))
+    assert part.num_batches == len(list(part.batches)) == 50
+    assert sorted(read([part])) == each_once(range(200))
 
 
 def test_planning_ten_million_rows_takes_little_memory():

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,6 +62,48 @@ class Buffers(nn.Module):
         self.register_buffer("empty", torch.zeros(0, 3))
         self.register_buffer("shadow", torch.full((1,), float(rank)), persistent=False)
         self.weight = nn.Parameter(torch.tensor([float(rank)]))
+
+
+class UnevenBuffers(nn.Module):
+    """Buffers that training does not mind: views, and what a rank has in another shape, or not at all."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.inner = nn.Identity()
+        values = torch.complex(torch.full((3,), float(rank)), torch.full((3,), 2.0 + rank))
+        self.register_buffer("conjugate", values.conj())
+        self.register_buffer("negative", values.imag if rank else torch.complex(values.real, -values.imag).conj().imag)
+        self.register_buffer("expanded", torch.full((1,), float(rank)).expand(4))
+        self.inner.register_buffer("queue", torch.arange(float(4 + rank)))
+        self.register_buffer("lazy", torch.full((2,), 5.0) if rank == 0 else None)
+        self.register_buffer("extra" if rank == 2 else "common", torch.tensor([float(rank)]))
+        self.register_buffer("narrow", torch.ones(2, dtype=torch.float16 if rank else torch.float32))
+
+
+def uneven_buffers(rank: int) -> dict[str, Any]:
+    ranks, model = ranks_of_group(), UnevenBuffers(rank)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ranks.share_buffers(model)
+    held = {name: buffer.resolve_conj().resolve_neg().clone() for name, buffer in model.named_buffers()}
+    return {"buffers": held, "warnings": [str(warning.message) for warning in caught]}
+
+
+@pytest.mark.slow
+def test_buffers_that_differ_by_rank(tmp_path: Path) -> None:
+    found = run_ranks(uneven_buffers, 3, tmp_path)
+    assert found[2]["buffers"].pop("extra").tolist() == [2.0]
+    for rank in found:
+        assert rank["buffers"]["conjugate"].tolist() == [-2j] * 3
+        assert rank["buffers"]["negative"].tolist() == [2.0] * 3
+        assert rank["buffers"]["expanded"].tolist() == [0.0] * 4
+        assert rank["buffers"]["inner.queue"].tolist() == [0.0, 1.0, 2.0, 3.0]
+        assert rank["buffers"]["lazy"].tolist() == [5.0, 5.0]
+        assert rank["buffers"]["common"].tolist() == [0.0]
+        assert rank["buffers"]["narrow"].dtype == torch.float32
+        assert len(rank["buffers"]) == 7
+    (warned,) = found[0]["warnings"]
+    assert "common, extra, inner.queue, lazy, narrow differ by rank" in warned
 
 
 def everything_but_loss(rank: int) -> dict[str, Any]:

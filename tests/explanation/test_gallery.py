@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from lightning_resmem import InputError, LocalMemory, Multiclass, ResMemParams, explain
 
@@ -37,6 +38,16 @@ def test_figure_without_a_dataset_names_the_neighbours(pictured, digits):
     figure = pictured.figure(digits.test.inputs[:3].view(3, 1, 8, 8), class_names=[f"digit {i}" for i in range(10)])
     assert f"#{int(pictured.neighbors.ids[0, 0])}: digit" in figure.axes[1].get_title()
     assert not figure.axes[1].get_images()
+
+
+@pytest.mark.parametrize("name", ["$x_$", "a$\\frac{$", "[/b]"])
+def test_names_of_classes_are_no_mathtext(pictured, digits, name):
+    images = digits.test.inputs[:3].view(3, 1, 8, 8)
+    figure = pictured.figure(images, class_names=[name] * 10)
+    FigureCanvasAgg(figure).draw()  # what it cannot read as mathtext raises here
+    for axes in figure.axes:
+        assert name in axes.get_title()
+        assert not axes.title.get_parse_math()
 
 
 @pytest.mark.parametrize(

@@ -245,3 +245,13 @@ def test_class_names():
     assert f"base {names[row['base']]} (" in title
     assert title.endswith(f"target {names[row['target']]}")
     assert names[row["label"]] in shown(*found.tables(names))
+
+
+@pytest.mark.parametrize("name", ["[/b]", "[red]x", ":dog:", "\\[x]"])
+def test_class_names_are_no_markup(name):
+    memory, _ = filled()
+    embeddings, outputs, targets = queries("multiclass", 1)
+    printed = shown(*explain(memory, embeddings, outputs, 3, targets).tables([name] * 4))
+    assert f"base {name} (" in printed
+    assert f"target {name}" in printed
+    assert printed.count(f" {name} ") >= 3 + 2, "of three neighbours, and in the title"

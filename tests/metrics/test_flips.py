@@ -88,5 +88,5 @@ def test_regression_has_no_flips(tmp_path):
     assert [found.scores[f"mse_{name}"] for name in Predictions._fields] == [4.0, 1.0, 0.0]
     assert found.flips == ()
     assert found.reliability == {}
-    assert found.gain == -4.0
+    assert found.gain == 4.0
     assert found.neighborhoods.counts.sum() == 2

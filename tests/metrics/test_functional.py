@@ -1,9 +1,11 @@
 """Each metric against a few lines of NumPy, scikit-learn, or torchmetrics where it has the same."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import f1_score, r2_score, top_k_accuracy_score
+from sklearn.metrics import balanced_accuracy_score, f1_score, r2_score, top_k_accuracy_score
 
 from lightning_resmem.metrics import functional
 from tests.metrics.rows import multiclass, multilabel
@@ -84,6 +86,41 @@ def test_f1_of_classes(classes):
         f1_score(targets, probabilities.argmax(1), average="macro")
     )
     assert torch.equal(counts, functional.f1_counts(probabilities.argmax(dim=1), targets, classes + 3))
+
+
+@pytest.mark.parametrize("classes", [2, 5, 9])
+def test_balanced_accuracy_of_classes(classes):
+    probabilities, targets = multiclass(12, classes)  # of nine classes some have no rows, but are predicted
+    found = functional.balanced_accuracy(functional.f1_counts(probabilities, targets, classes)).item()
+    recalls = [(probabilities.argmax(1) == targets)[targets == label].double().mean() for label in targets.unique()]
+    assert found == pytest.approx(float(torch.stack(recalls).mean()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of classes without rows
+        assert found == pytest.approx(balanced_accuracy_score(targets, probabilities.argmax(1)))
+
+
+@pytest.mark.parametrize(
+    ("counts", "wanted"),
+    [
+        ([700, 300], True),
+        ([600, 400], False),
+        ([7, 3], False),  # may be chance
+        ([100] * 9 + [10], False),  # nine in ten
+        ([100] * 5 + [20] * 5, True),
+        ([0, 0, 50, 50, 0], False),  # the others do not occur
+        ([40], False),
+        ([0, 0], False),
+    ],
+)
+def test_far_from_uniform(counts, wanted):
+    assert functional.far_from_uniform(torch.tensor(counts)) is wanted
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(30, 3), (2000, 1000), (4096, 200)])
+def test_what_is_drawn_from_equal_classes_is_not_far_from_uniform(rows, classes):
+    generator = torch.Generator().manual_seed(0)
+    draws = [torch.randint(0, classes, (rows,), generator=generator) for _ in range(50)]
+    assert not any(functional.far_from_uniform(torch.bincount(labels, minlength=classes)) for labels in draws)
 
 
 def test_f1_of_labels():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassConfusionMatrix
+from torchmetrics.classification import MulticlassCalibrationError, MulticlassConfusionMatrix
 
 from lightning_resmem import InputError, Predictions, ResMemWarning
 from lightning_resmem.collection.ranks import Ranks
@@ -28,6 +28,27 @@ def test_batches_of_different_sizes(tmp_path):
     assert all(type(value) is float for value in found.scores.values())
     assert set(found.reliability) == {"base", "knn", "resmem"}
     assert found.reliability["resmem"].counts.sum() == found.neighborhoods.counts.sum() == 4
+
+
+def test_every_gain_is_above_0_if_resmem_is_better(tmp_path):
+    own = {"error": MulticlassCalibrationError(CLASSES)}
+    board = Scoreboard(memory_of(), "test", [loader_of(3)], metrics=own)
+    board.update(answer([0, 0, 0], [0, 1, 0], [0, 1, 0]), torch.tensor([0, 1, 0]))
+    (found,) = evaluate(board, tmp_path)
+    names = [name.removesuffix("_base") for name in found.scores if name.endswith("_base")]
+    assert {"acc", "balanced_acc", "nll", "brier", "ece", "f1", "error"} == set(names)
+    assert all(found.gain_in(name) > 0.1 for name in names)
+    assert found.gain_in("acc") == pytest.approx(found.gain) == pytest.approx(1 / 3)
+    assert found.gain_in("nll") == found.scores["nll_base"] - found.scores["nll_resmem"]
+
+
+def test_balanced_accuracies_are_logged_where_classes_are_far_from_uniform(tmp_path):
+    for targets, logged in (([0] * 20 + [1, 2], True), ([0, 1, 2] * 7, False)):
+        board = Scoreboard(memory_of(), "test", [loader_of(len(targets))])
+        board.update(answer(targets, targets, [0] * len(targets)), torch.tensor(targets))
+        (found,) = evaluate(board, tmp_path)
+        assert found.scores["balanced_acc_resmem"] == pytest.approx(1 / 3)
+        assert ("test/balanced_acc_resmem" in found.shown_scores()) is logged
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")  # of torchmetrics, for a rank without rows

@@ -5,9 +5,11 @@ import copy
 import numpy as np
 import pytest
 import torch
-from torchmetrics.classification import MulticlassAUROC
+from sklearn.metrics import balanced_accuracy_score
+from torchmetrics import MeanAbsoluteError
+from torchmetrics.classification import MulticlassAUROC, MulticlassCalibrationError
 
-from lightning_resmem import Multiclass, Multilabel, Regression, ResMemMetrics
+from lightning_resmem import Multiclass, Multilabel, Predictions, Regression, ResMemMetrics
 from lightning_resmem.metrics import functional
 from lightning_resmem.metrics.bins import ReliabilityBins, reliability
 from lightning_resmem.tasks import TASKS
@@ -40,6 +42,7 @@ def test_everything_against_numpy(task, softmax_temperature):
             wanted[f"r2_{name}"] = (1 - ss).mean()
         elif task.name == "multiclass":
             wanted[f"acc_{name}"] = (raw[name].argmax(axis=1) == labels).mean()
+            wanted[f"balanced_acc_{name}"] = balanced_accuracy_score(labels, raw[name].argmax(axis=1))
             wanted[f"nll_{name}"] = -np.log(p[np.arange(ROWS), labels]).mean()
             wanted[f"brier_{name}"] = ((p - np.eye(CLASSES)[labels]) ** 2).sum(axis=1).mean()
             wanted[f"top5_{name}"] = ((p > p[np.arange(ROWS), labels][:, None]).sum(axis=1) < 5).mean()
@@ -61,6 +64,7 @@ def test_everything_against_numpy(task, softmax_temperature):
         wanted["positive_flip_rate"] = functional.positive_flip_rate(predictions.base, predictions.resmem, targets)
         wanted["negative_flip_rate"] = functional.negative_flip_rate(predictions.base, predictions.resmem, targets)
     gains = (task.score(predictions.resmem, targets) - task.score(predictions.base, targets)).numpy()
+    gains *= -1 if task.name == "regression" else 1  # less error is a gain
     wanted |= {"gain": gains.mean(), "gain_error": gains.std(ddof=1) / np.sqrt(ROWS)}
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
@@ -135,6 +139,43 @@ def test_what_is_shown_at_a_glance():
     assert sorted(shown["multiclass"]) == sorted([*three, "nll_base", "nll_resmem", "ece_base", "ece_resmem", *flips])
     assert sorted(shown["multilabel"]) == sorted(shown["multiclass"])
     assert sorted(shown["regression"]) == ["mse_base", "mse_knn", "mse_resmem", "r2_base", "r2_resmem"]
+
+
+def rows_of(labels, base, resmem):
+    """Targets, and certain predictions of these labels."""
+    base, resmem = (torch.eye(CLASSES)[list(part)] for part in (base, resmem))
+    return Predictions(base, base, resmem), torch.tensor(labels), torch.rand(len(labels))
+
+
+@pytest.mark.parametrize(("labels", "shown"), [([0] * 40 + [1] * 4, True), ([0, 1] * 20, False)])
+def test_balanced_accuracies_are_shown_where_classes_are_far_from_uniform(labels, shown):
+    metrics = ResMemMetrics(Multiclass(), CLASSES)
+    metrics.update(*rows_of(labels, base=labels, resmem=[0] * len(labels)))
+    found = metrics.compute()
+    assert (found["balanced_acc_base"].item(), found["balanced_acc_resmem"].item()) == (1.0, 0.5)
+    for name in ("base", "knn", "resmem"):
+        assert metrics.is_shown(f"balanced_acc_{name}") is shown
+
+
+def test_an_own_balanced_accuracy_is_kept():
+    task = Multiclass()
+    metrics = ResMemMetrics(task, CLASSES, {"balanced_acc": MulticlassAUROC(CLASSES)})
+    found = updated(metrics, *answers(task)).compute()
+    wanted = updated(ResMemMetrics(task, CLASSES, {"mine": MulticlassAUROC(CLASSES)}), *answers(task)).compute()
+    for name in ("base", "knn", "resmem"):
+        assert found[f"balanced_acc_{name}"] == wanted[f"mine_{name}"]
+        assert metrics.is_shown(f"balanced_acc_{name}")
+
+
+def test_which_scores_are_better_when_they_are_less():
+    own = {"error": MulticlassCalibrationError(CLASSES), "auroc": MulticlassAUROC(CLASSES)}
+    found = ResMemMetrics(Multiclass(), CLASSES, own).less_is_better
+    assert found >= {"nll", "brier", "ece", "error"}
+    assert not found & {"acc", "balanced_acc", "f1", "top5", "auroc"}
+    assert ResMemMetrics(Multilabel(), CLASSES).less_is_better >= {"nll", "brier", "ece"}
+    assert "exact" not in ResMemMetrics(Multilabel(), CLASSES).less_is_better
+    found = ResMemMetrics(Regression(), CLASSES, {"error": MeanAbsoluteError()}).less_is_better
+    assert found & {"mse", "mae", "r2", "error"} == {"mse", "mae", "error"}
 
 
 def on_rank(rank, kind, split):

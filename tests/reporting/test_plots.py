@@ -191,3 +191,11 @@ def test_pixels_are_an_image_and_pyplot_knows_of_no_figure():
         assert image.shape == (*(figure.get_size_inches() * figure.dpi).round().astype(int)[::-1], 3)
         assert len(np.unique(image)) > 10
     assert pyplot.get_fignums() == []
+
+
+def test_names_are_no_mathtext():
+    found = dataclasses.replace(evaluation(), prefix="test/$x_$")
+    for draw in (plots.by_distance, plots.reliability, plots.flips):
+        figure = draw(found)
+        plots.pixels(figure)  # what cannot be read as mathtext raises here
+        assert figure.axes[0].get_title(loc="left").startswith("test/$x_$: ")

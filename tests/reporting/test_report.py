@@ -12,6 +12,7 @@ import yaml
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
+from sklearn.metrics import balanced_accuracy_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
@@ -135,6 +136,63 @@ def test_hyperparameters_reach_the_loggers(done):
     found = events(done.tensorboard)
     assert "hp_metric" not in found.Tags()["scalars"], "it would stand over the user's own"
     assert b"resmem/sigma" in found.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+
+
+class HasResMem(CallsSelf):
+    """Has a hyperparameter of the callback's name."""
+
+    def __init__(self, resmem="mine"):
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_hyperparameters_of_the_users_are_kept(tmp_path):
+    loggers = [CSVLogger(tmp_path), TensorBoardLogger(tmp_path)]
+    callback, model = ResMemCallback(memory_for(CallsSelf)), make(HasResMem)
+    run = trainer(tmp_path, callback, logger=loggers)
+    for _ in range(2):  # the second time what is ours is replaced
+        run.fit(model, datamodule=Data())
+        run.fit_loop.max_epochs += 1
+    written = yaml.safe_load(Path(loggers[0].log_dir, "hparams.yaml").read_text())
+    for params in (written, loggers[1].hparams):
+        assert params["resmem"] == "mine"
+        assert params["resmem_memory"]["fingerprint"] == callback.memory.provenance["fingerprint"]
+        assert set(params) == {"resmem", "resmem_memory"}
+
+
+def uneven_data():
+    """Where the last class is frequent, in training as in validation and test."""
+    data = Data()
+    data.train, data.val, data.test = (
+        (inputs, torch.where(inputs[:, 2] > 0.8, targets, 3)) for inputs, targets in (data.train, data.val, data.test)
+    )
+    return data
+
+
+def test_balanced_accuracy_is_reported_where_classes_are_far_from_uniform(tmp_path):
+    log, data, model = CSVLogger(tmp_path), uneven_data(), make(CallsSelf)
+    callback = ResMemCallback(tuner=QUICK)
+    run = trainer(tmp_path, callback, logger=log)
+    run.fit(model, datamodule=data)
+    (shown,) = run.test(model, datamodule=data, verbose=False)
+    found, tuned = last_in_csv(log), callback.tuning.balanced
+    assert found["resmem/tuning_balanced_acc_base"] == pytest.approx(tuned.base)
+    assert found["resmem/tuning_balanced_acc_resmem"] == pytest.approx(tuned.choice)
+    predictions = callback.module.predictions(list(data.test))
+    for name, prediction in predictions._asdict().items():
+        wanted = balanced_accuracy_score(data.test[1], prediction.argmax(dim=1))
+        assert shown[f"test/balanced_acc_{name}"] == pytest.approx(wanted)
+        assert found[f"test/balanced_acc_{name}"] == pytest.approx(wanted)
+
+
+def test_gains_of_regressions_are_above_0_where_errors_shrink(tmp_path):
+    done = Run(tmp_path, Numbers, memory=LocalMemory(Regression()))
+    found = last_in_csv(done.csv)
+    assert found["resmem/tuning_mse_resmem"] < found["resmem/tuning_mse_base"]
+    gain = found["resmem/tuning_mse_base"] - found["resmem/tuning_mse_resmem"]
+    assert found["resmem/tuning_gain"] == pytest.approx(gain)
+    assert found["test/gain"] == pytest.approx(found["test/mse_base"] - found["test/mse_resmem"])
+    assert found["test/gain"] > 0
 
 
 def test_tensorboard_has_the_plots(done):

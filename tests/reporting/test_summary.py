@@ -11,6 +11,7 @@ from lightning_resmem import ResMemParams, TuningResult
 from lightning_resmem.metrics.bins import Neighborhoods
 from lightning_resmem.metrics.evaluation import Evaluation
 from lightning_resmem.reporting.summary import evaluation_summary, memory_summary, score_rows
+from lightning_resmem.tuning.balance import BalancedScore
 
 STATS = {"rows": 45000, "bytes": 3 * 2**20, "index": "exact"}
 
@@ -92,7 +93,7 @@ def test_after_a_run():
     assert "test/dataloader_idx_1, 10,000 rows" in text
     for name, *numbers in (
         ("accuracy", "0.7945", "0.7800", "0.8047", "+0.0102 ± 0.0020"),
-        ("calibration error", "0.0670", "0.0500", "0.0320", "-0.0350"),
+        ("calibration error", "0.0670", "0.0500", "0.0320", "+0.0350"),
         ("top-5 accuracy", "0.9000", "+0.0000"),
         ("mine", "3.0000", "+2.0000"),
     ):
@@ -105,6 +106,50 @@ def test_regression_has_no_flips():
     text = printed(evaluation_summary(evaluation({"mse_base": 2.0, "mse_knn": 1.0, "mse_resmem": 1.5}), STATS))
     assert "mean squared error" in text
     assert "turned" not in text
+
+
+def test_every_gain_is_above_0_if_something_gets_better():
+    """Also where less is better: of errors, of losses, and of the user's own metrics that say so."""
+    scores = {"mse_base": 2.0, "mse_knn": 1.0, "mse_resmem": 1.5, "mine_base": 3.0, "mine_knn": 3.0, "mine_resmem": 1.0}
+    found = dataclasses.replace(evaluation(scores), less_is_better=("mse", "mine"))
+    lines = printed(evaluation_summary(found, STATS)).splitlines()
+    for name, gain in (("mean squared error", "+0.5000"), ("mine", "+2.0000")):
+        assert [gain in line for line in lines if f" {name} " in line] == [True]
+    regression = dataclasses.replace(tuned(), base_score=2.0, score=1.5, score_name="mse")
+    assert "+0.5000 ± 0.0027" in printed(memory_summary(STATS, 1.0, regression))
+    assert regression.gain == 0.5
+    assert "mse 2.0000 -> 1.5000 (+0.5000 ± 0.0027)" in regression.summary()
+
+
+def balanced(base, resmem, shown):
+    scores = {f"{stem}_{name}": 0.5 for stem in ("acc", "balanced_acc") for name in ("base", "knn", "resmem")}
+    scores |= {"balanced_acc_base": base, "balanced_acc_resmem": resmem}
+    names = ("acc_base", "balanced_acc_base") if shown else ("acc_base",)
+    return printed(evaluation_summary(dataclasses.replace(evaluation(scores), shown=names), STATS))
+
+
+def test_balanced_accuracy_stands_beside_accuracy():
+    hint = 'falls while accuracy does not: GridTuner(objective="balanced_accuracy") keeps it'
+    text = balanced(0.584, 0.528, shown=True)
+    assert re.search(r"balanced accuracy .* 0.5840 .* 0.5280 .* -0.0560", text)
+    assert hint in text
+    assert hint not in balanced(0.528, 0.584, shown=True)
+    assert hint not in balanced(0.584, 0.528, shown=False), "classes are near uniform"
+    found = BalancedScore(base=0.584, choice=0.528, error=0.012, uneven=True)
+    text = printed(memory_summary(STATS, 1.0, dataclasses.replace(tuned(), balanced=found)))
+    assert re.search(r"balanced accuracy .* 0.5840 .* 0.5280 .* -0.0560 ± 0.0120", text)
+    near = dataclasses.replace(tuned(), balanced=found._replace(uneven=False))
+    assert "balanced" not in printed(memory_summary(STATS, 1.0, near))
+
+
+@pytest.mark.parametrize("name", ["[/b]", "[red]x", ":dog:", "$x_$"])
+def test_names_are_no_markup(name):
+    found = evaluation({f"{name}_{prediction}": 0.5 for prediction in ("base", "knn", "resmem")})
+    text = printed(evaluation_summary(dataclasses.replace(found, prefix=f"test/{name}"), {**STATS, "index": name}))
+    assert f"ResMem: test/{name}/dataloader_idx_1, 10,000 rows" in text
+    assert f"│ {name} " in text
+    assert f"index {name}" in text
+    assert f"index {name}" in printed(memory_summary({**STATS, "index": name}, 1.0, None))
 
 
 def test_only_scores_of_all_three_stand_side_by_side():

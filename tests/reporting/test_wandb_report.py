@@ -31,6 +31,7 @@ from lightning_resmem import (
     StaleMemoryError,
     StorageError,
 )
+from lightning_resmem.reporting.wandb_report import artifact_name
 from tests.models import CallsSelf, Data, ManyLabels, make, memory_for, trainer
 from tests.wandb_records import OfflineRun, runs_in
 
@@ -151,7 +152,8 @@ def test_scores_stand_side_by_side(done, offline):
     for name, row in rows.items():
         for part in ("base", "knn", "resmem"):
             assert row[part] == pytest.approx(done.metrics[f"test/{name}_{part}"])
-        assert row["gain"] == pytest.approx(row["resmem"] - row["base"])
+        less_is_better = name in ("nll", "ece", "brier")
+        assert row["gain"] == pytest.approx((row["resmem"] - row["base"]) * (-1 if less_is_better else 1))
 
 
 def test_flipped_rows_stand_with_their_neighbours(done, offline):
@@ -247,6 +249,41 @@ def test_a_memory_that_is_saved_nowhere_can_be_logged(tmp_path):
     files = run.artifact_files("memory-mine")
     assert json.loads(files["manifest.json"].read_text())["rows"] == len(callback.memory)
     assert "model_artifact" not in json.loads(run.artifacts["memory-mine"].metadata), "the run logs no model"
+
+
+@pytest.mark.parametrize(("name", "artifact"), [("layer 4", "memory-layer-4-09adccb6"), ("a*ä", "memory-a--a6686f30")])
+def test_names_that_wandb_refuses_become_ones_that_it_takes(tmp_path, recwarn, name, artifact):
+    callback = fit_and_test(tmp_path, "offline", log_memory_artifact=True, name=name)
+    assert [str(w.message) for w in recwarn if "did not take" in str(w.message)] == []
+    (run,) = runs_in(tmp_path)
+    files = run.artifact_files(artifact)
+    assert json.loads(files["manifest.json"].read_text())["rows"] == len(callback.memory)
+    assert run.last()[f"{name}/rows"] == len(callback.memory)
+
+
+def test_names_of_artifacts_stay_apart_and_short():
+    names = ["resmem", "a b", "a-b", "a:b", "x" * 300, "x" * 301]
+    found = [artifact_name(name) for name in names]
+    assert len(set(found)) == len(names)
+    assert max(map(len, found)) <= 128
+
+
+@pytest.mark.parametrize("value", ["on", {"k": "theirs"}, None])
+def test_a_config_key_of_the_users_is_kept(tmp_path, value):
+    with wandb_in(tmp_path):
+        logger, callback = WandbLogger(project="tests", save_dir=tmp_path), ResMemCallback(memory_for(CallsSelf))
+        logger.experiment.config.update({"resmem": value, "lr": 0.1})
+        run, model = trainer(tmp_path, callback, logger=logger), make(CallsSelf)
+        for _ in range(2):  # the second time what is ours is replaced
+            run.fit(model, datamodule=Data())
+            run.fit_loop.max_epochs += 1
+        logger.experiment.finish()
+    (offline,) = runs_in(tmp_path)
+    assert offline.config["resmem"] == value
+    assert offline.config["lr"] == 0.1
+    assert offline.config["resmem_memory"]["k"] == callback.memory.params.k
+    assert offline.config["resmem_memory"]["fingerprint"] == callback.memory.provenance["fingerprint"]
+    assert not any(name.startswith("resmem_memory_") for name in offline.config)
 
 
 def test_disabled_runs_take_everything_and_write_nothing(tmp_path, recwarn):

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from lightning_resmem import (
+    InputError,
     ResMemCallback,
     StaleMemoryError,
 )
@@ -88,3 +89,13 @@ def test_weights_best_in_a_fast_dev_run(root):
     run = trainer(root, callback, best_checkpoint(root), enable_checkpointing=True, fast_dev_run=True)
     run.fit(make(CallsSelf), datamodule=Data())
     assert len(callback.memory) == 16
+
+
+def test_a_checkpoint_that_saves_no_best_is_refused_before_training(root):
+    checkpoint, steps = ModelCheckpoint(root, monitor="val_loss", save_top_k=0), []
+    run = trainer(root, ResMemCallback(weights="best"), checkpoint, enable_checkpointing=True)
+    model = make(CallsSelf)
+    model.on_train_batch_start = lambda *_: steps.append(1)
+    with pytest.raises(InputError, match="save_top_k=0 saves none"):
+        run.fit(model, datamodule=Data())
+    assert not steps

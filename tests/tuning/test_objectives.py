@@ -89,10 +89,26 @@ def test_a_metric_with_a_value_for_each_class_is_refused():
         )
 
 
-@pytest.mark.parametrize(("objective", "task"), [("f1", Regression()), ("mse", Multiclass()), ("mse", Multilabel())])
+@pytest.mark.parametrize(
+    ("objective", "task"),
+    [
+        ("f1", Regression()),
+        ("mse", Multiclass()),
+        ("mse", Multilabel()),
+        ("balanced_accuracy", Multilabel()),
+        ("balanced_accuracy", Regression()),
+    ],
+)
 def test_names_that_are_not_for_a_task_are_refused_before_training(objective, task):
     with pytest.raises(InputError, match=f"objective='{objective}' is not for task={type(task).__name__}"):
         GridTuner(objective=objective).check(task)
+
+
+def test_what_fits_a_task_is_listed():
+    with pytest.raises(InputError, match=r'for task=Multilabel.*: give "accuracy", "nll" or "f1"'):
+        GridTuner(objective="balanced_accuracy").check(Multilabel())
+    with pytest.raises(InputError, match='give "accuracy", "balanced_accuracy", "nll" or "f1"'):
+        GridTuner(objective="mse").check(Multiclass())
 
 
 def test_names_of_the_tasks_own_scores_need_no_metric():
@@ -115,5 +131,5 @@ def test_a_rehearsal_of_few_rows_raises_what_tuning_would() -> None:
     ):
         with pytest.raises(InputError, match=message):
             GridTuner(objective=objective).rehearse(Multiclass(), outputs, targets)
-    for fitting in ("accuracy", "nll", "f1", MulticlassRecall(3)):
+    for fitting in ("accuracy", "balanced_accuracy", "nll", "f1", MulticlassRecall(3)):
         GridTuner(objective=fitting).rehearse(Multiclass(), outputs, targets)

@@ -75,7 +75,7 @@ def test_the_choice_is_the_best_of_the_table(task, objective):
     assert result.score_name == ("mse" if task == "regression" else "acc")
     assert memory.params == before
     assert f"k={params.k}" in result.summary()
-    gain = f"({result.score - result.base_score:+.4f} ± {result.gain_error:.4f})"
+    gain = f"({abs(result.score - result.base_score):+.4f} ± {result.gain_error:.4f})"  # also in squared errors
     assert f"{result.base_score:.4f} -> {result.score:.4f} {gain}" in result.summary()
     assert result.summary().endswith("on 25 validation rows")
 

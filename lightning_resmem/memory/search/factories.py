@@ -23,7 +23,7 @@ def check_bounds(factory: str) -> None:
     Raises:
         InputError: If it is too long, or a number in it is too large.
 
-    Example:
+    Examples:
         >>> check_bounds("OPQ32,IVF4096_HNSW32,PQ32x8")
     """
     if len(factory) > _MOST_CHARACTERS:

@@ -16,6 +16,8 @@ from lightning_resmem.memory.search.factories import check_bounds
 
 _log = logging.getLogger("lightning_resmem")
 
+# Rows that may be too few to train an index, which is tried then.
+_FEW_TRAIN_ROWS = 1024
 _GPU_MAX_K = 2048
 # What an index may be described as.
 _FACTORIES = 'a FAISS factory string such as "HNSW32" or "IVF1024,Flat"'
@@ -77,13 +79,28 @@ def check(config: FaissIndex, rows: int | None, width: int, device: torch.device
     """
     faiss = import_faiss(config)
     check_device(faiss, device, config)
-    inverted = faiss.try_extract_index_ivf(make_index(faiss, width, config))
+    index = make_index(faiss, width, config)
+    inverted = faiss.try_extract_index_ivf(index)
     # The lists of a multi-index (IMI2x8) come of a product of quantizers, which few rows suffice to train.
     if rows is not None and inverted is not None and inverted.quantizer_trains_alone != "\1" and rows < inverted.nlist:
         raise InputError(
             f"index={config.factory!r} has {inverted.nlist} lists, and there are only {rows} rows to train them on: "
             'use fewer lists, or index="exact".'
         )
+    if isinstance(faiss.downcast_index(index), faiss.IndexIDMap):  # and its subclass IDMap2
+        raise InputError(
+            f"index={config.factory!r} keeps ids of its own, which the memory does itself: leave out IDMap."
+        )
+    if rows is not None and rows <= _FEW_TRAIN_ROWS and not index.is_trained:
+        # Codebooks (PQ, RQ, LSQ) want a row at least for each of their entries, and FAISS alone knows how many.
+        keys = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
+        try:
+            index.train(keys.numpy())
+        except RuntimeError as error:
+            raise InputError(
+                f"index={config.factory!r} cannot be trained on {rows} keys: {reason_of(error)}. Use fewer "
+                'clusters, or index="exact".'
+            ) from error
 
 
 def check_gpu_k(device: torch.device, k: int, config: FaissIndex) -> None:

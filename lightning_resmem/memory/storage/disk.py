@@ -34,6 +34,7 @@ __all__ = [
     "local",
     "opened",
     "read_manifest",
+    "try_target",
     "verify",
     "write",
 ]
@@ -55,6 +56,27 @@ def check_target(directory: str | os.PathLike[str]) -> Path | Url:
     else:
         directories.check(target)
     return target
+
+
+def try_target(directory: str | os.PathLike[str]) -> None:
+    """Make sure that a memory can be saved somewhere, by writing what is removed again at once.
+
+    Raises:
+        InputError: As for `check_target`.
+        StorageError: As for `check_target`, or if the system refuses: a read-only file system, a name that is too long.
+    """
+    target = check_target(directory)
+    if isinstance(target, Url):  # tried just now
+        return
+    missing = directories.missing(target)
+    try:
+        directories.make(missing)
+        with tempfile.TemporaryFile(dir=target):
+            pass
+    except OSError as error:
+        raise StorageError(f"The memory cannot be saved to {target}: {error}. Name another directory.") from error
+    finally:
+        directories.unmake(missing)
 
 
 def write(

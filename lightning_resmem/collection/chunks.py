@@ -1,0 +1,133 @@
+"""Rows of a pass on their way to whoever wants them, without those that are NaN or infinite."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_resmem.collection.parts import Part
+from lightning_resmem.collection.ranks import Ranks
+from lightning_resmem.errors import InputError, ResMemWarning
+from lightning_resmem.memory.checks import as_compared
+
+# Rows wait until there are so many bytes of them, so that a memory's checks are not paid for every batch.
+_CHUNK_BYTES = 4 * 2**20
+# Of the rows, the share that may be left out.
+_MOST_LEFT_OUT = 0.01
+_NAMED_ROWS = 5
+
+
+class Chunk(NamedTuple):
+    """Some rows of a pass: embeddings `(n, D)`, outputs `(n, C)`, targets and ids `(n,)`."""
+
+    embeddings: Tensor
+    outputs: Tensor
+    targets: Tensor
+    ids: Tensor
+
+    def unusable(self) -> dict[str, Tensor]:
+        """By column: which rows have a NaN or infinite entry there, shape `(n,)`. Columns without such are left out."""
+        columns = {"embeddings": as_compared(self.embeddings), "outputs": self.outputs, "targets": self.targets}
+        found = {}
+        for name, column in columns.items():
+            # The sum is finite almost always, and one reduction is much cheaper than a mask of the tensor.
+            if column.is_floating_point() and len(column) and not torch.isfinite(column.sum()):
+                rows = ~torch.isfinite(column.reshape(len(column), -1)).all(dim=1)
+                if rows.any():
+                    found[name] = rows
+        return found
+
+    def usable(self) -> "Chunk":
+        """The rows that are finite."""
+        unusable = list(self.unusable().values())
+        if not unusable:
+            return self
+        kept = ~torch.stack([rows.to(self.ids.device) for rows in unusable]).any(dim=0)
+        return Chunk(*(column[kept.to(column.device)] for column in self))
+
+
+class Waiting:
+    """Joins small chunks into larger ones, and leaves out the rows that are not finite.
+
+    Attributes:
+        left_out: Their numbers, by column and dataset: ids relative to the dataset's first.
+    """
+
+    def __init__(self, consume: Callable[[Chunk], None]) -> None:
+        self._consume = consume
+        self._chunks: list[Chunk] = []
+        self._bytes = 0
+        self.left_out: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+
+    def add(self, chunk: Chunk, part: Part) -> None:
+        """Take some rows of a part."""
+        if self._chunks and any(
+            new.shape[1:] != old.shape[1:] for new, old in zip(chunk, self._chunks[0], strict=True)
+        ):
+            self.flush(part)  # the memory says what is wrong with other shapes
+        self._chunks.append(chunk)
+        self._bytes += chunk.embeddings.nbytes + chunk.outputs.nbytes
+        if self._bytes >= _CHUNK_BYTES:
+            self.flush(part)
+
+    def flush(self, part: Part) -> None:
+        """Hand on what there is; all of it is of one part."""
+        if not self._chunks:
+            return
+        chunk = Chunk(*(torch.cat(column) for column in zip(*self._chunks, strict=True)))
+        self._chunks.clear()
+        self._bytes = 0
+        named: set[int] = set()
+        for column, rows in chunk.unusable().items():
+            ids = [i for i in (chunk.ids[rows.to(chunk.ids.device)] - part.first_id).tolist() if i not in named]
+            named.update(ids)
+            if ids:
+                self.left_out[column, part.dataset] += ids
+        usable = chunk.usable() if named else chunk
+        if len(usable.ids):
+            self._consume(usable)
+
+
+def report_left_out(ranks: Ranks, left_out: dict[tuple[str, str], list[int]], total: int, kind: str) -> None:
+    """Name the rows that all ranks left out, in one warning.
+
+    Args:
+        ranks: Each of which calls this.
+        left_out: From `Waiting`.
+        total: Rows of this rank, with those that it left out.
+        kind: Of the rows: "training rows".
+
+    Raises:
+        InputError: If they are more than one in a hundred.
+    """
+    merged: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+    rows = 0
+    for of_rank in ranks.gather_objects((total, dict(left_out))):
+        assert isinstance(of_rank, tuple)
+        rows += of_rank[0]
+        for key, ids in of_rank[1].items():
+            merged[key] += ids
+    count = sum(map(len, merged.values()))
+    if not count:
+        return
+    where = "; ".join(
+        f"{column} has NaN or infinite entries in rows {_listed(ids)} of {dataset}"
+        for (column, dataset), ids in merged.items()
+    )
+    look = (
+        "Look at these rows: their input may hold such values, the training may have diverged, or a half-precision "
+        "forward may overflow."
+    )
+    if count > _MOST_LEFT_OUT * rows:
+        raise InputError(
+            f"{count:,} of {rows:,} {kind} cannot be used, which is more than one in a hundred: {where}. {look}"
+        )
+    rank_zero_warn(f"ResMem: {count:,} of {rows:,} {kind} are left out: {where}. {look}", category=ResMemWarning)
+
+
+def _listed(ids: list[int]) -> str:
+    more = f" and {len(ids) - _NAMED_ROWS} more" if len(ids) > _NAMED_ROWS else ""
+    return ", ".join(map(str, sorted(ids)[:_NAMED_ROWS])) + more
