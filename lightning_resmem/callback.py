@@ -63,8 +63,9 @@ class ResMemCallback(Callback):
             `memory_dataloader()` of the datamodule or the model returns, else those of the training loader.
         weights: `"last"` memorizes the weights at the end of training; `"best"` those of the best checkpoint, for
             `trainer.test(ckpt_path="best")`.
-        dirpath: Where the memory is saved after the pass; a memory that is there is replaced. By default beside the
-            trainer's `checkpoints` directory, if it writes checkpoints, with a version if there is one already.
+        dirpath: Where the memory is saved after the pass, a path or a URL such as `s3://bucket/memory`; a memory that
+            is there is replaced. By default beside the trainer's `checkpoints` directory, if it writes checkpoints,
+            with a version if there is one already.
         name: Tells several callbacks on one trainer apart, of which no two may have the same ("Found more than one
             stateful callback", the Trainer says); also the name of the default directory.
         route: Whether the model's own metrics see the combined prediction. Of several callbacks only one may.

@@ -19,6 +19,7 @@ from lightning_resmem.explanation.pictures import entries, find_images
 from lightning_resmem.memory.answers import Predictions
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.memory.local import LocalMemory
+from lightning_resmem.memory.storage.paths import Url
 from lightning_resmem.metrics.answer import Answer
 from lightning_resmem.metrics.evaluation import Evaluation
 from lightning_resmem.metrics.reported import UserMetrics, as_collection
@@ -186,11 +187,14 @@ class ResMemModule(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_scores()
 
-    def save(self, directory: str | os.PathLike[str]) -> Path:
+    def save(self, directory: str | os.PathLike[str]) -> Path | Url:
         """Save the memory, with the fingerprint of the base and the name of its head. The base itself is not saved.
 
+        Args:
+            directory: A path, or a URL that fsspec knows, such as `s3://bucket/directory`.
+
         Returns:
-            The absolute path of the directory.
+            The absolute path of the directory, or the URL.
 
         Raises:
             StaleMemoryError: If the base has other weights by now than the memory was filled with.

@@ -12,6 +12,7 @@ _LARGEST_NUMBER = 2**24
 _LINKS, _NSG_LINKS = (2, 1024), (8, 1024)  # of a node
 _NSG_ROWS = 114  # that are too few: NSG looks at so many candidates
 _MOST_BITS = 16  # of an entry of a codebook, such as 12 in PQ8x12
+_MOST_MULTI_BITS = 12  # of each half of a multi-index, whose lists are the pairs of them
 _WIDEST = 2**14  # that a transform, whose matrix is square, makes of keys
 # Kinds of codebooks, and numbers of which the last is that of bits.
 _CODEBOOKS = re.compile(r"(OPQ|P?LSQ|PRQ|PQ|RQ|IMI)\d+((?:x\d+)*)")
@@ -29,7 +30,8 @@ def check_bounds(factory: str) -> None:
     bounds = (
         (r"HNSW(\d+)", *_LINKS),
         (r"NSG(\d+)", *_NSG_LINKS),
-        (r"(?:PQ|RQ|LSQ|IMI)[\dx]*x(\d+)", 1, _MOST_BITS),
+        (r"(?:PQ|RQ|LSQ)[\dx]*x(\d+)", 1, _MOST_BITS),
+        (r"IMI\d+x(\d+)", 1, _MOST_MULTI_BITS),
         (r"(?:PCA[WR]*|RR|ITQ|Pad|OPQ\d+_)(\d+)", 1, _WIDEST),
         (r"(\d+)", 1, _LARGEST_NUMBER),
     )

@@ -5,6 +5,7 @@ import logging
 import os
 import warnings
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,6 +34,8 @@ from lightning_resmem.memory.search.measuring import largest_number, measure
 _log = logging.getLogger("lightning_resmem")
 
 FILE = "index.faiss"
+# Bytes of a saved index that FAISS asks for at a time.
+_READ_BYTES = 2**20
 # Keys handed to FAISS at a time: it may copy what it is given.
 _ADD_ROWS = 65536
 # Keys a quantizer is trained on, per cluster; FAISS wants at least 39 and uses at most 256.
@@ -115,7 +118,10 @@ class FaissSearch:
 
     def save(self, file: Path) -> None:
         """Write FAISS's own file."""
-        self._faiss.write_index(self.index, str(file))
+        try:
+            self._faiss.write_index(self.index, str(file))
+        except RuntimeError as error:
+            raise OSError(f"FAISS could not write its index: {reason_of(error)}") from error
 
     def describe(self) -> dict[str, Any]:
         """What to build, with the search parameters in force: as a `FaissIndex` takes it."""
@@ -279,14 +285,15 @@ def new_search(keys: Tensor, config: FaissIndex, trained: bytes | None) -> Faiss
     return ExactIndex(keys)
 
 
-def load(file: Path, keys: Tensor, config: FaissIndex) -> FaissSearch:
-    """The index of these keys that `FaissSearch.save` wrote.
+def load(stream: FileIO, file: Path, keys: Tensor, config: FaissIndex) -> FaissSearch:
+    """The index of these keys that `FaissSearch.save` wrote to a file, which is open.
 
     Raises:
         StorageError: If the file cannot be read, or holds other keys.
     """
+    faiss = import_faiss(config)
     try:
-        loaded = import_faiss(config).read_index(str(file))
+        loaded = faiss.read_index(faiss.PyCallbackIOReader(stream.read, _READ_BYTES))
     except RuntimeError as error:
         raise StorageError(f"{file} cannot be read ({reason_of(error)})") from error
     if (loaded.ntotal, loaded.d) != tuple(keys.shape):
