@@ -63,9 +63,10 @@ class ResMemCallback(Callback):
             `memory_dataloader()` of the datamodule or the model returns, else those of the training loader.
         weights: `"last"` memorizes the weights at the end of training; `"best"` those of the checkpoint that
             `trainer.test(ckpt_path="best")` takes.
-        dirpath: Where the memory is saved after the pass. A memory of the same model that is there is replaced (with a
-            warning, if another fit saved it), one of another class of model is refused. By default beside the
-            trainer's `checkpoints` directory, if it writes checkpoints, with a version if there is one already.
+        dirpath: Where the memory is saved after the pass, a path or a URL such as `s3://bucket/memory`. A memory of the
+            same model that is there is replaced (with a warning, if another fit saved it), one of another class of
+            model is refused. By default beside the trainer's `checkpoints` directory, if it writes checkpoints, with a
+            version if there is one already.
         name: Tells several callbacks on one trainer apart, of which no two may have the same ("Found more than one
             stateful callback", the Trainer says); also the name of the default directory.
         route: Whether the model's own metrics see the combined prediction. Of several callbacks only one may.

@@ -244,9 +244,12 @@ def _inspect(arguments: list[str]) -> None:
     parser.add_argument("--k", type=int, default=5, help="neighbours shown of a row (default: 5)")
     parser.add_argument("--no-verify", action="store_true", help="do not compare the files' checksums")
     given = parser.parse_args(arguments)
-    output = given.output or f"{Path(given.directory).resolve().name}-report.html"
+    place = disk.as_path(given.directory)
+    output = given.output or f"{place.resolve().name if isinstance(place, Path) else place.name}-report.html"
     _say(f"Wrote {write_report(given.directory, output, given.rows, given.k, not given.no_verify)}")
 
 
 def _say(words: str) -> None:
-    Console(soft_wrap=True, highlight=False).print(words, markup=False)
+    # File names need not be text.
+    printable = words.encode(errors="backslashreplace").decode()
+    Console(soft_wrap=True, highlight=False).print(printable, markup=False)

@@ -134,9 +134,11 @@ def neighbor_weights(distances: Tensor, sigma: float) -> Tensor:
     if distances.shape[-1] == 0:
         return distances.clone()
     nearest = distances.amin(dim=-1, keepdim=True)
-    # A sigma below the dtype's smallest normal number would become 0 and turn 0 / sigma into NaN.
-    width = max(sigma, torch.finfo(distances.dtype).tiny)
-    weights = torch.exp((nearest - distances) / width).where(found, 0)
+    gaps, tiny = nearest - distances, torch.finfo(distances.dtype).tiny
+    if sigma < tiny:
+        # Below the smallest normal number it could become 0, and turn 0 / sigma into NaN: both are widened.
+        gaps, sigma = gaps * 2.0**64, max(sigma * 2.0**64, tiny)
+    weights = torch.exp(gaps / sigma).where(found, 0)
     return weights / weights.sum(dim=-1, keepdim=True).clamp_min(1.0)  # the nearest has weight 1, so a sum >= 1
 
 

@@ -19,6 +19,7 @@ from lightning_resmem.explanation.pictures import entries, find_images
 from lightning_resmem.memory.answers import Predictions
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.memory.local import LocalMemory
+from lightning_resmem.memory.storage.paths import Url
 from lightning_resmem.metrics.answer import Answer
 from lightning_resmem.metrics.evaluation import Evaluation
 from lightning_resmem.metrics.reported import UserMetrics, as_collection
@@ -208,15 +209,16 @@ class ResMemModule(L.LightningModule):
 
     on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
 
-    def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> Path | Url:
         """Save the memory, with the fingerprint of the base and the name of its head. The base itself is not saved.
 
         Args:
-            directory: Where to save. A memory of the same weights that is there is replaced.
+            directory: A path, or a URL that fsspec knows, such as `s3://bucket/directory`. A memory of the same weights
+                that is there is replaced.
             overwrite: Replace a memory of other weights, too.
 
         Returns:
-            The absolute path of the directory.
+            The absolute path of the directory, or the URL.
 
         Raises:
             StaleMemoryError: If the base has other weights by now than the memory was filled with.

@@ -1,6 +1,7 @@
 """The `resmem` command, in this process where that is possible: building Lightning's parsers takes seconds."""
 
 import itertools
+import os
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from examples.digits_module import Classifier, Digits
@@ -24,7 +26,9 @@ from lightning_resmem import (
     StorageError,
 )
 from lightning_resmem.cli import ResMemTrainer, _use_saved, main
+from lightning_resmem.memory.storage import files
 from lightning_resmem.model.fingerprint import fingerprint
+from tests.saved_files import edited, file_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "digits.yaml")
@@ -66,7 +70,7 @@ def test_inspect_writes_a_page_into_the_current_directory(resmem, saved, tmp_pat
 
 def test_inspect_options(resmem, saved, tmp_path):
     shutil.copytree(saved, damaged := tmp_path / "damaged")
-    with (damaged / "keys.safetensors").open("r+b") as file:
+    with file_of(damaged, "keys").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x01")
     status, out, _ = resmem("inspect", damaged, "--output", "a/b.html", "--rows", 7, "--k", 1, "--no-verify")
@@ -76,7 +80,7 @@ def test_inspect_options(resmem, saved, tmp_path):
     assert "1 nearest other rows" in page
     status, out, err = resmem("inspect", damaged)
     assert (status, out) == (1, "")
-    assert re.fullmatch(r"resmem: .*keys.safetensors is damaged: its sha256 is .*\n", err)
+    assert re.fullmatch(r"resmem: .*keys-\w+.safetensors is damaged: its sha256 is .*\n", err)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +97,58 @@ def test_inspect_tells_errors_in_one_line(resmem, saved, arguments, message):
     assert (status, out) == (1, "")
     assert err.count("\n") == 1
     assert re.match(f"resmem: .*{message}", err)
+
+
+def _pipe(directory):
+    file = file_of(directory, "keys")
+    file.unlink()
+    os.mkfifo(file)
+
+
+def _nested(directory):
+    (directory / "manifest.json").write_bytes(b"[" * 100_000)
+
+
+def _nan(directory):
+    file = file_of(directory, "outputs")
+    outputs = safetensors.torch.load_file(file)["outputs"].clone()
+    outputs[3] = torch.nan
+    safetensors.torch.save_file({"outputs": outputs}, file)
+    edited(directory, lambda manifest: manifest["tensors"]["outputs"].update(sha256=files.sha256(file)))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [(_pipe, "it is not a regular file"), (_nested, "manifest.json cannot be read"), (_nan, "outputs holds NaN")],
+)
+@pytest.mark.parametrize("options", [[], ["--no-verify"]])
+def test_inspect_tells_what_cannot_be_read_in_one_line(resmem, saved, harm, message, options):
+    harm(saved)
+    status, out, err = resmem("inspect", saved, *options)
+    assert (status, out) == (1, "")
+    assert err.count("\n") == 1
+    assert re.match(f"resmem: .*{message}", err)
+
+
+def test_inspect_and_names_that_are_no_text(resmem, saved, tmp_path):
+    memory = LocalMemory.load(saved)
+    memory.provenance = {"head": "half a character \ud800"}
+    name = os.fsdecode(b"na\xffme")
+    memory.save(tmp_path / name)
+    status, out, err = resmem("inspect", name)
+    assert (status, err) == (0, "")
+    assert out.endswith("na\\udcffme-report.html\n")
+    assert "half a character" in (tmp_path / f"{name}-report.html").read_text()
+
+
+def test_inspect_reads_urls(resmem, saved, tmp_path):
+    LocalMemory.load(saved).save(f"memory://{tmp_path.name}/some memory")
+    status, _, err = resmem("inspect", f"memory://{tmp_path.name}/some memory")
+    assert (status, err) == (0, "")
+    assert (tmp_path / "some memory-report.html").is_file()
+    status, _, err = resmem("inspect", saved, "--output", "memory://page.html")
+    assert status == 1
+    assert "output='memory://page.html' is a URL: give a file of this machine" in err
 
 
 @pytest.mark.parametrize("arguments", [[], ["a", "b"], ["a", "--rows", "many"]])

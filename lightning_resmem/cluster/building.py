@@ -1,6 +1,5 @@
 """Build all shards of a pool: one choice of index, trained once for all."""
 
-import importlib.util
 import logging
 import time
 from typing import Any
@@ -70,7 +69,7 @@ def _choose(states: list[dict[str, Any]]) -> str | FaissIndex:
         largest["width"],
         torch.device(largest["device"]),
         min(state["free_bytes"] for state in states),
-        importlib.util.find_spec("faiss") is not None,
+        faiss_index.is_usable(),
     )
     _log.info('index="auto" chose for each shard %s', reason)
     return config or "exact"

@@ -20,7 +20,7 @@ from lightning_resmem.memory.checks import as_ids, checked_changes, checked_rows
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.memory.storage import disk
-from lightning_resmem.memory.storage.saved import manifest, read_saved
+from lightning_resmem.memory.storage.saved import Saved, manifest, read_saved
 from lightning_resmem.memory.values.dense import DenseConfig
 from lightning_resmem.memory.values.interface import Values
 from lightning_resmem.memory.values.sparse import SparseConfig
@@ -227,7 +227,7 @@ class RayMemory(ShardedMemory):
 
     # -- memories that are there already
 
-    def save(self, directory: str | os.PathLike[str]) -> Path:
+    def save(self, directory: str | os.PathLike[str]) -> Path | disk.Url:
         """Save to one directory, as a `LocalMemory` does: it can be loaded as either, with any number of shards.
 
         Rows go from the shards to the files part by part; this process holds their ids and a few MiB.
@@ -252,15 +252,20 @@ class RayMemory(ShardedMemory):
         """Spread a saved memory over a cluster; a `LocalMemory` or a `RayMemory` has saved it.
 
         Args:
-            directory: As given to `save`.
+            directory: As given to `save`, a path or a URL.
             num_shards: Any number.
             **options: The arguments of `RayMemory` from `address` on.
 
         Raises:
             StorageError: If the directory is missing, incomplete, damaged or of another format version.
         """
-        saved = read_saved(directory, mmap=True)
-        disk.verify(directory, saved.manifest)
+        with read_saved(directory, mmap=True) as saved:
+            saved.verify()
+            return cls._spread(saved, num_shards, options)
+
+    @classmethod
+    def _spread(cls, saved: Saved, num_shards: int, options: dict[str, Any]) -> "RayMemory":
+        """A memory over a cluster with the rows of one that was read."""
         dtype = saved.tensors["keys"].dtype
         memory = cls(num_shards, saved.task, saved.params, saved.index, saved.config, dtype, **options)
         memory.provenance, memory.tunable = saved.provenance, saved.tunable

@@ -56,9 +56,12 @@ def combined(
     return Predictions(base, labels, combine(base, residual.to(base.device), strengths))
 
 
-def evenly_spaced(ids: Tensor) -> Tensor:
-    """Up to 512 of all ids `(N,)`, from the first to the last."""
-    return ids[torch.linspace(0, len(ids) - 1, min(len(ids), _SCALE_ROWS)).long()]
+def evenly_spaced(ids: Tensor, count: int = _SCALE_ROWS) -> Tensor:
+    """Up to `count` of all ids `(N,)`, from the first to the last."""
+    count = min(len(ids), count)
+    # Whole numbers: float32 counts only to 2**24.
+    places = torch.arange(count, dtype=torch.int64, device=ids.device) * (len(ids) - 1) // max(1, count - 1)
+    return ids[places]
 
 
 def typical_distance(ids: Tensor, neighbors: Neighbors) -> float:
@@ -70,6 +73,7 @@ def typical_distance(ids: Tensor, neighbors: Neighbors) -> float:
     """
     others = torch.isfinite(neighbors.distances) & (neighbors.ids != ids[:, None].to(neighbors.ids.device))
     count = others.sum(dim=1)
-    means = neighbors.distances.where(others, 0).sum(dim=1)[count > 0] / count[count > 0]
+    # Divided first: the sum could be more than float32 can hold.
+    means = (neighbors.distances.where(others, 0) / count.clamp_min(1)[:, None]).sum(dim=1)[count > 0]
     scale = means.median().item() if len(means) else 0.0
     return scale or 1.0

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_resmem.errors import EmptyMemoryError, InputError, check_type
 from lightning_resmem.memory.answers import Neighbors, Predictions, combined, evenly_spaced, typical_distance
 from lightning_resmem.memory.checks import checked_batch, checked_search
+from lightning_resmem.memory.storage.paths import Url
 from lightning_resmem.memory.values.interface import Values
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Multiclass, Task
@@ -157,8 +158,12 @@ class ResidualMemory(nn.Module, ABC):
         """
 
     @abstractmethod
-    def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Save to a directory (atomically) and return its absolute path."""
+    def save(self, directory: str | os.PathLike[str]) -> Path | Url:
+        """Save to a directory, or a URL that fsspec knows, in whole or not at all.
+
+        Returns:
+            The absolute path, or the URL.
+        """
 
     @abstractmethod
     def stats(self) -> dict[str, Any]:

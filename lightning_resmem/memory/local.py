@@ -20,7 +20,7 @@ from lightning_resmem.memory.rows import Rows
 from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.memory.search.faiss_search import FILE, FaissSearch
 from lightning_resmem.memory.storage import disk
-from lightning_resmem.memory.storage.saved import manifest, read_index, read_saved
+from lightning_resmem.memory.storage.saved import Saved, manifest, read_index, read_saved
 from lightning_resmem.memory.values.dense import DenseConfig
 from lightning_resmem.memory.values.interface import Values
 from lightning_resmem.memory.values.sparse import SparseConfig
@@ -276,7 +276,7 @@ class LocalMemory(ResidualMemory):
             rows, values = f"{len(held)} rows x {held.shape[0]}, {held.shape[1]} outputs", held.values.name
         return f"{type(self).__name__}({rows}, index={index!r}, values={values!r})"
 
-    def save(self, directory: str | os.PathLike[str]) -> Path:
+    def save(self, directory: str | os.PathLike[str]) -> Path | disk.Url:
         disk.as_path(directory)  # refused before the memory is built
         rows = self._built()
         faiss = rows.index if isinstance(rows.index, FaissSearch) else None
@@ -293,7 +293,7 @@ class LocalMemory(ResidualMemory):
         """Load a saved memory.
 
         Args:
-            directory: As given to `save`.
+            directory: As given to `save`, a path or a URL.
             device: Where the rows go.
             mmap: Map the files into memory instead of reading them: opens at once, rows are read when they are
                 looked at, and several processes share them. The files' sizes are checked then, and checksums only when
@@ -302,15 +302,21 @@ class LocalMemory(ResidualMemory):
         Raises:
             StorageError: If the directory is missing, incomplete, damaged or of another format version.
         """
-        saved = read_saved(directory, mmap)
+        with read_saved(directory, mmap) as saved:
+            memory = cls.of_saved(saved, device)
+            memory._rows.mapped = (directory, saved.files.manifest) if mmap else None
+            return memory
+
+    @classmethod
+    def of_saved(cls, saved: Saved, device: str | torch.device = "cpu") -> "LocalMemory":
+        """The memory that was read, on a device."""
         memory = cls(saved.task, saved.params, saved.index, saved.config, saved.tensors["keys"].dtype)
         memory.provenance, memory.tunable = saved.provenance, saved.tunable
         rows = memory._rows
         rows.replace(saved.tensors, saved.values)
-        rows.mapped = (directory, saved.manifest) if mmap else None
         memory.to(device)
         if isinstance(saved.index, FaissIndex):
-            rows.index = read_index(directory, saved.manifest, rows.keys.finish(), saved.index)
+            rows.index = read_index(saved.files, rows.keys.finish(), saved.index)
         memory.build()
         return memory
 

@@ -11,7 +11,7 @@ from lightning_resmem.errors import InputError
 from lightning_resmem.memory.search import faiss_index
 from lightning_resmem.memory.search.exact import ExactIndex
 from lightning_resmem.memory.search.faiss_index import FaissIndex
-from lightning_resmem.memory.search.faiss_search import FaissSearch
+from lightning_resmem.memory.search.faiss_search import FaissSearch, new_search
 from lightning_resmem.memory.values.dense import DenseConfig
 from lightning_resmem.memory.values.interface import Values
 from lightning_resmem.memory.values.sparse import SparseConfig
@@ -95,7 +95,7 @@ class LocalConfig:
             return ExactIndex(keys)
         if k is not None:
             faiss_index.check_gpu_k(keys.device, k * max(1, config.rerank), config)
-        return FaissSearch(keys, config, trained=self.trained)
+        return new_search(keys, config, self.trained)
 
     def estimate_bytes(self, rows: int, width: int, num_outputs: int) -> dict[str, int]:
         """Bytes of `keys`, `values` and `index` for `N` rows of widths `D` and `C`."""

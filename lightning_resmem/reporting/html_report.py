@@ -11,10 +11,12 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
-from lightning_resmem.errors import StorageError
+from lightning_resmem.errors import InputError, StorageError
+from lightning_resmem.memory.answers import evenly_spaced
 from lightning_resmem.memory.capacity import size
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.storage import disk
+from lightning_resmem.memory.storage.saved import read_saved
 from lightning_resmem.params import checked_k
 from lightning_resmem.reporting.charts import Chart, bar_chart, histogram
 from lightning_resmem.reporting.samples import Read, Searched, read_rows, search_rows
@@ -46,20 +48,26 @@ def write_report(
         StorageError: If the memory is missing, damaged or of another format version, or the page cannot be written.
     """
     rows, k = checked_k(rows, "rows"), checked_k(k)
-    manifest = disk.read_manifest(directory)
-    if verify:
-        disk.verify(directory, manifest)
-    path, target = disk.as_path(directory), disk.as_path(output)
-    page = render(LocalMemory.load(directory, mmap=True), path, rows, k, verify)
+    target = disk.as_path(output)
+    if isinstance(target, disk.Url):
+        raise InputError(f"output={os.fspath(output)!r} is a URL: give a file of this machine.")
+    with read_saved(directory, mmap=True) as saved:
+        if verify:
+            saved.verify()
+        try:
+            page = render(LocalMemory.of_saved(saved), disk.as_path(directory), saved.files.nbytes, rows, k, verify)
+        except (IndexError, RuntimeError, ValueError):
+            saved.verify()  # names what is damaged
+            raise
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page, encoding="utf-8")
+        target.write_text(page, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise StorageError(f"The report cannot be written to {target}: {error}. Name another file.") from error
     return target
 
 
-def render(memory: LocalMemory, path: Path, rows: int, k: int, verified: bool) -> str:
+def render(memory: LocalMemory, path: Path | disk.Url, on_disk: int, rows: int, k: int, verified: bool) -> str:
     """The HTML page about a memory that was loaded from `path`; see `write_report`."""
     read = read_rows(memory)
     searched = search_rows(memory, rows, k) if len(memory) > 1 else None
@@ -73,7 +81,7 @@ def render(memory: LocalMemory, path: Path, rows: int, k: int, verified: bool) -
     return environment.get_template("report.html.jinja").render(
         name=path.name,
         path=str(path),
-        summary=_summary(memory, path, verified),
+        summary=_summary(memory, on_disk, verified),
         notes=_notes(memory, read, searched),
         charts=_charts(memory, read, searched),
         read_rows=len(read.targets),
@@ -85,10 +93,9 @@ def render(memory: LocalMemory, path: Path, rows: int, k: int, verified: bool) -
     )
 
 
-def _summary(memory: LocalMemory, path: Path, verified: bool) -> dict[str, dict[str, str]]:
+def _summary(memory: LocalMemory, on_disk: int, verified: bool) -> dict[str, dict[str, str]]:
     """The numbers at the top, by group."""
     stats, provenance = memory.stats(), memory.provenance
-    on_disk = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     recall = stats.get("recall")
     return {
         "Memory": {
@@ -172,7 +179,7 @@ def _label_chart(memory: LocalMemory, read: Read) -> Chart:
 def _samples(memory: LocalMemory, searched: Searched, k: int) -> list[dict[str, Any]]:
     """A few rows and their neighbours, as words."""
     samples = []
-    for row in torch.linspace(0, len(searched.ids) - 1, min(_SAMPLES, len(searched.ids))).long().tolist():
+    for row in evenly_spaced(torch.arange(len(searched.ids)), _SAMPLES).tolist():
         distances, ids = (column[row, :k] for column in searched.neighbors)
         distances, ids = distances[ids >= 0], ids[ids >= 0]
         label, *others = [_label(memory, id) for id in (searched.ids[row], *ids)]

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_resmem.collection.loaders import evaluation_loaders
 from lightning_resmem.errors import ResMemWarning
 from lightning_resmem.memory.interface import ResidualMemory
+from lightning_resmem.memory.storage.paths import Url
 from lightning_resmem.metrics.evaluation import Evaluation
 from lightning_resmem.progress import shows_progress
 from lightning_resmem.reporting import wandb_report
@@ -48,7 +49,7 @@ class Report:
         memory: ResidualMemory,
         tuning: TuningResult | None,
         seconds: float,
-        directory: Path | None,
+        directory: Path | Url | None,
         loaders: Any = None,
     ) -> None:
         """After the memory pass, on all ranks.

@@ -5,6 +5,7 @@ import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from lightning_resmem.explanation.pictures import Picture
 from lightning_resmem.memory.answers import Predictions
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.memory.single_rows import fetch_neighbors
+from lightning_resmem.memory.storage.disk import local
+from lightning_resmem.memory.storage.paths import Url
 from lightning_resmem.metrics.evaluation import Evaluation, Flip
 from lightning_resmem.reporting.summary import score_rows
 from lightning_resmem.trainer.processes import runs_elsewhere
@@ -119,7 +122,7 @@ def artifact_name(name: str) -> str:
     return f"memory-{plain}" if plain == name else f"memory-{plain}-{zlib.crc32(name.encode()):08x}"
 
 
-def log_memory(logger: WandbLogger, name: str, memory: ResidualMemory, directory: Path | None) -> None:
+def log_memory(logger: WandbLogger, name: str, memory: ResidualMemory, directory: Path | Url | None) -> None:
     """The memory itself, as an artifact with what it belongs to in its metadata.
 
     Args:
@@ -131,8 +134,8 @@ def log_memory(logger: WandbLogger, name: str, memory: ResidualMemory, directory
     import wandb
 
     run = logger.experiment
-    with tempfile.TemporaryDirectory(prefix="resmem-") as temporary:
-        saved = directory or memory.save(Path(temporary) / name)
+    with tempfile.TemporaryDirectory(prefix="resmem-") as temporary, ExitStack() as stack:
+        saved = stack.enter_context(local(directory or memory.save(Path(temporary) / name)))
         known = {name: value for name, value in memory.provenance.items() if name != "tensors"}
         metadata = {"rows": len(memory), "task": memory.task.name, "params": asdict(memory.params), **known}
         # Neither has a public name: whether the run logs its checkpoints, and as what.

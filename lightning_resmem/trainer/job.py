@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_resmem.collection.ranks import Ranks
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.memory.local import LocalMemory
+from lightning_resmem.memory.storage import disk
 from lightning_resmem.model.batches import TRANSFER_HOOKS, borrow_transfer_hooks
 from lightning_resmem.trainer.base import configure, set_up
 from lightning_resmem.trainer.loaders import offered_loader
@@ -145,7 +146,9 @@ def _run_elsewhere(
     trainer: L.Trainer, job: Job, ckpt_path: str | Path | None, weights_only: bool | None
 ) -> ResidualMemory:
     """The memory comes back from other processes through the disk."""
-    root = Path(trainer.default_root_dir)
+    root = disk.as_path(trainer.default_root_dir)
+    if isinstance(root, disk.Url):
+        root = Path(tempfile.gettempdir())
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="resmem-", dir=root) as directory:
         job.directory = Path(directory) / "memory"

@@ -32,7 +32,7 @@ class RestorableMemory:
     def __init__(self, memory: ResidualMemory | None, place: SaveDirectory) -> None:
         self.memory: ResidualMemory = LocalMemory() if memory is None else memory
         check_memory(self.memory)
-        self.directory: Path | None = None
+        self.directory: Path | disk.Url | None = None
         self._place = place
 
     def check_target(self, trainer: L.Trainer) -> None:
@@ -66,7 +66,7 @@ class RestorableMemory:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the path from a checkpoint, unless there is a memory already; it is read when it is needed."""
         if "directory" in state_dict and not len(self.memory):
-            self.directory = Path(state_dict["directory"])
+            self.directory = disk.as_path(state_dict["directory"])
 
     def has_rows(self) -> bool:
         """Whether there is a memory, if need be from where it was saved.

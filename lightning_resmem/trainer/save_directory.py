@@ -41,22 +41,22 @@ class SaveDirectory:
         if dirpath is not None and (not isinstance(dirpath, (str, os.PathLike)) or not os.fspath(dirpath)):
             raise InputError(f"dirpath={dirpath!r} is not a path: give a directory for the memory, or None.")
 
-    def find(self, trainer: L.Trainer) -> Path | None:
+    def find(self, trainer: L.Trainer) -> Path | disk.Url | None:
         """Where a memory of this trainer is saved, None if nowhere."""
         if self.dirpath is not None:
-            return Path(self.dirpath).expanduser().absolute()
+            return disk.as_path(self.dirpath)
         if runs_elsewhere(trainer):
             # The only way back to the main process, which does not know the log_dir of the others.
-            return Path(trainer.default_root_dir).absolute() / f"{self.name}-{self._token}"
+            return disk.as_path(trainer.default_root_dir) / f"{self.name}-{self._token}"
         if is_fast_dev_run(trainer) or not any(isinstance(c, ModelCheckpoint) for c in trainer.callbacks):  # type: ignore[attr-defined]
             return None
         dirpath = trainer.checkpoint_callback.dirpath  # type: ignore[union-attr]
-        if dirpath is None or "://" in str(dirpath):
-            return Path(trainer.default_root_dir).absolute() / self.name
-        checkpoints = Path(dirpath).absolute()  # relative where the logger's directory is: TensorBoardLogger("logs")
+        if dirpath is None:
+            return disk.as_path(trainer.default_root_dir) / self.name
+        checkpoints = disk.as_path(dirpath)  # relative where the logger's directory is: TensorBoardLogger("logs")
         return (checkpoints.parent if checkpoints.name == "checkpoints" else checkpoints) / self.name
 
-    def find_free(self, trainer: L.Trainer) -> Path | None:
+    def find_free(self, trainer: L.Trainer) -> Path | disk.Url | None:
         """Where to save without replacing the memory of another run, as checkpoints get a version then, too."""
         directory = self.find(trainer)
         if directory is None or self.dirpath is not None or self._token in directory.name:

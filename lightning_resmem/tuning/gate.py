@@ -134,11 +134,11 @@ def with_gate(result: TuningResult, sweep: Sweep, most_lost: float | None) -> Tu
     if most_lost is not None and lost > most_lost:
         note = f"the gate loses {lost:.4f} of the answers, more than max_negative_flip_rate={most_lost:g}: none is used"
         return replace(result, notes=(*result.notes, note))
-    gain = torch.tensor(score - result.base_score)
+    gain = torch.tensor(score - result.base_score, dtype=torch.float64)
     return replace(
         result,
         params=replace(params, gate=gate),
         score=score,
-        gain_error=float(standard_error(torch.tensor(squares), gain, result.rows)),
+        gain_error=float(standard_error(torch.tensor(squares, dtype=torch.float64), gain, result.rows)),
         notes=(*result.notes, f"with a gate, {compared}"),
     )

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_resmem.memory.answers import evenly_spaced
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.tuning.sweep import Gather, Rows
 
@@ -42,7 +43,7 @@ def measure_residuals(memory: ResidualMemory, rows: Rows, gather: Gather) -> Res
     """
     ids = memory.ids
     count = min(len(ids), _ROWS, max(1, _ENTRIES // rows.outputs.shape[1]))
-    values = memory.fetch(ids[torch.linspace(0, len(ids) - 1, count).long()])
+    values = memory.fetch(evenly_spaced(ids, count))
     residuals = memory.task.residuals(values.outputs, values.targets)
     labels = residuals + memory.task.predict(values.outputs)
     average = labels.mean(dim=0)

@@ -165,7 +165,7 @@ def test_damaged_rows_are_told_to_whoever_asks(tmp_path: Path, rows: dict[str, t
     shard = Shard(config(str(tmp_path / "pool")), 0, 0)
     shard.apply("a", "add", part(rows, 0, 60), 0)
     shard.build("exact", None, 1)
-    [file] = (tmp_path / "pool").rglob("keys.safetensors")
+    [file] = (tmp_path / "pool").rglob("keys-*.safetensors")
     file.write_bytes(file.read_bytes()[:-4] + b"abcd")
     again = Shard(config(str(tmp_path / "pool")), 0, 0)
     with pytest.raises(RowsLostError, match="is damaged"):

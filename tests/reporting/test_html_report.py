@@ -15,6 +15,7 @@ from lightning_resmem.params import Gate
 from lightning_resmem.reporting.html_report import write_report
 from lightning_resmem.tasks import TASKS
 from tests.models import num_outputs, rows
+from tests.saved_files import file_of
 
 TASK_NAMES = sorted(TASKS)
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -220,7 +221,7 @@ def test_everything_is_escaped(tmp_path):
 
 def test_damage_is_noticed(tmp_path):
     directory = filled().save(tmp_path / "memory")
-    keys = directory / "keys.safetensors"
+    keys = file_of(directory, "keys")
     data = bytearray(keys.read_bytes())
     data[-1] ^= 1
     keys.write_bytes(data)

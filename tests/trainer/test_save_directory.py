@@ -1,10 +1,15 @@
 """Where a memory is saved."""
 
+import sys
+import uuid
+from pathlib import Path
+
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_resmem import (
+    InputError,
     LocalMemory,
     ResMemCallback,
     ResMemParams,
@@ -123,3 +128,49 @@ def test_a_memory_that_was_filled_by_hand_belongs_to_nobody(root):
     by_hand.save(root / "memory")
     module.save(root / "memory")
     assert len(LocalMemory.load(root / "memory")) == 120
+
+
+def test_dirpath_may_be_a_url(root, monkeypatch):
+    monkeypatch.chdir(root)
+    url = f"memory://{uuid.uuid4().hex}/memory"
+    data, model, callback = Data(), make(CallsSelf), ResMemCallback(memory_for(CallsSelf), dirpath=url)
+    run = trainer(root, callback)
+    run.fit(model, datamodule=data)
+    (expected,) = run.test(model, datamodule=data, verbose=False)
+    assert torch.equal(LocalMemory.load(url).ids, callback.memory.ids)
+    run.save_checkpoint(root / "model.ckpt")
+    restored = trainer(root, ResMemCallback(memory_for(CallsSelf)))
+    (logged,) = restored.test(model, datamodule=data, ckpt_path=root / "model.ckpt", verbose=False)
+    assert logged == expected
+    assert [path.name for path in root.iterdir()] == ["model.ckpt"]
+
+
+@pytest.mark.parametrize("versions", [["resmem"], ["resmem", "resmem-v1"]])
+def test_the_root_may_be_a_url(root, monkeypatch, versions):
+    monkeypatch.chdir(root)
+    url = f"memory://{uuid.uuid4().hex}"
+    for _ in versions:
+        run = trainer(url, ResMemCallback(memory_for(CallsSelf)), enable_checkpointing=True, logger=False)
+        run.fit(make(CallsSelf), datamodule=Data())
+    for name in versions:
+        assert len(LocalMemory.load(f"{url}/{name}")) == 120
+    assert list(root.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("dirpath", "match"),
+    [
+        ("s3://bucket/memory", "Install s3fs"),
+        ("nonsense://bucket/memory", "Protocol not known"),
+        (Path("s3://bucket/memory"), "give the URL as a string"),
+        ("a\0b", "holds a NUL character"),
+    ],
+)
+def test_what_is_no_place_is_refused_before_training(root, dirpath, match, monkeypatch):
+    monkeypatch.chdir(root)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    model = make(CallsSelf)
+    model.training_step = lambda *_: pytest.fail("it is trained")
+    with pytest.raises(InputError, match=match):
+        trainer(root, ResMemCallback(memory_for(CallsSelf), dirpath=dirpath)).fit(model, datamodule=Data())
+    assert list(root.iterdir()) == []

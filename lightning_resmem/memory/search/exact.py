@@ -1,5 +1,6 @@
 """Exact nearest-neighbour search in torch, on any device."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.memory.search import rough
-from lightning_resmem.memory.search.measuring import measure
+from lightning_resmem.memory.search.measuring import largest_number, measure
 
 # Queries whose candidates are held at once.
 _ROWS = 4096
@@ -26,6 +27,8 @@ _SPARE = 16
 _TRIED = 128
 # Keys that one pass over all of them looks at together.
 _CHUNK = 65536
+# Keys whose largest number lies between these are squared as they are: nothing that matters overflows or vanishes.
+ORDINARY = (1e-6, 1e15)
 
 
 class ExactIndex:
@@ -37,6 +40,10 @@ class ExactIndex:
     many equal keys) is searched again over all keys that could matter. Of equally near keys those at the lowest
     positions are found, so results do not depend on how the work is divided. CPUs that multiply bfloat16 natively find
     candidates that way (see `rough` and `fused`), and leave to float32 the queries for which that does not suffice.
+
+    Keys and queries may have any magnitude that float32 has. Where the squares of keys would overflow or vanish, scores
+    are those of keys and queries times a power of two; a query so far away that its own do is compared with every key
+    directly.
 
     Args:
         keys: Shape `(N, D)`, floating point; half precision is searched in float32, block by block.
@@ -63,7 +70,7 @@ class ExactIndex:
     def _search_rows(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Candidates from products in bfloat16, where that is faster; in float32 what they leave unsure."""
         wanted = k + k // 4 + 16  # more than enough for nearly all queries
-        if not self._is_rough or not rough.is_worthwhile(queries, self.keys, wanted):
+        if not self._is_rough or self._scale != 1 or not rough.is_worthwhile(queries, self.keys, wanted):
             return self._search_precisely(queries, k)
         if self._screen is None:
             self._screen = rough.Screen(self.keys, self._mean)
@@ -100,21 +107,35 @@ class ExactIndex:
         # Distances do not change when everything is moved by the mean, and the scores lose fewer digits. It takes a
         # copy of every block at every search, though, so it is done only where the mean is far from zero.
         center = self._mean
-        squared = rough.squared_norms(self.keys, center)
+        squared = rough.squared_norms(self.keys, center, self._scale)
         if bool(center.square().sum() > 16 * squared.mean()):
             self._center = center
         else:
-            squared = rough.squared_norms(self.keys)
+            squared = rough.squared_norms(self.keys, scale=self._scale)
         self._squared_norms = squared
 
     @cached_property
+    def _scale(self) -> float:
+        """The power of two that scores are computed with."""
+        largest = largest_number(self.keys)
+        if ORDINARY[0] < largest < ORDINARY[1] or not largest:
+            return 1.0
+        return 2.0 ** -min(126, max(-126, math.frexp(largest)[1]))  # as far as float32 has the power itself
+
+    @cached_property
     def _mean(self) -> Tensor:
-        total = torch.stack([chunk.sum(dim=0, dtype=torch.float32) for chunk in self.keys.split(_CHUNK)]).sum(dim=0)
+        """Of the keys times the scale."""
+        chunks = self.keys.split(_CHUNK)
+        total = torch.stack([self._scaled(chunk).sum(dim=0, dtype=torch.float32) for chunk in chunks]).sum(dim=0)
         return total / len(self.keys)
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        return rows if self._scale == 1 else rows.float() * self._scale
 
     def _shifted(self, rows: Tensor) -> Tensor:
         """Rows in float32, in the coordinates that scores are computed in."""
-        return rows.float() if self._center is None else rows.float() - self._center
+        rows = self._scaled(rows).float()
+        return rows if self._center is None else rows - self._center
 
     def _search_block(self, queries: Tensor, k: int, wanted: int, key_block: int) -> tuple[Tensor, Tensor]:
         shifted = self._shifted(queries)
@@ -169,7 +190,7 @@ class ExactIndex:
         # The standard bound of rounding errors of a product, with their usual growth by sqrt(D).
         slack = 4 * torch.finfo(torch.float32).eps * shifted.shape[1] ** 0.5
         rounding = slack * (squared.sqrt() + self._squared_norms.max().sqrt()).square()
-        bounds: Tensor = farthest.square() * (1 + 1e-6) - squared + rounding
+        bounds: Tensor = (farthest * self._scale).square() * (1 + 1e-6) - squared + rounding
         return bounds
 
     def _scan(self, query: Tensor, shifted: Tensor, bound: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -12,14 +12,11 @@ from torch import Tensor
 
 from lightning_resmem.errors import InputError
 from lightning_resmem.memory.capacity import available_bytes
+from lightning_resmem.memory.search.faiss_limits import FACTORIES, check_bounds, check_size
 
 _log = logging.getLogger("lightning_resmem")
 
-# Rows that may be too few to train an index, which is tried then.
-_FEW_TRAIN_ROWS = 1024
 _GPU_MAX_K = 2048
-# What an index may be described as.
-_FACTORIES = 'a FAISS factory string such as "HNSW32" or "IVF1024,Flat"'
 # A width that nearly all descriptions fit.
 _ANY_WIDTH = 64
 # Multiplications of one query (rows x width) up to which a CPU searches exactly: some 20 ms on one core.
@@ -40,8 +37,8 @@ class FaissIndex:
             nearest rows is found, measured on 256 stored rows.
 
     Raises:
-        InputError: If a number is out of its range, or FAISS is installed and does not understand `factory`, or such an
-            index has no such setting.
+        InputError: If a number is out of its range, also one in `factory`; or FAISS is installed and does not
+            understand `factory`, or such an index has no such setting.
     """
 
     factory: str
@@ -58,7 +55,8 @@ class FaissIndex:
         if self.min_recall is not None and not 0 < self.min_recall <= 1:
             raise InputError(f"min_recall={self.min_recall!r}: give a share above 0 and at most 1, e.g. 0.95.")
         if not isinstance(self.factory, str):
-            raise InputError(f"factory={self.factory!r}: give {_FACTORIES}.")
+            raise InputError(f"factory={self.factory!r}: give {FACTORIES}.")
+        check_bounds(self.factory)
         if importlib.util.find_spec("faiss") is not None:  # without it `check` refuses, before anything is memorized
             _check_factory(self)
 
@@ -73,7 +71,8 @@ def check(config: FaissIndex, rows: int | None, width: int, device: torch.device
         device: Where the keys will be.
 
     Raises:
-        InputError: As for `FaissSearch`, or if there are fewer rows than lists to train.
+        InputError: As for `FaissSearch`, if there are fewer rows than lists or codebooks take to train, or if keys are
+            narrower than `PCA` is to make them.
     """
     faiss = import_faiss(config)
     check_device(faiss, device, config)
@@ -85,20 +84,18 @@ def check(config: FaissIndex, rows: int | None, width: int, device: torch.device
             f"index={config.factory!r} has {inverted.nlist} lists, and there are only {rows} rows to train them on: "
             'use fewer lists, or index="exact".'
         )
-    if isinstance(faiss.downcast_index(index), faiss.IndexIDMap):  # and its subclass IDMap2
+    check_size(config.factory, rows, width)
+
+
+def train_index(index: Any, keys: Any, config: FaissIndex) -> None:
+    """Train an index of FAISS on keys `(n, D)`, a float32 array; raises an error that says why it cannot be."""
+    try:
+        index.train(keys)
+    except RuntimeError as error:
         raise InputError(
-            f"index={config.factory!r} keeps ids of its own, which the memory does itself: leave out IDMap."
-        )
-    if rows is not None and rows <= _FEW_TRAIN_ROWS and not index.is_trained:
-        # Codebooks (PQ, RQ, LSQ) want a row at least for each of their entries, and FAISS alone knows how many.
-        keys = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
-        try:
-            index.train(keys.numpy())
-        except RuntimeError as error:
-            raise InputError(
-                f"index={config.factory!r} cannot be trained on {rows} keys: {reason_of(error)}. Use fewer "
-                'clusters, or index="exact".'
-            ) from error
+            f"index={config.factory!r} cannot be trained on {len(keys)} keys of width {keys.shape[1]}: "
+            f'{reason_of(error)}. Use fewer clusters, or index="exact".'
+        ) from error
 
 
 def check_gpu_k(device: torch.device, k: int, config: FaissIndex) -> None:
@@ -133,7 +130,7 @@ def choose(
         width: `D`.
         device: Where the keys are.
         free_bytes: Memory of the machine that nobody uses.
-        installed: Whether FAISS is.
+        installed: Whether FAISS is, and works.
 
     Returns:
         What to build, None for exact search, and the reason.
@@ -147,7 +144,7 @@ def choose(
     if rows * width <= _EXACT_WORK:
         return None, f"exact: {rows} x {width} keys are searched in milliseconds"
     if not installed:
-        return None, f"exact: {rows} x {width} keys take long to search, but faiss-cpu is not installed"
+        return None, f"exact: {rows} x {width} keys take long to search, and there is no FAISS (faiss-cpu)"
     lists = 2 ** round(np.log2(4 * rows**0.5))
     copied = 4 * rows * width
     if free_bytes > 1.25 * copied:
@@ -162,21 +159,41 @@ def choose(
 
 def choose_here(keys: Tensor) -> FaissIndex | None:
     """`choose` for these keys on this machine; the reason is logged."""
-    installed = importlib.util.find_spec("faiss") is not None
+    many = keys.device.type == "cpu" and keys.numel() > _EXACT_WORK
+    installed = many and is_usable()
     config, reason = choose(keys.shape[0], keys.shape[1], keys.device, available_bytes() or 0, installed)
-    slow = config is None and keys.device.type == "cpu" and keys.numel() > _EXACT_WORK
+    slow = config is None and many
     _log.log(logging.WARNING if slow else logging.INFO, 'index="auto" chose %s', reason)
     return config
 
 
+def is_usable() -> bool:
+    """Whether FAISS is installed and works; what keeps an installed one from it is logged."""
+    try:
+        import faiss  # noqa: F401
+    except ModuleNotFoundError:
+        return False
+    except Exception as error:  # whatever its libraries raise: OSError, RuntimeError, ImportError
+        _log.warning("FAISS is installed and does not work here (%s: %s).", type(error).__name__, error)
+        return False
+    return True
+
+
 def import_faiss(config: FaissIndex) -> ModuleType:
-    """FAISS; raises an error that says how to install it for an index that needs it."""
+    """FAISS; raises an error that says how to install it, or what keeps it from working, for an index that needs it."""
     try:
         import faiss  # after torch, which this module imported: the other order breaks GPU results (faiss #2126)
     except ModuleNotFoundError as error:
         raise InputError(
             f'index={config.factory!r} needs FAISS: pip install "lightning-resmem[cpu]" (or [gpu]; never both), or use '
             'index="exact".'
+        ) from error
+    except Exception as error:  # as above
+        raise InputError(
+            f"index={config.factory!r} needs FAISS, which is installed and does not work here "
+            f"({type(error).__name__}: {error}). faiss-gpu needs the libraries of CUDA 12 (pip install "
+            "nvidia-cuda-runtime-cu12 nvidia-cublas-cu12 nvidia-curand-cu12); without a GPU uninstall it and pip "
+            'install "lightning-resmem[cpu]"; or use index="exact".'
         ) from error
     module: ModuleType = faiss
     return module
@@ -189,7 +206,7 @@ def make_index(faiss: ModuleType, width: int, config: FaissIndex) -> Any:
     except RuntimeError as error:
         raise InputError(
             f"index={config.factory!r} cannot be built for keys of width {width}: "
-            f'{reason_of(error)}. Give "auto", "exact" or {_FACTORIES}.'
+            f'{reason_of(error)}. Give "auto", "exact" or {FACTORIES}.'
         ) from error
     _check_settings(faiss, index, config)
     return index
@@ -203,7 +220,7 @@ def _check_factory(config: FaissIndex) -> None:
     except RuntimeError as error:
         if "could not parse" in str(error):  # other errors may come of the width
             raise InputError(
-                f'index={config.factory!r} is not understood: give "auto", "exact" or {_FACTORIES}.'
+                f'index={config.factory!r} is not understood: give "auto", "exact" or {FACTORIES}.'
             ) from error
 
 
@@ -221,6 +238,12 @@ def effort_of(faiss: ModuleType, index: Any, parameter: str) -> int | None:
         return None if inverted is None else int(inverted.nprobe)
     graph = getattr(faiss.downcast_index(index), "hnsw", None)
     return None if graph is None else int(graph.efSearch)
+
+
+def holds_keys(faiss: ModuleType, index: Any) -> bool:
+    """Whether an index holds the keys as they are, and returns their squared Euclidean distances."""
+    kinds = (faiss.IndexFlat, faiss.IndexFlatL2, faiss.IndexIVFFlat, faiss.IndexHNSWFlat)
+    return type(faiss.downcast_index(index)) in kinds and index.metric_type == faiss.METRIC_L2
 
 
 def lists_of(faiss: ModuleType, index: Any) -> int:

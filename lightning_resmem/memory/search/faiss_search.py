@@ -4,6 +4,8 @@ import dataclasses
 import logging
 import os
 import warnings
+from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,22 +15,27 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.errors import InputError, ResMemError, ResMemWarning, StorageError
-from lightning_resmem.memory.search.exact import ExactIndex
+from lightning_resmem.memory.search.exact import ORDINARY, ExactIndex
 from lightning_resmem.memory.search.faiss_index import (
     FaissIndex,
     check_device,
     check_gpu_k,
     effort_of,
+    holds_keys,
     import_faiss,
     lists_of,
     make_index,
     reason_of,
+    train_index,
 )
-from lightning_resmem.memory.search.measuring import measure
+from lightning_resmem.memory.search.faiss_limits import check_nsg
+from lightning_resmem.memory.search.measuring import largest_number, measure
 
 _log = logging.getLogger("lightning_resmem")
 
 FILE = "index.faiss"
+# Bytes of a saved index that FAISS asks for at a time.
+_READ_BYTES = 2**20
 # Keys handed to FAISS at a time: it may copy what it is given.
 _ADD_ROWS = 65536
 # Keys a quantizer is trained on, per cluster; FAISS wants at least 39 and uses at most 256.
@@ -43,6 +50,10 @@ _GPU_TEMPORARY_BYTES = 256 * 2**20
 
 class FaissSearch:
     """An index built by FAISS over keys that stay in the memory.
+
+    Distances are Euclidean in the space of the keys: what FAISS says is taken from an index that holds the keys as they
+    are, and measured again with the keys otherwise. A query so far away that FAISS's squares would overflow is compared
+    with all keys.
 
     Args:
         keys: Shape `(N, D)`.
@@ -65,6 +76,7 @@ class FaissSearch:
         self._process = os.getpid()
         check_device(self._faiss, keys.device, config)
         self.index = self._filled(trained) if loaded is None else loaded
+        self._measures = config.rerank > 0 or not holds_keys(self._faiss, self.index)
         self._searched = self._on_device()
         self._set("nprobe", config.nprobe)
         self._set("efSearch", config.ef_search)
@@ -79,18 +91,37 @@ class FaissSearch:
             )
         fetched = min(len(self.keys), k * max(1, self.config.rerank))
         check_gpu_k(self.keys.device, fetched, self.config)
+        queries = queries.detach().float()
+        far = ~(queries.abs().amax(dim=1) < ORDINARY[1])
+        if bool(far.any()):
+            near = (~far).nonzero()[:, 0]
+            distances, positions = queries.new_empty(len(queries), k), near.new_empty(len(queries), k)
+            distances[far], positions[far] = self._exact.search(queries[far], k)
+            distances[near], positions[near] = self._search(queries[near], k, fetched)
+            return distances, positions
+        return self._search(queries, k, fetched)
+
+    @cached_property
+    def _exact(self) -> ExactIndex:
+        return ExactIndex(self.keys)
+
+    def _search(self, queries: Tensor, k: int, fetched: int) -> tuple[Tensor, Tensor]:
+        """The `k` nearest of `fetched` keys that FAISS finds."""
         self._faiss.omp_set_num_threads(torch.get_num_threads())  # FAISS keeps this per calling thread
-        squared, found = self._searched.search(queries.detach().float().cpu().contiguous().numpy(), fetched)
+        squared, found = self._searched.search(queries.cpu().contiguous().numpy(), fetched)
         positions = torch.from_numpy(found).to(queries.device)
-        if self.config.rerank:
-            distances, positions = measure(self.keys, queries.detach().float(), positions)
+        if self._measures:
+            distances, positions = measure(self.keys, queries, positions)
             return distances[:, :k].contiguous(), positions[:, :k].contiguous()
         distances = torch.from_numpy(squared).to(queries.device).clamp_min_(0).sqrt_()
         return distances.masked_fill_(positions < 0, torch.inf), positions
 
     def save(self, file: Path) -> None:
         """Write FAISS's own file."""
-        self._faiss.write_index(self.index, str(file))
+        try:
+            self._faiss.write_index(self.index, str(file))
+        except RuntimeError as error:
+            raise OSError(f"FAISS could not write its index: {reason_of(error)}") from error
 
     def describe(self) -> dict[str, Any]:
         """What to build, with the search parameters in force: as a `FaissIndex` takes it."""
@@ -106,14 +137,24 @@ class FaissSearch:
         return found
 
     def _filled(self, trained: bytes | None) -> Any:
+        check_nsg(self.config.factory, len(self.keys))
         self._faiss.omp_set_num_threads(torch.get_num_threads())
         if trained is None:
             index = _trained(self._faiss, self.keys, self.config)
         else:
             index = self._faiss.deserialize_index(np.frombuffer(trained, np.uint8))
         for chunk in self.keys.split(_ADD_ROWS):
-            index.add(chunk.float().cpu().contiguous().numpy())
+            self._add(index, chunk.float().cpu().contiguous().numpy())
         return index
+
+    def _add(self, index: Any, keys: Any) -> None:
+        try:
+            index.add(keys)
+        except RuntimeError as error:
+            raise InputError(
+                f"index={self.config.factory!r} cannot be built of {len(self.keys)} keys: {reason_of(error)}. Give "
+                'another index, or index="exact".'
+            ) from error
 
     def _on_device(self) -> Any:
         """The index to search: on the GPU of the keys, if they are on one."""
@@ -225,24 +266,34 @@ def _trained(faiss: ModuleType, keys: Tensor, config: FaissIndex) -> Any:
         # A random sample: rows in the order of the training set may be sorted by class.
         count = min(len(keys), max(_TRAIN_ROWS, _TRAIN_PER_CLUSTER * lists_of(faiss, index)))
         chosen = torch.randperm(len(keys), generator=torch.Generator().manual_seed(0))[:count].sort().values
-        try:
-            index.train(keys[chosen.to(keys.device)].float().cpu().numpy())
-        except RuntimeError as error:
-            raise InputError(
-                f"index={config.factory!r} cannot be trained on {count} keys: {reason_of(error)}. Use fewer "
-                'clusters, or index="exact".'
-            ) from error
+        train_index(index, keys[chosen.to(keys.device)].float().cpu().numpy(), config)
     return index
 
 
-def load(file: Path, keys: Tensor, config: FaissIndex) -> FaissSearch:
-    """The index of these keys that `FaissSearch.save` wrote.
+def new_search(keys: Tensor, config: FaissIndex, trained: bytes | None) -> FaissSearch | ExactIndex:
+    """`FaissSearch`, or, with a warning, exact search of keys whose squares FAISS cannot hold."""
+    largest = largest_number(keys)
+    if not largest or ORDINARY[0] < largest < ORDINARY[1]:
+        return FaissSearch(keys, config, trained=trained)
+    warnings.warn(
+        f"index={config.factory!r} cannot compare keys whose largest number is {largest:.3g}, as FAISS squares them in "
+        f"float32: all keys are compared instead, exactly. Bring embeddings between {ORDINARY[0]:.0e} and "
+        f"{ORDINARY[1]:.0e} for FAISS.",
+        ResMemWarning,
+        stacklevel=2,
+    )
+    return ExactIndex(keys)
+
+
+def load(stream: FileIO, file: Path, keys: Tensor, config: FaissIndex) -> FaissSearch:
+    """The index of these keys that `FaissSearch.save` wrote to a file, which is open.
 
     Raises:
         StorageError: If the file cannot be read, or holds other keys.
     """
+    faiss = import_faiss(config)
     try:
-        loaded = import_faiss(config).read_index(str(file))
+        loaded = faiss.read_index(faiss.PyCallbackIOReader(stream.read, _READ_BYTES))
     except RuntimeError as error:
         raise StorageError(f"{file} cannot be read ({reason_of(error)})") from error
     if (loaded.ntotal, loaded.d) != tuple(keys.shape):

@@ -7,10 +7,15 @@ from lightning_resmem.functional import ascending
 
 # Numbers of candidates that are measured at once: what stays in a core's cache, and what keeps a GPU busy.
 _CPU_MEASURED, _GPU_MEASURED = 2**20, 2**26
+# Keys that are looked at together.
+_CHUNK = 65536
+# Distances below this may have lost digits, or all of them, when their squares were added up.
+_LEAST = 1e-13
+_MOST = torch.finfo(torch.float32).max
 
 
 def measure(keys: Tensor, queries: Tensor, positions: Tensor, in_order: bool = False) -> tuple[Tensor, Tensor]:
-    """True distances of candidates, by direct differences.
+    """True distances of candidates, by direct differences, of whatever magnitude.
 
     Args:
         keys: Shape `(N, D)`.
@@ -19,7 +24,8 @@ def measure(keys: Tensor, queries: Tensor, positions: Tensor, in_order: bool = F
         in_order: Whether those of a query are ascending already, missing ones last.
 
     Returns:
-        Distances and positions, both `(b, n)`, sorted by distance and then by position, missing ones last.
+        Distances and positions, both `(b, n)`, sorted by distance and then by position, missing ones last. A distance
+        that float32 cannot hold is its largest number: infinity would mean that the place is missing.
     """
     if not in_order:
         positions = positions.sort(dim=1).values
@@ -38,5 +44,24 @@ def measure(keys: Tensor, queries: Tensor, positions: Tensor, in_order: bool = F
             wide.copy_(part)
         wide = wide.view(*block.shape, width).sub_(queries[first : first + rows, None])
         torch.linalg.vector_norm(wide, dim=2, out=distances[first : first + rows])
+    doubtful = ((distances < _LEAST) | ~torch.isfinite(distances)) & (positions >= 0)
+    for part in doubtful.nonzero().split(max(1, _CPU_MEASURED // width)):
+        row, place = part.unbind(dim=1)
+        apart = keys.index_select(0, positions[row, place]).float() - queries.index_select(0, row)
+        distances[row, place] = _lengths(apart)
     distances, order = ascending(distances.masked_fill_(positions < 0, torch.inf))
     return distances, positions.gather(1, order)
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    """Of rows `(n, D)` whose squares may overflow or vanish: shape `(n,)`."""
+    rows = rows.clamp(-_MOST, _MOST)
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    scaled: Tensor = torch.linalg.vector_norm(rows / largest.where(largest > 0, 1), dim=1)
+    return scaled.mul_(largest[:, 0]).clamp_max_(_MOST)
+
+
+def largest_number(keys: Tensor) -> float:
+    """The largest absolute value in keys `(N, D)`."""
+    ends = [torch.stack(torch.aminmax(chunk)) for chunk in keys.split(_CHUNK)]
+    return float(torch.stack(ends).abs().max())

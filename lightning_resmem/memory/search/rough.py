@@ -214,9 +214,9 @@ class Screen:
         keys = self._keys[index * _PIECE : (index + 1) * _PIECE]
         squared = self._squared_norms[index * _PIECE : (index + 1) * _PIECE]
         count, width = keys.shape
-        errors = torch.empty(count)
+        errors = torch.empty(count, dtype=torch.float32)
         rows = max(1, _ROUNDED // width)
-        shifted = torch.empty(min(rows, count), width)
+        shifted = torch.empty(min(rows, count), width, dtype=torch.float32)
         for part, rounded, error in zip(
             keys.split(rows), out[:count, :width].split(rows), errors.split(rows), strict=True
         ):
@@ -285,13 +285,14 @@ def _padded(positions: Tensor, counts: Tensor, least: int) -> Tensor:
     return torch.full((len(counts) * width,), -1).index_copy_(0, places, positions).view(len(counts), width)
 
 
-def squared_norms(keys: Tensor, center: Tensor | None = None) -> Tensor:
-    """Of keys `(N, D)`, less `center` if it is given: shape `(N,)`, float32."""
+def squared_norms(keys: Tensor, center: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """Of keys `(N, D)` times `scale`, less `center` if it is given: shape `(N,)`, float32."""
     squared = torch.empty(len(keys), dtype=torch.float32, device=keys.device)
     # Into one tensor: small results between large temporary ones would keep the memory of the latter from being used
     # again, and in the end as much as the keys take.
     for part, out in zip(keys.split(_CHUNK), squared.split(_CHUNK), strict=True):
-        rows = part.float() if center is None else part.float() - center
+        rows = part.float() if scale == 1 else part.float() * scale
+        rows = rows if center is None else rows - center
         torch.sum(rows.square(), dim=1, out=out)
     return squared
 

@@ -3,11 +3,13 @@
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from lightning_resmem.errors import StorageError
@@ -15,6 +17,7 @@ from lightning_resmem.memory.search import faiss_search
 from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.memory.search.faiss_search import FaissSearch
 from lightning_resmem.memory.storage import disk
+from lightning_resmem.memory.storage.contents import check_contents
 from lightning_resmem.memory.values.dense import DenseConfig
 from lightning_resmem.memory.values.interface import Values
 from lightning_resmem.memory.values.sparse import SparseConfig
@@ -26,10 +29,10 @@ _log = logging.getLogger("lightning_resmem")
 
 @dataclass(frozen=True)
 class Saved:
-    """A saved memory: its manifest, what the manifest stands for, and the tensors of its rows.
+    """A saved memory: what its manifest stands for, and the tensors of its rows.
 
     Attributes:
-        manifest: As it was read.
+        files: The manifest as it was read, the tensors and the open files.
         task: What a residual is.
         params: How the memory is read.
         tunable: Whether the params were left to be measured or tuned.
@@ -37,10 +40,9 @@ class Saved:
         index: How neighbours are found.
         config: The kind of values.
         values: Values of that kind, without rows.
-        tensors: Keys, ids and what `values` holds, by name; all of one length.
     """
 
-    manifest: dict[str, Any]
+    files: disk.Opened
     task: Task
     params: ResMemParams
     tunable: bool
@@ -48,10 +50,28 @@ class Saved:
     index: str | FaissIndex
     config: DenseConfig | SparseConfig
     values: Values
-    tensors: dict[str, Tensor]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Keys, ids and what `values` holds, by name; all of one length."""
+        return self.files.tensors
+
+    def verify(self) -> None:
+        """Check what mapping left out: checksums, and that the contents are possible.
+
+        Raises:
+            StorageError: If something is damaged.
+        """
+        self.files.verify()
+        self.check_contents()
+
+    def check_contents(self) -> None:
+        """Raise an error for rows that cannot be, such as a label that is no class."""
+        check_contents(self.files.path, self.task, self.values, self.tensors)
 
 
-def read_saved(directory: str | os.PathLike[str], mmap: bool = False) -> Saved:
+@contextmanager
+def read_saved(directory: str | os.PathLike[str], mmap: bool = False) -> Iterator[Saved]:
     """Read a saved memory and check that its parts belong together.
 
     Args:
@@ -61,18 +81,26 @@ def read_saved(directory: str | os.PathLike[str], mmap: bool = False) -> Saved:
     Raises:
         StorageError: If something is missing, damaged, impossible, or of another format version.
     """
-    manifest = disk.read_manifest(directory)
-    tensors = disk.read_tensors(directory, manifest, mmap)
-    entry = partial(disk.entry, directory, manifest)
+    with disk.opened(directory, mmap) as files:
+        saved = _understood(files)
+        if not mmap:
+            saved.check_contents()
+        yield saved
+
+
+def _understood(files: disk.Opened) -> Saved:
+    """What the manifest stands for."""
+    manifest, tensors = files.manifest, files.tensors
+    entry = partial(disk.entry, files.path, manifest)
     name, rows, num_outputs = entry(str, "task"), entry(int, "rows"), entry(int, "values", "num_outputs")
     tunable, provenance = entry(bool, "tunable"), dict(entry(dict, "provenance"))
     for key in provenance:
         entry(str, "provenance", key)
     for parameter in dataclasses.fields(ResMemParams):
         if parameter.name != "gate" and parameter.name not in entry(dict, "params"):  # None, in older memories
-            raise disk.damaged(directory, f"params.{parameter.name} is missing")
+            raise disk.damaged(files.path, f"params.{parameter.name} is missing")
     if name not in TASKS:
-        raise disk.damaged(directory, f"its task is {name!r}, this release knows {', '.join(TASKS)}")
+        raise disk.damaged(files.path, f"its task is {name!r}, this release knows {', '.join(TASKS)}")
     index: str | FaissIndex = "exact"
     config: DenseConfig | SparseConfig = DenseConfig()
     try:
@@ -83,28 +111,18 @@ def read_saved(directory: str | os.PathLike[str], mmap: bool = False) -> Saved:
             config = SparseConfig(entry(int, "values", "top_m"))
         values: Values = config.build(task, num_outputs)
     except (TypeError, ValueError) as error:
-        raise disk.damaged(directory, str(error).rstrip(".")) from error
-    _check_tensors(directory, rows, values, tensors)
-    if not mmap and isinstance(task, Multiclass):
-        highest = max(int(tensors[label].max()) for label in values.labels)
-        if num_outputs <= highest:
-            raise disk.damaged(directory, f"values.num_outputs is {num_outputs}, the files hold class {highest}")
-    return Saved(manifest, task, params, tunable, provenance, index, config, values, tensors)
+        raise disk.damaged(files.path, str(error).rstrip(".")) from error
+    _check_tensors(files.path, rows, values, tensors)
+    return Saved(files, task, params, tunable, provenance, index, config, values)
 
 
-def read_index(
-    directory: str | os.PathLike[str], manifest: Mapping[str, Any], keys: Tensor, config: FaissIndex
-) -> FaissSearch | None:
+def read_index(files: disk.Opened, keys: Tensor, config: FaissIndex) -> FaissSearch | None:
     """The index saved with a memory, or None, with a logged reason, if it has to be built again from the keys."""
-    file, problem = disk.read_extra(directory, manifest, faiss_search.FILE)
-    reason = f"{file} {problem}"
-    if problem is None:
-        try:
-            return faiss_search.load(file, keys, config)
-        except StorageError as error:
-            reason = str(error)
-    _log.warning("%s: it is built again from the keys.", reason)
-    return None
+    try:
+        return faiss_search.load(*files.extra(faiss_search.FILE), keys, config)
+    except StorageError as error:
+        _log.warning("%s: it is built again from the keys.", error)
+        return None
 
 
 def manifest(
@@ -140,6 +158,11 @@ def _check_tensors(directory: str | os.PathLike[str], rows: int, values: Values,
     lengths = {name: len(tensors[name]) for name in names}
     if not rows or set(lengths.values()) != {rows}:
         raise StorageError(f"{directory} is damaged: the manifest says {rows} rows, the files hold {lengths}.")
+    floats, whole = (torch.float32, torch.float16, torch.bfloat16), (torch.int64, torch.int32, torch.int16)
+    labels = values.labels if isinstance(values.task, Multiclass) else ()
+    for name, kinds in {"keys": floats, "ids": whole[:1], **dict.fromkeys(labels, whole)}.items():
+        if tensors[name].dtype not in kinds:
+            raise disk.damaged(directory, f"tensors.{name}.dtype is {tensors[name].dtype}")
     width = tensors["keys"].shape[-1]
     for name, shape in {"keys": (rows, width), "ids": (rows,), **values.shapes(rows)}.items():
         if tensors[name].shape != shape:

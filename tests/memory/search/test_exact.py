@@ -124,3 +124,52 @@ def test_small_integer_grids(data: st.DataObject) -> None:
     _, found = ExactIndex(keys).search(keys[:3], k)
     _, expected = oracle.neighbors(keys.numpy(), None, keys[:3].numpy(), k)
     np.testing.assert_array_equal(found.numpy(), expected)
+
+
+EXTREME = {
+    "1e25": lambda n, d: torch.randn(n, d) * 1e25,
+    "1e38": lambda n, d: torch.rand(n, d) * 3e38,
+    "1e-20": lambda n, d: torch.randn(n, d) * 1e-20,
+    "1e-25": lambda n, d: torch.randn(n, d) * 1e-25,
+    "1e-38": lambda n, d: torch.randn(n, d) * 1e-38,
+    "1e-30 to 1e30": lambda n, d: torch.randn(n, d) * 10 ** (torch.rand(n, 1) * 60 - 30),
+    "far from zero": lambda n, d: (torch.randn(n, d) + 100) * 1e-24,
+}
+
+
+@pytest.mark.parametrize("data", EXTREME)
+@pytest.mark.parametrize("rows", [40, 9000])
+def test_keys_of_any_magnitude(data: str, rows: int) -> None:
+    keys = EXTREME[data](rows, 8)
+    _check_relatively(keys, torch.cat([keys[:20], EXTREME[data](20, 8), torch.zeros(1, 8)]), 10)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+@pytest.mark.parametrize("query", [1e-30, 1e20, 1e25, 3e38])
+def test_a_query_of_another_magnitude_than_the_keys(query: float, scale: float) -> None:
+    keys = torch.randn(9000, 8) * scale
+    _check_relatively(keys, torch.cat([torch.full((1, 8), query), keys[:3]]), 10)
+
+
+@pytest.mark.parametrize("magnitude", [1e25, 1e-25])
+def test_bfloat16_keys_of_any_magnitude(magnitude: float) -> None:
+    keys = (torch.randn(9000, 8) * magnitude).bfloat16()
+    _check_relatively(keys, torch.randn(20, 8) * magnitude, 10)
+
+
+def _check_relatively(keys: torch.Tensor, queries: torch.Tensor, k: int) -> None:
+    """Each distance is the oracle's to float tolerance of itself, and that of the row that was found."""
+    distances, positions = ExactIndex(keys).search(queries, k)
+    most = np.finfo(np.float32).max
+    expected = np.minimum(oracle.neighbors(keys.double().numpy(), None, queries.double().numpy(), k)[0], most)
+    np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-5, atol=1e-44)
+    away = np.linalg.norm(keys.double().numpy()[positions.numpy()] - queries.double().numpy()[:, None], axis=2)
+    np.testing.assert_allclose(np.minimum(away, most), expected, rtol=1e-5, atol=1e-44)
+    assert all(len(set(row)) == k for row in positions.tolist())
+
+
+def test_distances_are_right_below_any_unit_of_the_largest_key() -> None:
+    keys = torch.zeros(9000, 4)
+    keys[:100] = torch.randn(100, 4) * 1e-28
+    keys[100] = 1
+    _check_relatively(keys[:101], keys[:20], 10)

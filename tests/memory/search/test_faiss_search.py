@@ -4,13 +4,16 @@ import logging
 import os
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
 from lightning_resmem import InputError, LocalMemory, ResMemError, ResMemParams, ResMemWarning
+from lightning_resmem.memory.search import faiss_index
 from lightning_resmem.memory.search.exact import ExactIndex
 from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.memory.search.faiss_search import FaissSearch
+from tests import oracle
 
 
 def _recall(search: FaissSearch, queries: torch.Tensor, k: int = 10) -> float:
@@ -138,3 +141,62 @@ def test_without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
         FaissSearch(torch.randn(10, 4), FaissIndex("Flat"))
     with pytest.raises(InputError, match=r"lightning-resmem\[cpu\]"):
         LocalMemory(index="Flat").rehearse(None, 4)
+
+
+@pytest.mark.parametrize(
+    "factory",
+    ["L2norm,Flat", "PCA8,Flat", "PCAW8,Flat", "OPQ4,PQ4x4", "RR8,Flat", "SQ8", "PQ4x4", "LSH", "HNSW16_SQ8",
+     "ITQ16,LSH", "IVF8,SQ4", "PQ4x4,RFlat", "Flat", "IVF8,Flat", "HNSW16"],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore::lightning_resmem.ResMemWarning")
+def test_distances_are_those_of_the_keys_whatever_the_index_compares(factory: str) -> None:
+    keys, queries = torch.randn(3000, 16) * 5, torch.randn(20, 16) * 5
+    distances, positions = FaissSearch(keys, FaissIndex(factory)).search(queries, 10)
+    true = (keys[positions] - queries[:, None]).norm(dim=2)
+    torch.testing.assert_close(distances, true)
+    assert (distances.diff(dim=1) >= 0).all()
+
+
+def test_recall_is_that_in_the_space_of_the_keys() -> None:
+    directions = torch.nn.functional.normalize(torch.randn(3000, 16), dim=1)
+    with pytest.warns(ResMemWarning, match="finds a share of only"):
+        apart = FaissSearch(directions * torch.rand(3000, 1) * 5, FaissIndex("L2norm,Flat"))
+    assert apart.recall < 0.9
+    assert abs(_recall(apart, apart.keys[:500]) - apart.recall) < 0.1
+    assert FaissSearch(directions * 5, FaissIndex("L2norm,Flat")).recall > 0.99  # of one norm: the same order
+
+
+@pytest.mark.parametrize("magnitude", [1e-25, 1e25])
+@pytest.mark.parametrize("index", ["Flat", "IVF4,Flat", "HNSW8", "auto"])
+def test_keys_that_faiss_cannot_square_are_compared_exactly_and_told_of(
+    index: str, magnitude: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faiss_index, "_EXACT_WORK", 1000)
+    keys, queries = torch.randn(500, 8) * magnitude, torch.randn(20, 8) * magnitude
+    memory = LocalMemory(params=ResMemParams(k=5, sigma=magnitude), index=index)
+    memory.add(keys, torch.randn(500, 2), torch.zeros(500).long())
+    with pytest.warns(ResMemWarning, match="cannot compare keys whose largest number is"):
+        memory.build()
+    assert memory.stats()["index"] == "exact"
+    distances, ids = oracle.neighbors(keys.double().numpy(), None, queries.double().numpy(), 5)
+    found = memory.search(queries, 5)
+    np.testing.assert_array_equal(found.ids.numpy(), ids)
+    np.testing.assert_allclose(found.distances.numpy(), distances, rtol=1e-5)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "HNSW8", "SQ8"])
+@pytest.mark.parametrize("far", [1e20, 3e38])
+@pytest.mark.filterwarnings("ignore::lightning_resmem.ResMemWarning")
+def test_a_query_that_faiss_cannot_square_has_neighbours(factory: str, far: float) -> None:
+    keys, queries = torch.randn(500, 8), torch.randn(5, 8)
+    queries[2] = far
+    search = FaissSearch(keys, FaissIndex(factory))
+    distances, positions = search.search(queries, 5)
+    expected, _ = oracle.neighbors(keys.double().numpy(), None, queries[2:3].double().numpy(), 5)
+    most = float(np.finfo(np.float32).max)
+    np.testing.assert_allclose(distances[2:3].numpy(), np.minimum(expected, most), rtol=1e-5)
+    assert len(set(positions[2].tolist())) == 5
+    others = torch.tensor([0, 1, 3, 4])
+    alone = search.search(queries[others], 5)
+    assert torch.equal(positions[others], alone[1])
+    torch.testing.assert_close(distances[others], alone[0])

@@ -257,3 +257,33 @@ def test_the_index_gives_up_bfloat16_where_it_does_not_suffice(bfloat16_counts: 
         assert torch.equal(positions, torch.arange(5).expand(200, 5))
         assert not distances.any()
     assert bfloat16_counts == [200]
+
+
+@pytest.mark.usefixtures("loop")
+@pytest.mark.parametrize("magnitude", [1e-25, 1e-12, 1.0, 1e13, 1e25])
+def test_the_index_finds_the_nearest_at_any_magnitude(magnitude: float, bfloat16_counts: list[int]) -> None:
+    keys = randn(9000, 6) * magnitude
+    index, far = ExactIndex(keys), torch.full((1, 6), 1e20)
+    for queries in (randn(130, 6, seed=1) * magnitude, torch.cat([keys[:3], far, far * 1e18]), keys[:3] * 1.1):
+        distances, positions = index.search(queries, 10)
+        expected, _ = oracle.neighbors(keys.double().numpy(), None, queries.double().numpy(), 10)
+        np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-5)
+        away = np.linalg.norm(keys.double().numpy()[positions.numpy()] - queries.double().numpy()[:, None], axis=2)
+        np.testing.assert_allclose(away, expected, rtol=1e-5)
+    assert bfloat16_counts == ([130, 5, 3] if magnitude in (1.0, 1e13) else [])
+
+
+@pytest.mark.usefixtures("loop")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_no_candidate(dtype: torch.dtype) -> None:
+    keys, queries = randn(9000, 6) + 3, randn(40, 6, seed=1) + 3
+    expected = rough.Screen(keys, keys.mean(dim=0)).candidates(queries, 20)
+    torch.set_default_dtype(dtype)
+    try:
+        found = rough.Screen(keys, keys.mean(dim=0)).candidates(queries, 20)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found is not None
+    assert expected is not None
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])

@@ -1,6 +1,5 @@
 """What is on disk: damage is told, nothing else is touched, a FAISS file is made again."""
 
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -11,8 +10,9 @@ import safetensors.torch
 import torch
 
 from lightning_resmem import InputError, LocalMemory, ResMemParams, StorageError
-from lightning_resmem.memory.storage import tensor_file
+from lightning_resmem.memory.storage import files
 from lightning_resmem.memory.values.sparse import SparseConfig
+from tests.saved_files import edited, file_of
 
 
 def _memory(index: str = "exact", rows: int = 200) -> LocalMemory:
@@ -21,23 +21,17 @@ def _memory(index: str = "exact", rows: int = 200) -> LocalMemory:
     return memory
 
 
-def _edited(path: Path, change: Callable[[dict], object]) -> None:
-    manifest = json.loads((path / "manifest.json").read_text())
-    change(manifest)
-    (path / "manifest.json").write_text(json.dumps(manifest))
-
-
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     return _memory().save(tmp_path / "memory")
 
 
 def test_flipped_byte(saved: Path) -> None:
-    file = saved / "keys.safetensors"
+    file = file_of(saved, "keys")
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(StorageError, match=r"keys.safetensors is damaged: its sha256 is \w+, the manifest says"):
+    with pytest.raises(StorageError, match=rf"{file.name} is damaged: its sha256 is \w+, the manifest says"):
         LocalMemory.load(saved)
     with pytest.raises(StorageError) as caught:
         LocalMemory.load(saved)
@@ -46,27 +40,25 @@ def test_flipped_byte(saved: Path) -> None:
 
 
 def test_file_of_another_tensor(saved: Path) -> None:
-    file = saved / "ids.safetensors"
+    file = file_of(saved, "ids")
     safetensors.torch.save_file({"other": torch.zeros(3)}, file)
-    with pytest.raises(
-        StorageError, match=r"ids.safetensors is damaged: it holds \['other'\], the manifest says 'ids'"
-    ):
+    with pytest.raises(StorageError, match=rf"{file.name} is damaged: it holds \['other'\], the manifest says 'ids'"):
         LocalMemory.load(saved, mmap=True)
 
 
 @pytest.mark.parametrize("name", ["keys", "ids", "outputs", "targets"])
 @pytest.mark.parametrize("mmap", [False, True])
 def test_missing_file(saved: Path, name: str, mmap: bool) -> None:
-    (saved / f"{name}.safetensors").unlink()
-    with pytest.raises(StorageError, match=f"{name}.safetensors is missing"):
+    (file := file_of(saved, name)).unlink()
+    with pytest.raises(StorageError, match=f"{file.name} is missing"):
         LocalMemory.load(saved, mmap=mmap)
 
 
 @pytest.mark.parametrize("mmap", [False, True])
 def test_other_shape_shows_both_sides(saved: Path, mmap: bool) -> None:
-    file = saved / "keys.safetensors"
+    file = file_of(saved, "keys")
     safetensors.torch.save_file({"keys": torch.zeros(3, 2)}, file)
-    _edited(saved, lambda manifest: manifest["tensors"]["keys"].update(sha256=tensor_file.sha256(file)))
+    edited(saved, lambda manifest: manifest["tensors"]["keys"].update(sha256=files.sha256(file)))
     with pytest.raises(StorageError, match=r"shape \[3, 2\] and dtype float32, the manifest says \[200, 4\]"):
         LocalMemory.load(saved, mmap=mmap)
 
@@ -74,19 +66,19 @@ def test_other_shape_shows_both_sides(saved: Path, mmap: bool) -> None:
 @pytest.mark.parametrize("name", ["keys", "ids", "outputs", "targets"])
 @pytest.mark.parametrize("missing", [1, 100, -8])
 def test_a_file_of_another_size_is_not_mapped(saved: Path, name: str, missing: int) -> None:
-    file = saved / f"{name}.safetensors"
+    file = file_of(saved, name)
     whole = file.read_bytes()
     file.write_bytes(whole[:-missing] if missing > 0 else whole + bytes(-missing))
-    message = rf"{name}.safetensors is damaged: it has {len(whole) - missing} bytes, its header says {len(whole)}"
+    message = rf"{file.name} is damaged: it has {len(whole) - missing} bytes, its header says {len(whole)}"
     with pytest.raises(StorageError, match=message):
         LocalMemory.load(saved, mmap=True)
 
 
 @pytest.mark.parametrize("size", [0, 4, 50])
 def test_a_file_without_its_header_is_not_mapped(saved: Path, size: int) -> None:
-    file = saved / "targets.safetensors"
+    file = file_of(saved, "targets")
     file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(StorageError, match=r"targets.safetensors cannot be read"):
+    with pytest.raises(StorageError, match=rf"{file.name} cannot be read"):
         LocalMemory.load(saved, mmap=True)
 
 
@@ -96,11 +88,11 @@ def test_a_file_without_its_header_is_not_mapped(saved: Path, size: int) -> None
 def test_a_mapped_file_whose_rows_cannot_be_is_named(tmp_path: Path, values: str, name: str) -> None:
     memory = LocalMemory(params=ResMemParams(k=200), values=values)
     memory.add(torch.randn(200, 4), torch.randn(200, 5), torch.randint(5, (200,)))
-    file = memory.save(tmp_path / "memory") / f"{name}.safetensors"
+    file = file_of(memory.save(tmp_path / "memory"), name)
     whole = file.read_bytes()
     file.write_bytes(whole[:-80] + b"\xff" * 80)  # as a disk may leave it: of the right size
     loaded = LocalMemory.load(tmp_path / "memory", mmap=True)
-    with pytest.raises(StorageError, match=rf"{name}.safetensors is damaged: its sha256 is"):
+    with pytest.raises(StorageError, match=rf"{file.name} is damaged: its sha256 is"):
         loaded(torch.zeros(1, 4))
 
 
@@ -135,7 +127,7 @@ def test_a_mapped_file_whose_rows_cannot_be_is_named(tmp_path: Path, values: str
     ],
 )
 def test_manifest_that_does_not_fit(saved: Path, change: Callable[[dict], object], message: str) -> None:
-    _edited(saved, change)
+    edited(saved, change)
     with pytest.raises(StorageError, match=message):
         LocalMemory.load(saved)
 
@@ -144,7 +136,7 @@ def test_fewer_outputs_than_sparse_values_hold(tmp_path: Path) -> None:
     memory = LocalMemory(params=ResMemParams(k=3), values=SparseConfig(2))
     memory.add(torch.randn(50, 4), torch.eye(5).repeat(10, 1), torch.randint(5, (50,)))
     path = memory.save(tmp_path / "memory")
-    _edited(path, lambda manifest: manifest["values"].update(num_outputs=4))
+    edited(path, lambda manifest: manifest["values"].update(num_outputs=4))
     with pytest.raises(StorageError, match="num_outputs is 4, the files hold class 4"):
         LocalMemory.load(path)
 
@@ -180,7 +172,7 @@ def test_failed_save_keeps_the_old_memory(saved: Path, monkeypatch: pytest.Monke
     def full(*_args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match="No space left"):
         _memory(rows=7).save(saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
@@ -190,18 +182,19 @@ def test_failed_save_keeps_the_old_memory(saved: Path, monkeypatch: pytest.Monke
 def test_the_old_memory_is_put_back_if_the_new_one_cannot_take_its_place(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rename = Path.rename
+    replace = Path.replace
 
     def refused(path: Path, target: Path) -> Path:
-        if path.suffix == ".partial":
+        if target.name == "manifest.json":
             raise OSError(5, "Input/output error")
-        return rename(path, target)
+        return replace(path, target)
 
-    monkeypatch.setattr(Path, "rename", refused)
+    monkeypatch.setattr(Path, "replace", refused)
     with pytest.raises(StorageError, match="Input/output error"):
         _memory(rows=7).save(saved)
     assert len(LocalMemory.load(saved)) == 200
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+    assert len(list(saved.iterdir())) == 5
 
 
 def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
@@ -243,13 +236,13 @@ def _damage(file: Path) -> None:
 
 
 def _stale(file: Path) -> None:
-    _edited(file.parent, lambda manifest: manifest["extra"]["index.faiss"].update(keys_sha256="0" * 64))
+    edited(file.parent, lambda manifest: manifest["extra"]["index.faiss"].update(keys_sha256="0" * 64))
 
 
 def _of_fewer_rows(file: Path) -> None:
-    other = _memory("HNSW8", rows=100).save(file.parent.parent / "other") / file.name
-    file.write_bytes(other.read_bytes())
-    _edited(file.parent, lambda manifest: manifest["extra"][file.name].update(sha256=tensor_file.sha256(file)))
+    other = _memory("HNSW8", rows=100).save(file.parent.parent / "other")
+    file.write_bytes(file_of(other, "index.faiss").read_bytes())
+    edited(file.parent, lambda manifest: manifest["extra"]["index.faiss"].update(sha256=files.sha256(file)))
 
 
 @pytest.mark.parametrize(
@@ -269,9 +262,9 @@ def test_faiss_file_is_built_again(
     with caplog.at_level(logging.WARNING, "lightning_resmem"):
         assert torch.equal(LocalMemory.load(path)(queries), memory(queries))
         assert not caplog.records
-        harm(path / "index.faiss")
+        harm(file := file_of(path, "index.faiss"))
         assert torch.equal(LocalMemory.load(path)(queries), memory(queries))
-    assert f"index.faiss {problem}: it is built again" in caplog.text
+    assert f"{file.name} {problem}: it is built again" in caplog.text
 
 
 def test_mapped_memory_is_not_read_when_it_is_opened(tmp_path: Path) -> None:
