@@ -16,7 +16,7 @@ from lightning_resmem.cluster.merging import PendingSearch, overview, total
 from lightning_resmem.cluster.sharded_memory import ShardedMemory
 from lightning_resmem.functional import neighbor_weights
 from lightning_resmem.memory.answers import Neighbors
-from lightning_resmem.memory.checks import as_ids, checked_changes, checked_rows, repeated
+from lightning_resmem.memory.checks import as_ids, checked_changes, checked_rows, checked_search, repeated
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.memory.storage import disk
@@ -172,7 +172,7 @@ class RayMemory(ShardedMemory):
         """
         self.build()
         assert self._shape is not None
-        queries, k = self._checked_search(queries, self._shape[0], k)
+        queries, k = checked_search(queries, self._shape[0], k, len(self))
         held = in_store(queries.detach().float().cpu().numpy())
         request = self._shards.ask("search", held, k, partial=self._is_partial)
         return PendingSearch(request, len(queries), k, queries.device)

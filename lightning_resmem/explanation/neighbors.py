@@ -213,16 +213,17 @@ def explain(
     check_memory(memory)
     top = checked_k(top, "top")
     embeddings = as_tensor("embeddings", embeddings)
-    found, neighbors = memory.predictions_and_neighbors(embeddings, outputs)
+    with memory.reading():
+        found, neighbors = memory.predictions_and_neighbors(embeddings, outputs)
+        params, (values, positions) = memory.params, fetch_neighbors(memory, neighbors.ids[:, :top].cpu())
     predictions = Predictions(*(part.cpu() for part in found))
-    params, num_outputs = memory.params, predictions.base.shape[1]
+    num_outputs = predictions.base.shape[1]
     if targets is not None:
         targets = memory.task.check_targets(as_tensor("targets", targets), num_outputs).cpu()
         if len(targets) != len(embeddings):
             raise InputError(f"targets has {len(targets)} rows, embeddings has {len(embeddings)}: give one a query.")
     weights = neighbor_weights(neighbors.distances, params.sigma)[:, :top].cpu()
     neighbors = Neighbors(neighbors.distances[:, :top].cpu(), neighbors.ids[:, :top].cpu())
-    values, positions = fetch_neighbors(memory, neighbors.ids)
     residuals = row_residuals(values, positions, params.softmax_temperature).cpu()
     strength = params.strengths(memory.task, predictions.base, neighbors.distances[:, 0])
     contributions = per_neighbor(strength) * weights[..., None] * residuals

@@ -13,11 +13,18 @@ from lightning_resmem.tasks import Multiclass, Task, check_finite
 
 # Bytes of a search result (12 a place) beyond which places that no row can fill are refused.
 _PADDED_BYTES = 2**32
+LARGEST_ID = torch.iinfo(torch.int64).max
 
 
 def as_tensor(name: str, value: Any) -> Tensor:
     """A tensor as it is, an array or nested lists of real numbers as a tensor; raises an error for anything else."""
     tensor = value if isinstance(value, Tensor) else _made_tensor(name, value)
+    if tensor.is_meta:
+        raise InputError(f"{name} is a tensor on the meta device, which holds no numbers.")
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized:
+        kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else "sparse"
+        way_out = {"nested": "to_padded_tensor(0.0)", "quantized": "dequantize()", "sparse": "to_dense()"}[kind]
+        raise InputError(f"{name} is a {kind} tensor, expected one with all its numbers: give .{way_out}.")
     if tensor.is_complex():
         raise InputError(f"{name} has dtype {tensor.dtype}, expected real numbers: give its .real, for example.")
     return tensor
@@ -87,7 +94,27 @@ def as_ids(ids: Any) -> Tensor:
         raise InputError(
             f"ids has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected (n,) and int64.{hint}"
         )
-    return tensor.detach().to(torch.int64)
+    whole = tensor.detach().to(torch.int64)
+    if tensor.dtype == torch.uint64 and bool((whole < 0).any()):
+        raise InputError(f"ids holds numbers above {LARGEST_ID}, which int64 has no room for.")
+    return whole
+
+
+def default_ids(first: int, count: int) -> Tensor:
+    """`first, first + 1, ...`, shape `(count,)`; raises an error where there are not so many."""
+    if first + count > LARGEST_ID + 1:
+        raise InputError(
+            f"ids are not given, and behind the largest so far, {first - 1}, there are no {count} more: give ids=."
+        )
+    return torch.arange(count) + first if count else torch.empty(0, dtype=torch.int64)
+
+
+def narrowed(name: str, rows: Tensor, dtype: torch.dtype | None, ids: Tensor | None = None) -> Tensor:
+    """Rows in the dtype that they are stored as (None: as they are); raises an error for numbers it cannot hold."""
+    stored = rows if dtype is None else rows.to(dtype)
+    if stored.is_floating_point() and torch.finfo(stored.dtype).max < torch.finfo(rows.dtype).max:
+        check_finite(f"{name} (as {stored.dtype}, at most {torch.finfo(stored.dtype).max:.5g})", stored, ids)
+    return stored
 
 
 def check_shapes(embeddings: Tensor, outputs: Tensor, targets: Tensor, shape: tuple[int, int] | None) -> None:
@@ -148,7 +175,7 @@ def checked_rows(
     targets = as_tensor("targets", targets)
     check_shapes(embeddings, outputs, targets, shape)
     count = len(embeddings)
-    ids = checked_ids(torch.arange(next_id, next_id + count) if ids is None else ids, count)
+    ids = checked_ids(default_ids(next_id, count) if ids is None else ids, count)
     check_finite("embeddings", as_compared(embeddings.detach()), ids)
     check_finite("outputs", outputs.detach(), ids)
     check_logits(task, outputs)

@@ -1,10 +1,21 @@
 """Rows that arrive chunk by chunk, kept without ever needing twice their memory."""
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 # Large enough that the allocator maps each block on its own and returns it when it is freed.
 _BLOCK_BYTES = 32 * 2**20
+
+
+class Mark(NamedTuple):
+    """What a tensor consisted of before rows were appended."""
+
+    blocks: tuple[Tensor, ...]
+    filled: int
+    length: int
+    reserved: int
 
 
 class GrowingTensor:
@@ -28,6 +39,26 @@ class GrowingTensor:
 
     def __len__(self) -> int:
         return self._length
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What rows are stored as; None before the first."""
+        return self._blocks[0].dtype if self._blocks else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows."""
+        first = self._blocks[0] if self._blocks else torch.empty(0)
+        return self._length * first.shape[1:].numel() * first.element_size()
+
+    def mark(self) -> Mark:
+        """What there is now, for `restore`."""
+        return Mark(tuple(self._blocks), self._filled, self._length, self._reserved)
+
+    def restore(self, mark: Mark) -> None:
+        """Forget what was appended since."""
+        self._blocks = list(mark.blocks)
+        _, self._filled, self._length, self._reserved = mark
 
     def reserve(self, rows: int) -> None:
         """Expect `rows` more rows: the next block is made large enough for all of them."""
@@ -89,3 +120,12 @@ class GrowingTensor:
             rows[end : end + len(moved)] = moved
             end += len(moved)
         self._length = self._filled = end
+
+    def __getstate__(self) -> dict[str, Any]:
+        rows = self.finish() if self._blocks else None
+        if rows is not None and rows.untyped_storage().nbytes() > 2 * rows.nbytes:
+            # Much of the block is empty. The copy is kept: processes that are spawned map it from here.
+            rows = rows.clone()
+            self._blocks = [rows]
+        blocks = [] if rows is None else [rows]
+        return {"_blocks": blocks, "_filled": self._length, "_length": self._length, "_reserved": self._reserved}

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from lightning_resmem.errors import EmptyMemoryError, InputError, check_type
 from lightning_resmem.memory.answers import Neighbors, Predictions, combined, evenly_spaced, typical_distance
-from lightning_resmem.memory.checks import checked_batch, checked_search
+from lightning_resmem.memory.checks import checked_batch
+from lightning_resmem.memory.locks import Guarded, ReadWriteLock, exclusive
 from lightning_resmem.memory.storage.paths import Url
 from lightning_resmem.memory.values.interface import Values
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Multiclass, Task
 
 
-class ResidualMemory(nn.Module, ABC):
+class ResidualMemory(nn.Module, Guarded, ABC):
     """Keys, values and ids of the training rows, and the sum of residuals around a query.
 
     Where a method takes a tensor, a NumPy array or nested lists of numbers work as well.
@@ -40,6 +41,7 @@ class ResidualMemory(nn.Module, ABC):
             base's weights, and the names of `head` and `embedding`.
         tunable: Whether the params were left to be measured or tuned.
         show_progress: Whether a long `build` may show a bar.
+        fillings: How often all rows were replaced by others.
     """
 
     def __init__(self, task: Task | None = None, params: ResMemParams | None = None) -> None:
@@ -50,6 +52,8 @@ class ResidualMemory(nn.Module, ABC):
         self.provenance: dict[str, str] = {}
         self.tunable = params is None
         self.show_progress = False
+        self.fillings = 0
+        self._lock = ReadWriteLock()
         self._params: ResMemParams | None = None
         if params is not None:
             self.params = params
@@ -232,13 +236,16 @@ class ResidualMemory(nn.Module, ABC):
     @property
     def params(self) -> ResMemParams:
         """How the memory is read; assign new ones at any time. Residuals follow, no second memory pass is needed."""
-        if self._params is None:  # nobody gave or tuned any
+        params = self._params
+        if params is None:  # nobody gave or tuned any
             if not len(self):
                 raise EmptyMemoryError("The memory has neither params nor rows to measure them on: add rows first.")
-            self._params = ResMemParams(sigma=self.distance_scale())
-        return self._params
+            with self.reading():  # whoever assigns some waits
+                params = self._params = self._params or ResMemParams(sigma=self.distance_scale())
+        return params
 
     @params.setter
+    @exclusive
     def params(self, params: ResMemParams) -> None:
         if not isinstance(params, ResMemParams):
             raise InputError(f"params={params!r} is not a ResMemParams: give ResMemParams(k=..., sigma=...).")
@@ -259,7 +266,8 @@ class ResidualMemory(nn.Module, ABC):
         Returns:
             Shape `(B, C)`, not yet multiplied by `strength`.
         """
-        return self.sums(self._nearest(queries))[0]
+        with self.reading():
+            return self.sums(self._nearest(queries))[0]
 
     def knn(self, queries: Tensor) -> Tensor:
         """The weighted label average: the prediction of the neighbours alone.
@@ -270,7 +278,8 @@ class ResidualMemory(nn.Module, ABC):
         Returns:
             Shape `(B, C)`.
         """
-        return self.sums(self._nearest(queries))[1]
+        with self.reading():
+            return self.sums(self._nearest(queries))[1]
 
     def predict(self, queries: Tensor, outputs: Tensor) -> Tensor:
         """The combined prediction `F(x)`.
@@ -301,10 +310,10 @@ class ResidualMemory(nn.Module, ABC):
             queries: Embeddings, shape `(B, D)`.
             outputs: What the head returned for them, shape `(B, C)`.
         """
-        params = self.params
         queries, outputs = checked_batch(queries, outputs)
-        neighbors = self._nearest(queries)
-        return combined(self.task, params, outputs, neighbors, self.sums(neighbors)), neighbors
+        with self.reading():
+            params, neighbors = self.params, self._nearest(queries)
+            return combined(self.task, params, outputs, neighbors, self.sums(neighbors)), neighbors
 
     def _nearest(self, queries: Tensor) -> Neighbors:
         """The neighbours that a prediction reads: no places for more of them than there are rows."""
@@ -317,10 +326,12 @@ class ResidualMemory(nn.Module, ABC):
             The median over up to 512 evenly spaced rows of the mean distance to the 10 nearest other rows; 1.0 when
             there is no other row or all of them are equal.
         """
-        sample = evenly_spaced(self.ids)
-        return typical_distance(sample, self.search(self._query_rows(sample), k=11))
+        with self.reading():
+            sample = evenly_spaced(self.ids)
+            return typical_distance(sample, self.search(self._query_rows(sample), k=11))
 
     def _forget(self) -> None:
+        self.fillings += 1
         self.provenance = {}
         if self.tunable:
             self._params = None
@@ -335,10 +346,6 @@ class ResidualMemory(nn.Module, ABC):
 
     def _move(self, device: torch.device) -> None:
         """Move all rows to a device."""
-
-    def _checked_search(self, queries: Tensor, width: int, k: int) -> tuple[Tensor, int]:
-        """Queries and k as `search` needs them; raises an error that names the argument."""
-        return checked_search(queries, width, k, len(self))
 
 
 def check_memory(memory: object) -> None:

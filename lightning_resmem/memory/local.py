@@ -1,8 +1,6 @@
 """A memory in this process."""
 
-import dataclasses
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +10,11 @@ from torch import Tensor
 
 from lightning_resmem.functional import neighbor_weights
 from lightning_resmem.memory.answers import Neighbors
-from lightning_resmem.memory.checks import as_ids, checked_changes, checked_rows
+from lightning_resmem.memory.checks import as_ids, checked_changes, checked_rows, checked_search
 from lightning_resmem.memory.exchange import all_gather_rows
-from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.memory.local_config import LocalConfig
+from lightning_resmem.memory.locks import exclusive
+from lightning_resmem.memory.part import PartMemory
 from lightning_resmem.memory.rows import Rows
 from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.memory.search.faiss_search import FILE, FaissSearch
@@ -28,7 +27,7 @@ from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Task
 
 
-class LocalMemory(ResidualMemory):
+class LocalMemory(PartMemory):
     """Index, values and ids in this process, on any torch device (move it with `.to(device)`).
 
     Rows are kept in the order of their ids, so that results do not depend on the order in which chunks arrive.
@@ -43,10 +42,7 @@ class LocalMemory(ResidualMemory):
             probabilities. `"auto"` is sparse for `Multiclass` with more than 1,024 outputs.
         key_dtype: What keys are stored as; `torch.float16` halves their bytes and rounds them to 3 digits.
 
-    Methods beyond those of every memory are for one that is a part of a larger one: `wanted_index`, `is_built` and
-    `last_id` say what state it is in, and `values_config` what it keeps; `build_with` builds another index; `has` and
-    `places` find rows by their ids; `stored` and `add_stored` hand rows over; `weighted_sums` takes weights that were
-    made elsewhere.
+    Threads may use one at the same time: each answer is that of the memory before or after a change.
 
     Raises:
         InputError: If an argument is not one of these.
@@ -70,8 +66,8 @@ class LocalMemory(ResidualMemory):
         super().__init__(task, params)
         self.key_dtype = key_dtype
         self._config = LocalConfig(self.task, index, values, key_dtype)
-        self._rows = Rows(torch.device("cpu"))
 
+    @exclusive
     def clear(self) -> None:
         self._forget()
         self._rows = Rows(self.device)
@@ -81,88 +77,47 @@ class LocalMemory(ResidualMemory):
 
     @property
     def ids(self) -> Tensor:
-        return self._built().ids.finish()
+        with self.reading():
+            return self._rows.ids.finish()
 
     @property
     def num_outputs(self) -> int:
-        return self._built().values.num_outputs
+        with self.reading():
+            return self._rows.values.num_outputs
 
     @property
     def device(self) -> torch.device:
         return self._rows.device
 
-    @property
-    def wanted_index(self) -> tuple[str | FaissIndex, bytes | None]:
-        """What `build` builds: an index, and what `faiss_search.train` returned, if it shares its centroids."""
-        return self._config.index, self._config.trained
-
-    @property
-    def is_built(self) -> bool:
-        """Whether nothing has changed since the last `build`."""
-        return self._rows.index is not None
-
-    @property
-    def last_id(self) -> int:
-        """The largest id that was ever added, -1 before."""
-        return self._rows.ids.last
-
     def rehearse(self, rows: int | None, width: int) -> None:
         self._config.check_index(rows, width, self.device)
 
+    @exclusive
     def reserve(self, rows: int) -> None:
         self._rows.reserve(rows)
-
-    def values_config(self, num_outputs: int) -> DenseConfig | SparseConfig:
-        """The kind of values that is kept for outputs of width `C`."""
-        return self._config.values_config(num_outputs)
 
     def estimate_bytes(self, rows: int, width: int, num_outputs: int) -> dict[str, int]:
         return self._config.estimate_bytes(rows, width, num_outputs)
 
+    @exclusive
     def add(self, embeddings: Tensor, outputs: Tensor, targets: Tensor, ids: Tensor | None = None) -> None:
         rows = self._rows
         embeddings, outputs, targets, ids = checked_rows(
             self.task, embeddings, outputs, targets, ids, rows.shape, rows.ids.last + 1
         )
         rows.check_new(ids)
+        values = rows.growing_values(self._config, outputs.shape[1])
         keys = self._config.stored_keys(embeddings, ids, self.device)
-        # Values check what they store, and come first: a chunk is taken in whole or not at all.
-        values = self._rows.growing_values(self._config, outputs.shape[1])
-        values.append(outputs.to(self.device), targets.to(self.device))
-        rows.append(keys, ids, values)
+        stored = values.stored(outputs.to(self.device), targets.to(self.device))
+        rows.append({"keys": keys, "ids": ids, **stored}, values)
 
-    def stored(self, places: slice | Tensor) -> dict[str, Tensor]:
-        """Rows as they are stored, for another memory of the same kind: see `add_stored`.
-
-        Args:
-            places: Which rows, in the order of `ids`.
-
-        Returns:
-            `keys`, `ids` and the tensors of the values.
-        """
-        self._rows.settle()
-        return {name: tensor[places] for name, tensor in self._rows.tensors().items()}
-
-    def add_stored(self, rows: Mapping[str, Tensor], num_outputs: int) -> None:
-        """Append rows that another memory of the same kind has stored.
-
-        Args:
-            rows: From `stored`.
-            num_outputs: `C`.
-        """
-        ids = rows["ids"].cpu()
-        self._rows.check_new(ids)
-        values = self._rows.growing_values(self._config, num_outputs)
-        values.append_stored({name: tensor.to(self.device) for name, tensor in rows.items()})
-        self._rows.append(rows["keys"].to(self.device, self.key_dtype), ids, values)
-
+    @exclusive
     def remove(self, ids: Tensor) -> None:
-        ids = as_ids(ids)
-        self._rows.settle()
-        positions = self._positions(ids)
-        if len(ids):
+        positions = self._rows.ids.all_positions(as_ids(ids).to(self.device))
+        if len(positions):
             self._rows.drop(positions)
 
+    @exclusive
     def update(
         self,
         ids: Tensor,
@@ -177,10 +132,12 @@ class LocalMemory(ResidualMemory):
             return  # no row to change: unknown ids were refused
         ids, changes = checked_changes(self.task, ids, embeddings, outputs, targets, rows.shape)
         changes = {name: part.to(self.device) for name, part in changes.items()}
-        given = changes.get("embeddings")
-        keys = None if given is None else self._config.stored_keys(given, ids, self.device)
-        rows.assign(positions, keys, changes.get("outputs"), changes.get("targets"))
+        stored = rows.values.stored(changes.get("outputs"), changes.get("targets"))
+        if "embeddings" in changes:
+            stored["keys"] = self._config.stored_keys(changes["embeddings"], ids, self.device)
+        rows.assign(positions, stored)
 
+    @exclusive
     def gather(self, group: dist.ProcessGroup) -> None:
         """Give every rank the rows of all ranks, ascending by id.
 
@@ -197,77 +154,30 @@ class LocalMemory(ResidualMemory):
             num_outputs = next(shape[1] for shape in shapes if shape is not None)
             self._rows.replace(gathered, self._config.new_values(num_outputs))
 
-    def build(self) -> None:
-        self._rows.build(self._config, None if self._params is None else self._params.k)
-
-    def build_with(self, index: str | FaissIndex, trained: bytes | None = None) -> None:
-        """Build another index, here and whenever rows change.
-
-        Args:
-            index: `"exact"` or a `FaissIndex`.
-            trained: What `faiss_index.train` returned, for an index that shares its centroids with others.
-
-        Raises:
-            EmptyMemoryError: If no rows were added.
-        """
-        if (index, trained) != self.wanted_index:
-            self._config = dataclasses.replace(self._config, index=index, trained=trained)
-            self._rows.index = None
-        self.build()
-
-    def has(self, ids: Tensor) -> Tensor:
-        """Which of the ids `(n,)` are in the built memory: shape `(n,)`, bool."""
-        return self._rows.ids.positions(ids.to(self.device)) >= 0
-
-    def places(self, ids: Tensor) -> Tensor:
-        """Where the rows of ids `(n,)` are in the order of `ids`.
-
-        Raises:
-            InputError: If an id is not in the memory.
-        """
-        self.build()
-        return self._positions(ids)
-
     def search(self, queries: Tensor, k: int) -> Neighbors:
-        rows = self._built()
-        queries, k = self._checked_search(queries, rows.keys.finish().shape[1], k)
-        return rows.search(queries, k)
+        with self.reading():
+            rows = self._rows
+            queries, k = checked_search(queries, rows.keys.finish().shape[1], k, len(rows))
+            return rows.search(queries, k)
 
     def sums(self, neighbors: Neighbors) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
+        with self.reading(), torch.no_grad():
             weights = neighbor_weights(neighbors.distances, self.params.sigma)
-        return self.weighted_sums(neighbors.ids, weights, self.params.softmax_temperature)
-
-    def weighted_sums(self, ids: Tensor, weights: Tensor, softmax_temperature: float) -> tuple[Tensor, Tensor]:
-        """Sums over rows with given weights.
-
-        Args:
-            ids: Shape `(B, k)`, int64; ids that are not in the memory add nothing.
-            weights: Shape `(B, k)`.
-            softmax_temperature: What the logits are divided by for the residuals.
-
-        Returns:
-            The residual sum and the label sum, both `(B, C)`, on the device of the ids.
-        """
-        rows = self._built()
-        try:
-            return rows.weighted_sums(ids, weights, softmax_temperature)
-        except (IndexError, RuntimeError):  # ids or classes that cannot be?
-            if rows.mapped is not None:
-                disk.verify(*rows.mapped)  # names the file that is damaged
-            raise
+            return self.weighted_sums(neighbors.ids, weights, self.params.softmax_temperature)
 
     def fetch(self, ids: Tensor) -> Values:
         ids = as_ids(ids)
-        return self._built().values.select(self._positions(ids))
+        with self.reading():
+            return self._rows.values.select(self._positions(ids))
 
     def stats(self) -> dict[str, Any]:
         """Rows, key width, outputs, bytes (keys, values and ids), index, values, key_dtype and device."""
-        return self._rows.stats() | {
-            "index": self._rows.index_name or self._config.index_name,
-            "key_dtype": str(self.key_dtype).removeprefix("torch."),
-            "device": str(self.device),
-        }
+        with self._lock.reading():
+            return self._rows.stats() | {
+                "index": self._rows.index_name or self._config.index_name,
+                "key_dtype": str(self.key_dtype).removeprefix("torch."),
+                "device": str(self.device),
+            }
 
     def __repr__(self) -> str:
         held, config = self._rows, self._config
@@ -278,13 +188,14 @@ class LocalMemory(ResidualMemory):
 
     def save(self, directory: str | os.PathLike[str]) -> Path | disk.Url:
         disk.as_path(directory)  # refused before the memory is built
-        rows = self._built()
-        faiss = rows.index if isinstance(rows.index, FaissSearch) else None
-        described = manifest(
-            self.task, self.params, self.tunable, self.provenance, len(rows), faiss or "exact", rows.values
-        )
-        extra = {} if faiss is None else {FILE: faiss.save}
-        return disk.write(directory, described, rows.tensors(), extra)
+        with self.reading():
+            rows = self._rows
+            faiss = rows.index if isinstance(rows.index, FaissSearch) else None
+            described = manifest(
+                self.task, self.params, self.tunable, self.provenance, len(rows), faiss or "exact", rows.values
+            )
+            extra = {} if faiss is None else {FILE: faiss.save}
+            return disk.write(directory, described, rows.tensors(), extra)
 
     @classmethod
     def load(
@@ -320,14 +231,7 @@ class LocalMemory(ResidualMemory):
         memory.build()
         return memory
 
-    def _built(self) -> Rows:
-        self.build()
-        return self._rows
-
-    def _positions(self, ids: Tensor) -> Tensor:
-        """Where the rows of ids `(n,)` are; raises an error for ids that are not in the memory."""
-        return self._rows.ids.known_positions(ids.to(self.device))
-
+    @exclusive
     def _move(self, device: torch.device) -> None:
         built = self.is_built
         self._rows.to(device)
@@ -335,4 +239,5 @@ class LocalMemory(ResidualMemory):
             self.build()
 
     def _query_rows(self, ids: Tensor) -> Tensor:
-        return self._rows.keys.finish()[self._positions(ids)].float()
+        with self.reading():
+            return self._rows.keys.finish()[self._positions(ids)].float()

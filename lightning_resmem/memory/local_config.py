@@ -79,8 +79,9 @@ class LocalConfig:
             InputError: If a number is too large for the dtype.
         """
         keys = embeddings.to(device, self.key_dtype)
-        if self.key_dtype == torch.float16 and keys.dtype != embeddings.dtype:
-            check_finite("embeddings (as key_dtype=torch.float16; use torch.bfloat16)", keys, ids)
+        if self.key_dtype != torch.float32 and keys.dtype != embeddings.dtype:
+            way_out = "bfloat16" if self.key_dtype == torch.float16 else "float32"
+            check_finite(f"embeddings (as key_dtype={self.key_dtype}; use torch.{way_out})", keys, ids)
         return keys
 
     def check_index(self, rows: int | None, width: int, device: torch.device) -> None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lightning_resmem.errors import InputError
 from lightning_resmem.memory.checks import check_different
-from lightning_resmem.memory.growing import GrowingTensor
+from lightning_resmem.memory.growing import GrowingTensor, Mark
 
 # Ids for each row up to which a table says where a row is; beyond, ids are searched for, which is slower.
 _TABLE_IDS = 8
@@ -35,6 +35,11 @@ class RowIds:
     def __len__(self) -> int:
         return len(self._ids)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the ids."""
+        return self._ids.nbytes
+
     def finish(self) -> Tensor:
         """All ids, shape `(N,)`."""
         return self._ids.finish()
@@ -51,6 +56,16 @@ class RowIds:
         self._ids.append(ids.to(device))
         self._changed()
 
+    def mark(self) -> tuple[Mark, int, bool]:
+        """What there is now, for `restore`."""
+        return self._ids.mark(), self.last, self._ascending
+
+    def restore(self, mark: tuple[Mark, int, bool]) -> None:
+        """Forget what was appended since."""
+        held, self.last, self._ascending = mark
+        self._ids.restore(held)
+        self._changed()
+
     def replace(self, ids: Tensor) -> None:
         """Hold exactly these ids `(N,)`, ascending."""
         self._ids.replace(ids)
@@ -58,8 +73,8 @@ class RowIds:
         self._changed()
 
     def keep(self, kept: Tensor) -> None:
-        """Drop the ids where `kept` `(N,)` is false."""
-        self._ids.keep(kept)
+        """Drop the ids where `kept` `(N,)` is false; the tensor that `finish` returned before stays as it is."""
+        self._ids.replace(self._ids.finish()[kept])
         self._changed()
 
     def sort(self) -> Tensor | None:
@@ -109,10 +124,25 @@ class RowIds:
             InputError: If one is not.
         """
         positions = self.positions(ids)
-        if (positions < 0).any():
-            unknown = ids[positions < 0][:5].tolist()
-            raise InputError(f"ids {unknown} are not in the memory. `memory.ids` lists those that are.")
+        _check_known(ids, positions >= 0)
         return positions
+
+    def all_positions(self, ids: Tensor) -> Tensor:
+        """Where the rows of ids `(n,)` are, in any order: of an id that is repeated, all of them.
+
+        Raises:
+            InputError: If an id is not in the memory.
+        """
+        if self._ascending:
+            return self.known_positions(ids)
+        known = self._ids.finish()
+        _check_known(ids, torch.isin(ids, known))
+        return torch.isin(known, ids).nonzero()[:, 0]
 
     def _changed(self) -> None:
         self._table = None
+
+
+def _check_known(ids: Tensor, known: Tensor) -> None:
+    if not known.all():
+        raise InputError(f"ids {ids[~known][:5].tolist()} are not in the memory. `memory.ids` lists those that are.")

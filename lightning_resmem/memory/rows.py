@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_resmem.errors import EmptyMemoryError
 from lightning_resmem.memory.answers import Neighbors
-from lightning_resmem.memory.checks import repeated
+from lightning_resmem.memory.checks import narrowed, repeated
 from lightning_resmem.memory.growing import GrowingTensor
 from lightning_resmem.memory.local_config import LocalConfig
 from lightning_resmem.memory.row_ids import RowIds
@@ -74,11 +74,30 @@ class Rows:
             if len(known):
                 raise repeated(known)
 
-    def append(self, keys: Tensor, ids: Tensor, values: Values) -> None:
-        """Add the keys `(n, D)` and ids `(n,)`, on the CPU, of rows that `values` has just been given."""
-        self.keys.append(keys)
-        self.ids.append(ids, keys.device)
-        self._values, self.shape, self.index = values, (keys.shape[1], values.num_outputs), None
+    def append(self, tensors: Mapping[str, Tensor], values: Values) -> None:
+        """Add rows, all or none.
+
+        Args:
+            tensors: `keys` `(n, D)`, `ids` `(n,)`, on the CPU, and what `values` stores.
+            values: From `growing_values`.
+
+        Raises:
+            InputError: If a number is too large for the dtype that other rows are stored as.
+        """
+        ids, parts = tensors["ids"], {"keys": self.keys, **values.parts()}
+        stored = {name: narrowed(name, tensors[name], part.dtype, ids) for name, part in parts.items()}
+        before, ids_before = {name: part.mark() for name, part in parts.items()}, self.ids.mark()
+        try:
+            for name, part in parts.items():
+                part.append(stored[name])
+            self.ids.append(ids, self.device)
+        except BaseException:
+            for name, part in parts.items():
+                part.restore(before[name])
+            self.ids.restore(ids_before)
+            raise
+        values.changed()
+        self._values, self.shape, self.index = values, (stored["keys"].shape[1], values.num_outputs), None
 
     def replace(self, tensors: Mapping[str, Tensor], values: Values) -> None:
         """Hold exactly these rows, named as by `tensors` and ascending by id; `values` takes its own."""
@@ -111,6 +130,7 @@ class Rows:
             self.settle()
             if not len(self):
                 raise EmptyMemoryError("The memory is empty: add(embeddings, outputs, targets) before it is used.")
+            self.values.tensors()  # joins them: threads that read change nothing
             self.index = config.new_index(self.keys.finish(), k)
 
     def drop(self, positions: Tensor) -> None:
@@ -122,12 +142,26 @@ class Rows:
                 part.keep(kept)
         self.index = None
 
-    def assign(self, positions: Tensor, keys: Tensor | None, outputs: Tensor | None, targets: Tensor | None) -> None:
-        """Replace keys `(n, D)`, outputs `(n, C)` or checked targets of the rows at `positions` `(n,)`."""
-        self.values.assign(positions, outputs, targets)  # checks what it stores, and comes first
-        if keys is not None:
-            self.keys.finish()[positions] = keys
-            self.index = None
+    def assign(self, positions: Tensor, tensors: Mapping[str, Tensor]) -> None:
+        """Replace what is given of the rows at `positions` `(n,)`, named as for `append`; all or nothing.
+
+        Raises:
+            InputError: As for `append`.
+        """
+        held, ids = self.tensors(), self.ids.finish()[positions].cpu()
+        stored = {name: narrowed(name, rows, held[name].dtype, ids) for name, rows in tensors.items()}
+        before = {name: held[name][positions] for name in stored}
+        try:
+            for name, rows in stored.items():
+                held[name][positions] = rows
+        except BaseException:
+            for name, rows in before.items():
+                held[name][positions] = rows
+            raise
+        finally:
+            self.values.changed()
+            if "keys" in stored:
+                self.index = None
 
     def to(self, device: torch.device) -> None:
         """Move all rows."""
@@ -174,8 +208,20 @@ class Rows:
         width, num_outputs = self.shape or (0, 0)
         stats: dict[str, Any] = {"rows": len(self), "width": width, "outputs": num_outputs, "bytes": 0, "values": ""}
         if self._values is not None:
-            stats["bytes"] = self._values.nbytes() + self.keys.finish().nbytes + self.ids.finish().nbytes
+            stats["bytes"] = self._values.nbytes() + self.keys.nbytes + self.ids.nbytes
             stats["values"] = self._values.name
         if isinstance(self.index, FaissSearch):
             stats |= {"recall": self.index.recall, **self.index.settings()}
         return stats
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An index refers to the keys, which would be written twice; of an exact one there is nothing else.
+        index = "exact" if isinstance(self.index, ExactIndex) else self.index and self.index.packed()
+        return {**self.__dict__, "index": index, "mapped": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        index = state["index"]
+        if index is not None:
+            keys = self.keys.finish()
+            self.index = ExactIndex(keys) if index == "exact" else FaissSearch.unpacked(keys, *index)

@@ -265,3 +265,64 @@ def test_rows_are_found_by_id_however_ids_are_spread(ids: list[int]) -> None:
         expected = torch.tensor([[float(i in known) for i in asked[0].tolist()]])
         labels = [memory.weighted_sums(asked[:, i : i + 1], torch.ones(1, 1), 1.0)[1].sum() for i in range(6)]
         assert torch.equal(torch.stack(labels)[None], expected)
+
+
+def test_repeated_ids_can_be_removed_before_the_memory_is_built() -> None:
+    memory = _memory()
+    memory.add(**ROWS, ids=torch.tensor([1, 7, 20]))
+    with pytest.raises(InputError, match="ids are repeated: 7"):
+        memory.build()
+    with pytest.raises(InputError, match=r"ids \[3\] are not in the memory"):
+        memory.remove([7, 3])
+    assert len(memory) == 6
+    memory.remove([7])  # both rows
+    assert memory.ids.tolist() == [1, 5, 9, 20]
+    assert torch.equal(memory.fetch([20]).targets, torch.tensor([3]))
+    memory.add(torch.ones(1, 2), torch.ones(1, 4), torch.tensor([2]), torch.tensor([7]))
+    assert memory.search(torch.ones(1, 2), 1).ids.tolist() == [[7]]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"embeddings": torch.zeros(3, 2, device="meta")}, "embeddings is a tensor on the meta device"),
+        ({"outputs": torch.zeros(3, 4).to_sparse()}, "outputs is a sparse tensor, expected one with all its numbers"),
+        (
+            {"embeddings": torch.nested.nested_tensor([torch.zeros(2)] * 3, layout=torch.jagged)},
+            "embeddings is a nested tensor",
+        ),
+        ({"targets": torch.zeros(3, dtype=torch.int64).to_sparse()}, "targets is a sparse tensor"),
+        ({"targets": torch.zeros(3, dtype=torch.int64, device="meta")}, "targets is a tensor on the meta device"),
+        ({"ids": torch.zeros(3, dtype=torch.int64, device="meta")}, "ids is a tensor on the meta device"),
+        ({"ids": torch.tensor([2**64 - 1, 1, 2], dtype=torch.uint64)}, "ids holds numbers above 9223372036854775807"),
+        ({"ids": [2**63, 1, 2]}, "ids of type list cannot be made a tensor"),
+    ],
+)
+def test_tensors_that_hold_no_plain_numbers(bad: dict, message: str) -> None:
+    memory = _memory()
+    with pytest.raises(InputError, match=re.escape(message)):
+        memory.add(**{**ROWS, "ids": torch.tensor([10, 11, 12]), **bad})
+    assert memory.ids.tolist() == [5, 7, 9]
+    if "embeddings" in bad:
+        with pytest.raises(InputError, match=re.escape(message.replace("embeddings", "queries"))):
+            memory.search(bad["embeddings"], 1)
+    if "ids" in bad:
+        for ask in (memory.fetch, memory.remove, memory.update):
+            with pytest.raises(InputError, match=re.escape(message)):
+                ask(bad["ids"])
+
+
+def test_the_largest_ids() -> None:
+    largest = 2**63 - 1
+    memory = LocalMemory(params=ResMemParams(k=2))
+    memory.add(**ROWS, ids=torch.tensor([largest - 1, 3, largest]))
+    assert memory.ids.tolist() == [3, largest - 1, largest]
+    assert memory.fetch([largest]).targets.tolist() == [3]
+    assert sorted(memory.search(torch.zeros(1, 2), 3).ids[0].tolist()) == [3, largest - 1, largest]
+    with pytest.raises(InputError, match=f"behind the largest so far, {largest}, there are no 3 more: give ids="):
+        memory.add(**ROWS)
+    with pytest.raises(InputError, match=r"ids \[4\] are not in the memory"):
+        memory.fetch([4])
+    memory.add(**ROWS, ids=torch.tensor([0, 1, 2]))
+    memory.remove([largest])
+    assert memory.ids.tolist() == [0, 1, 2, 3, largest - 1]

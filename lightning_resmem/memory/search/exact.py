@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_resmem.memory.search import rough
 from lightning_resmem.memory.search.measuring import largest_number, measure
+from lightning_resmem.together import Lock, together
 
 # Queries whose candidates are held at once.
 _ROWS = 4096
@@ -56,6 +57,7 @@ class ExactIndex:
         self._center: Tensor | None = None
         self._squared_norms: Tensor | None = None
         self._screen: rough.Screen | None = None
+        self._preparing = Lock()
         self._tried = self._unsure = 0  # queries that candidates in bfloat16 were looked for, and did not suffice for
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -72,9 +74,7 @@ class ExactIndex:
         wanted = k + k // 4 + 16  # more than enough for nearly all queries
         if not self._is_rough or self._scale != 1 or not rough.is_worthwhile(queries, self.keys, wanted):
             return self._search_precisely(queries, k)
-        if self._screen is None:
-            self._screen = rough.Screen(self.keys, self._mean)
-        found = self._screen.candidates(queries, wanted)
+        found = self._screened.candidates(queries, wanted)
         self._tried += len(queries)
         if found is None:
             self._unsure += len(queries)
@@ -87,6 +87,13 @@ class ExactIndex:
         if len(unsure):
             distances[unsure], positions[unsure] = self._search_precisely(queries[unsure], k)
         return distances, positions
+
+    @property
+    def _screened(self) -> rough.Screen:
+        if self._screen is None:
+            with self._preparing:  # once, whoever else waits for it
+                self._screen = self._screen or rough.Screen(self.keys, self._mean)
+        return self._screen
 
     @property
     def _is_rough(self) -> bool:
@@ -104,15 +111,18 @@ class ExactIndex:
         """One pass over the keys, at the first search: opening a memory-mapped memory must not read all of it."""
         if self._squared_norms is not None:
             return
-        # Distances do not change when everything is moved by the mean, and the scores lose fewer digits. It takes a
-        # copy of every block at every search, though, so it is done only where the mean is far from zero.
-        center = self._mean
-        squared = rough.squared_norms(self.keys, center, self._scale)
-        if bool(center.square().sum() > 16 * squared.mean()):
-            self._center = center
-        else:
-            squared = rough.squared_norms(self.keys, scale=self._scale)
-        self._squared_norms = squared
+        with self._preparing:
+            if self._squared_norms is not None:
+                return
+            # Distances do not change when everything is moved by the mean, and the scores lose fewer digits. It takes
+            # a copy of every block at every search, though, so it is done only where the mean is far from zero.
+            center = self._mean
+            squared = rough.squared_norms(self.keys, center, self._scale)
+            if bool(center.square().sum() > 16 * squared.mean()):
+                self._center = center
+            else:
+                squared = rough.squared_norms(self.keys, scale=self._scale)
+            self._squared_norms = squared  # last: who sees them does not wait
 
     @cached_property
     def _scale(self) -> float:
@@ -263,10 +273,15 @@ def _below(scores: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
     """Float32 products with all their digits: no autocast, no TF32 (scores decide which keys are looked at)."""
+    with together("float32", _highest), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def _highest() -> Iterator[None]:
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
+        yield
     finally:
         torch.set_float32_matmul_precision(precision)

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import warnings
+from contextlib import nullcontext
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
@@ -30,6 +31,7 @@ from lightning_resmem.memory.search.faiss_index import (
 )
 from lightning_resmem.memory.search.faiss_limits import check_nsg
 from lightning_resmem.memory.search.measuring import largest_number, measure
+from lightning_resmem.together import Lock
 
 _log = logging.getLogger("lightning_resmem")
 
@@ -74,6 +76,8 @@ class FaissSearch:
         self.recall: float | None = None
         self._faiss = import_faiss(config)
         self._process = os.getpid()
+        # GPU indexes have temporary memory that searches share.
+        self._searching = Lock() if keys.device.type == "cuda" else nullcontext()
         check_device(self._faiss, keys.device, config)
         self.index = self._filled(trained) if loaded is None else loaded
         self._measures = config.rerank > 0 or not holds_keys(self._faiss, self.index)
@@ -108,7 +112,8 @@ class FaissSearch:
     def _search(self, queries: Tensor, k: int, fetched: int) -> tuple[Tensor, Tensor]:
         """The `k` nearest of `fetched` keys that FAISS finds."""
         self._faiss.omp_set_num_threads(torch.get_num_threads())  # FAISS keeps this per calling thread
-        squared, found = self._searched.search(queries.cpu().contiguous().numpy(), fetched)
+        with self._searching:
+            squared, found = self._searched.search(queries.cpu().contiguous().numpy(), fetched)
         positions = torch.from_numpy(found).to(queries.device)
         if self._measures:
             distances, positions = measure(self.keys, queries, positions)
@@ -122,6 +127,17 @@ class FaissSearch:
             self._faiss.write_index(self.index, str(file))
         except RuntimeError as error:
             raise OSError(f"FAISS could not write its index: {reason_of(error)}") from error
+
+    def packed(self) -> tuple[FaissIndex, bytes, float | None]:
+        """What `unpacked` makes the same index of, in this process or another."""
+        return FaissIndex(**self.describe()), bytes(self._faiss.serialize_index(self.index)), self.recall
+
+    @classmethod
+    def unpacked(cls, keys: Tensor, config: FaissIndex, packed: bytes, recall: float | None) -> "FaissSearch":
+        """The index of these keys that was packed."""
+        index = cls(keys, config, import_faiss(config).deserialize_index(np.frombuffer(packed, np.uint8)))
+        index.recall = recall
+        return index
 
     def describe(self) -> dict[str, Any]:
         """What to build, with the search parameters in force: as a `FaissIndex` takes it."""

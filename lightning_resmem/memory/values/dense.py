@@ -1,15 +1,18 @@
 """Values in full: every output of the head, and the residuals that follow."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_resmem import functional
 from lightning_resmem.errors import InputError
+from lightning_resmem.memory.checks import narrowed
 from lightning_resmem.memory.growing import GrowingTensor
 from lightning_resmem.memory.values.interface import Values
-from lightning_resmem.tasks import Task, check_finite
+from lightning_resmem.tasks import Task
+from lightning_resmem.together import Lock
 
 # Rows whose residuals are derived at once.
 _DERIVE_ROWS = 65536
@@ -55,8 +58,9 @@ class DenseValues(Values):
         self._num_outputs, self._dtype = num_outputs, dtype
         self._outputs = GrowingTensor()
         self._residuals: tuple[float, Tensor] | None = None
+        self._deriving = Lock()
 
-    def _parts(self) -> dict[str, GrowingTensor]:
+    def parts(self) -> dict[str, GrowingTensor]:
         return {"outputs": self._outputs, "targets": self._targets}
 
     def shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
@@ -70,17 +74,11 @@ class DenseValues(Values):
     def outputs(self) -> Tensor:
         return self._outputs.finish()
 
-    def append(self, outputs: Tensor, targets: Tensor) -> None:
-        self._outputs.append(self._stored(outputs))
-        self._targets.append(targets)
-        self._changed()
-
-    def assign(self, positions: Tensor, outputs: Tensor | None, targets: Tensor | None) -> None:
+    def stored(self, outputs: Tensor | None, targets: Tensor | None) -> dict[str, Tensor]:
+        stored = {}
         if outputs is not None:
-            self.outputs[positions] = self._stored(outputs).to(self.outputs.dtype)
-        if targets is not None:
-            self.targets[positions] = targets
-        self._changed()
+            stored["outputs"] = narrowed("outputs", outputs, self._dtype or self._outputs.dtype)
+        return stored if targets is None else {**stored, "targets": targets}
 
     def like(self) -> "DenseValues":
         return DenseValues(self.task, self._num_outputs, self._dtype)
@@ -88,24 +86,22 @@ class DenseValues(Values):
     def residual_sum(self, positions: Tensor, weights: Tensor, softmax_temperature: float) -> Tensor:
         return functional.weighted_residual(positions, weights, self._derived(softmax_temperature))
 
-    def _stored(self, outputs: Tensor) -> Tensor:
-        stored = outputs if self._dtype is None else outputs.to(self._dtype)
-        if stored.dtype == torch.float16 and outputs.dtype != torch.float16:
-            check_finite("outputs (as torch.float16, at most 65504)", stored)
-        return stored
-
-    def _changed(self) -> None:
+    def changed(self) -> None:
         self._residuals = None
 
     def _derived(self, softmax_temperature: float) -> Tensor:
         """The residual table for this temperature, `(N, C)` in the outputs' dtype (at least float32 inside)."""
-        derived = self._residuals  # threads that ask for different temperatures each get their own
-        if derived is None or derived[0] != softmax_temperature:
-            derived = self._residuals = None  # free the old table first
-            outputs, targets = self.outputs, self.targets
-            table = torch.empty_like(outputs)
-            for start in range(0, len(table), _DERIVE_ROWS):
-                rows = slice(start, start + _DERIVE_ROWS)
-                table[rows] = self.task.residuals(outputs[rows], targets[rows], softmax_temperature)
-            derived = self._residuals = (softmax_temperature, table)
+        with self._deriving:  # once, whoever else waits for it
+            derived = self._residuals
+            if derived is None or derived[0] != softmax_temperature:
+                derived = self._residuals = None  # free the old table first
+                outputs, targets = self.outputs, self.targets
+                table = torch.empty_like(outputs)
+                for start in range(0, len(table), _DERIVE_ROWS):
+                    rows = slice(start, start + _DERIVE_ROWS)
+                    table[rows] = self.task.residuals(outputs[rows], targets[rows], softmax_temperature)
+                derived = self._residuals = (softmax_temperature, table)
         return derived[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_residuals": None}

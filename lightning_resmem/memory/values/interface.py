@@ -29,7 +29,7 @@ class Values(ABC):
         return len(self._targets)
 
     @abstractmethod
-    def _parts(self) -> dict[str, GrowingTensor]:
+    def parts(self) -> dict[str, GrowingTensor]:
         """What is stored of the rows, by the name it is saved under."""
 
     @property
@@ -48,12 +48,12 @@ class Values(ABC):
         return self._targets.finish()
 
     @abstractmethod
-    def append(self, outputs: Tensor, targets: Tensor) -> None:
-        """Add rows: outputs `(n, C)` and checked targets."""
+    def stored(self, outputs: Tensor | None, targets: Tensor | None) -> dict[str, Tensor]:
+        """What is stored of outputs `(n, C)`, of checked targets, or of both, by the names of `parts`.
 
-    @abstractmethod
-    def assign(self, positions: Tensor, outputs: Tensor | None, targets: Tensor | None) -> None:
-        """Replace outputs `(n, C)`, checked targets, or both, of the rows at `positions` `(n,)`."""
+        Raises:
+            InputError: If a number is too large for the dtype that it would be stored as.
+        """
 
     @abstractmethod
     def like(self) -> "Values":
@@ -77,23 +77,17 @@ class Values(ABC):
     @property
     def names(self) -> list[str]:
         """What the tensors are called."""
-        return list(self._parts())
+        return list(self.parts())
 
     def tensors(self) -> dict[str, Tensor]:
         """What has to be saved."""
-        return {name: rows.finish() for name, rows in self._parts().items()}
+        return {name: rows.finish() for name, rows in self.parts().items()}
 
     def replace(self, tensors: Mapping[str, Tensor]) -> None:
         """Hold exactly these rows, named as by `tensors`, without a copy."""
-        for name, rows in self._parts().items():
+        for name, rows in self.parts().items():
             rows.replace(tensors[name])
-        self._changed()
-
-    def append_stored(self, tensors: Mapping[str, Tensor]) -> None:
-        """Add rows as another's `tensors` holds them."""
-        for name, rows in self._parts().items():
-            rows.append(tensors[name])
-        self._changed()
+        self.changed()
 
     def select(self, positions: Tensor) -> "Values":
         """The rows at `positions` `(n,)`."""
@@ -103,28 +97,28 @@ class Values(ABC):
 
     def reserve(self, rows: int) -> None:
         """Expect `rows` more rows."""
-        for part in self._parts().values():
+        for part in self.parts().values():
             part.reserve(rows)
 
     def reorder(self, order: Tensor) -> None:
         """Row `i` becomes what row `order[i]` was."""
-        for part in self._parts().values():
+        for part in self.parts().values():
             part.reorder(order)
-        self._changed()
+        self.changed()
 
     def keep(self, kept: Tensor) -> None:
         """Drop the rows where `kept` `(N,)` is false."""
-        for part in self._parts().values():
+        for part in self.parts().values():
             part.keep(kept)
-        self._changed()
+        self.changed()
 
     def to(self, device: torch.device) -> None:
         """Move all rows."""
         if len(self) and self.targets.device != device:
             self.replace({name: rows.to(device) for name, rows in self.tensors().items()})
 
-    def _changed(self) -> None:  # noqa: B027 -- for those that derive something from the rows
-        """Forget what was derived from the rows."""
+    def changed(self) -> None:  # noqa: B027 -- for those that derive something from the rows
+        """Forget what was derived from the rows: they are others now."""
 
     def label_sum(self, positions: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of the labels at `positions` `(B, k)` (-1 is missing): shape `(B, C)`."""
@@ -132,4 +126,4 @@ class Values(ABC):
 
     def nbytes(self) -> int:
         """Bytes of the stored rows."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+        return sum(rows.nbytes for rows in self.parts().values())

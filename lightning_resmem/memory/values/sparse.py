@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.errors import InputError
+from lightning_resmem.memory.checks import narrowed
 from lightning_resmem.memory.growing import GrowingTensor
 from lightning_resmem.memory.values.interface import Values
 from lightning_resmem.tasks import Multiclass, Task
@@ -66,7 +67,7 @@ class SparseValues(Values):
         self._num_outputs, self._top_m = num_outputs, min(top_m, num_outputs)
         self._classes, self._logs, self._log_tail = GrowingTensor(), GrowingTensor(), GrowingTensor()
 
-    def _parts(self) -> dict[str, GrowingTensor]:
+    def parts(self) -> dict[str, GrowingTensor]:
         return {
             "targets": self._targets,
             "classes": self._classes,  # (N, m) int16 or int32
@@ -100,18 +101,14 @@ class SparseValues(Values):
     def like(self) -> "SparseValues":
         return SparseValues(self.task, self._num_outputs, self._top_m)
 
-    def append(self, outputs: Tensor, targets: Tensor) -> None:
-        for rows in outputs.split(max(1, _ENTRIES // self._num_outputs)):
-            for part, stored in zip((self._classes, self._logs, self._log_tail), self._reduced(rows), strict=True):
-                part.append(stored)
-        self._targets.append(targets)
-
-    def assign(self, positions: Tensor, outputs: Tensor | None, targets: Tensor | None) -> None:
+    def stored(self, outputs: Tensor | None, targets: Tensor | None) -> dict[str, Tensor]:
+        stored = {} if targets is None else {"targets": targets}
         if outputs is not None:
-            for part, stored in zip((self._classes, self._logs, self._log_tail), self._reduced(outputs), strict=True):
-                part.finish()[positions] = stored
-        if targets is not None:
-            self.targets[positions] = targets
+            blocks = narrowed("outputs", outputs, torch.float32).split(max(1, _ENTRIES // self._num_outputs))
+            reduced = zip(*(self._reduced(rows) for rows in blocks), strict=True)
+            names = ("classes", "log_probabilities", "log_tail")
+            stored |= {name: torch.cat(parts) for name, parts in zip(names, reduced, strict=True)}
+        return stored
 
     def residual_sum(self, positions: Tensor, weights: Tensor, softmax_temperature: float) -> Tensor:
         weights = weights.float().masked_fill(positions < 0, 0)

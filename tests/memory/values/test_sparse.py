@@ -13,7 +13,7 @@ from tests import oracle
 
 def _values(outputs: torch.Tensor, targets: torch.Tensor, top_m: int) -> SparseValues:
     values = SparseConfig(top_m).build(Multiclass(), outputs.shape[1])
-    values.append(outputs, targets)
+    values.replace(values.stored(outputs, targets))
     return values
 
 
