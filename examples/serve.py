@@ -142,7 +142,7 @@ class ResMemService:
         memory.search(torch.zeros(1, memory.stats()["width"]), k=1)
         return memory.stats()
 
-    # One batch at a time, which is the default: a module's hooks belong to one forward.
+    # One batch at a time, which is the default: each uses all that a replica has.
     @serve.batch(max_batch_size=MAX_ROWS, batch_size_fn=lambda batch: sum(map(len, batch)))
     async def _answer(self, inputs: list[Tensor]) -> list[dict[str, Any] | ResMemError]:
         """One answer for each request, from one forward and one search."""

@@ -20,6 +20,7 @@ from lightning_resmem.memory.answers import Predictions
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.storage.paths import Url
+from lightning_resmem.memory.weights_watch import WeightsWatch
 from lightning_resmem.metrics.answer import Answer
 from lightning_resmem.metrics.evaluation import Evaluation
 from lightning_resmem.metrics.reported import UserMetrics, as_collection
@@ -33,7 +34,7 @@ from lightning_resmem.model.batches import (
     check_batch,
     has_forward,
 )
-from lightning_resmem.model.fingerprint import check_fingerprint, describe_weights
+from lightning_resmem.model.fingerprint import describe_weights
 from lightning_resmem.model.head import Captured, HeadTap
 from lightning_resmem.model.modes import evaluation_mode, uncompiled
 from lightning_resmem.model.watching import Watched
@@ -47,7 +48,8 @@ class ResMemModule(L.LightningModule):
 
     Validation and test log `{stage}/acc_base`, `{stage}/acc_knn` and `{stage}/acc_resmem` (`mse` in regression), with
     `val` or `test` for the stage, and what else `ResMemMetrics` shows at a glance; `predict` returns `F(x)`. The base
-    is always run in evaluation mode.
+    is always run in evaluation mode. Threads may call one at the same time, also while another changes the memory: each
+    answer is that of before or after.
 
     Methods for users are `forward`, `predictions`, `explain`, `save`, `load` and `from_wandb`; the others are
     Lightning's hooks and steps, which a trainer calls.
@@ -100,7 +102,7 @@ class ResMemModule(L.LightningModule):
         check_memory(memory)
         memory.build()
         self.base, self.memory = base, memory
-        self._versions: list[int] | None = None
+        self._watch = WeightsWatch(base, memory)
         self._check_weights("ResMemModule is made from a base")
         known = memory.provenance
         head, embedding = head or known.get("head"), embedding or known.get("embedding")
@@ -135,11 +137,12 @@ class ResMemModule(L.LightningModule):
                 "ResMemModule cannot be exported: a memory is searched, not computed, and its rows are no part of a "
                 "graph. Export the base, and combine its outputs with memory.predict(embeddings, outputs)."
             )
-        if has_forward(self.base):
-            captured, returned = self._capture(lambda: self.base(*args, **kwargs), returns_outputs=True)
-        else:
-            captured, returned = self._captured_whole(*args, **kwargs), None
-        outputs = Answer.of(self.memory, *captured).combined(self.memory.task)
+        with self.memory.reading():
+            if has_forward(self.base):
+                captured, returned = self._capture(lambda: self.base(*args, **kwargs), returns_outputs=True)
+            else:
+                captured, returned = self._captured_whole(*args, **kwargs), None
+            outputs = Answer.of(self.memory, *captured).combined(self.memory.task)
         is_flat = isinstance(returned, Tensor) and returned.shape == outputs.shape[:1] and outputs.shape[1] == 1
         return outputs[:, 0] if is_flat else outputs
 
@@ -150,8 +153,10 @@ class ResMemModule(L.LightningModule):
         A list of rows of a dataset, `[dataset[0], dataset[1]]`, is made a batch.
         """
         check_batch(batch)
-        shapes = self.memory.task.target_shapes(self.memory.num_outputs)
-        return Answer.of(self.memory, *self._captured(self._reader.collate(batch, shapes))).predictions
+        with self.memory.reading():
+            shapes = self.memory.task.target_shapes(self.memory.num_outputs)
+            captured = self._captured(self._reader.collate(batch, shapes))
+            return Answer.of(self.memory, *captured).predictions
 
     def explain(self, batch: Any, top: int = 5) -> Explanation:
         """Why the predictions for a batch are what they are: the neighbours behind each, and what each of them added.
@@ -177,8 +182,9 @@ class ResMemModule(L.LightningModule):
                 "and the batch dimension is missing: give next(iter(dataloader)), or for one row "
                 "torch.utils.data.default_collate([dataset[0]])."
             )
-        captured = self._captured(batch)
-        explanation = explain(self.memory, captured.embedding, captured.output, top, targets)
+        with self.memory.reading():
+            captured = self._captured(batch)
+            explanation = explain(self.memory, captured.embedding, captured.output, top, targets)
         return dataclasses.replace(explanation, images=find_images(batch))
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
@@ -277,16 +283,13 @@ class ResMemModule(L.LightningModule):
         return cls.load(download_memory(name, root), base, **options)
 
     def _check_weights(self, doing: str, surely: bool = False) -> None:
-        """Raise `StaleMemoryError` if the base was trained further, by the counters that torch keeps of changes.
+        """Raise `StaleMemoryError` if the base or the memory is another by now, as far as can be told quickly.
 
         Args:
             doing: What is about to happen, for the message.
-            surely: Compare the weights in any case; changes through `.data` are not counted.
+            surely: Compare the weights in any case; see `WeightsWatch`.
         """
-        versions = [parameter._version for parameter in self.base.parameters()]
-        if surely or versions != self._versions:
-            check_fingerprint(self.base, self.memory.provenance, doing)
-            self._versions = versions
+        self._watch.check(doing, surely)
 
     def _find_again(self) -> None:
         """The head, where the base has made its layers anew."""
@@ -311,11 +314,12 @@ class ResMemModule(L.LightningModule):
         """What the head saw of a batch, and what the base returned for it."""
         with evaluation_mode(self.base):
             self._check_weights("ResMemModule runs")
-            if self._tap is None:
-                self._tap = HeadTap.find(self.base, run, self._reader.embedding, returns_outputs)
-            with self._tap.capture():
+            tap = self._tap
+            if tap is None:
+                tap = self._tap = HeadTap.find(self.base, run, self._reader.embedding, returns_outputs)
+            with tap.capture():
                 returned = run()
-                return self._tap.take(), returned
+                return tap.take(), returned
 
     def _start_run(self, stage: str | None) -> None:
         self._check_weights("ResMemModule runs", surely=True)
@@ -332,8 +336,9 @@ class ResMemModule(L.LightningModule):
         run = self._run  # None where a step is called by hand, outside a trainer
         if run is not None:
             run.answer()
-        captured = self._captured(batch)
-        answer = Answer.of(self.memory, *captured)
+        with self.memory.reading():
+            captured = self._captured(batch)
+            answer = Answer.of(self.memory, *captured)
         if run is not None:
             run.score(answer, self._reader.targets(batch), dataloader_idx)
         return answer.predictions.resmem

@@ -12,6 +12,7 @@ from lightning_resmem.collection.loaders import evaluation_loaders
 from lightning_resmem.collection.ranks import Ranks
 from lightning_resmem.errors import HeadError, InputError, ResMemWarning
 from lightning_resmem.memory.interface import ResidualMemory
+from lightning_resmem.memory.weights_watch import WeightsWatch
 from lightning_resmem.metrics.answer import Answer
 from lightning_resmem.metrics.evaluation import Evaluation
 from lightning_resmem.metrics.reported import UserMetrics
@@ -90,6 +91,9 @@ class Routing:
         self._weights = Watched(model, memory.provenance, f"trainer.{trainer.state.fn.value} runs")
         known = memory.provenance
         self._tap = HeadTap(model, known["head"], known.get("embedding"), known.get("channels"))
+        # The steps may count in buffers; the next run compares these, too.
+        self._watch = WeightsWatch(model, memory, buffers=False)
+        self._watch.note()
         self._stack = ExitStack()
         self._stack.enter_context(eager())
         self._stack.enter_context(self._tap.route(self._combined) if replace else self._tap.capture(self._look))
@@ -149,7 +153,9 @@ class Routing:
 
     def _answer(self, captured: Captured) -> Answer:
         self._weights.check_first()
-        self._answers.append(Answer.of(self._memory, captured.embedding.float(), captured.output))
+        with self._memory.reading():
+            self._watch.check("The run goes on")
+            self._answers.append(Answer.of(self._memory, captured.embedding.float(), captured.output))
         return self._answers[-1]
 
     def _combined(self, captured: Captured) -> Tensor:

@@ -1,12 +1,16 @@
 """What a run shows for steps that call the head in unusual ways."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAUROC
 
-from lightning_resmem import HeadError, LocalMemory, ResMemCallback, ResMemParams, ResMemWarning
+from lightning_resmem import HeadError, LocalMemory, ResMemCallback, ResMemParams, ResMemWarning, StaleMemoryError
+from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.tasks import TASKS
 from tests.models import CallsSelf, Data, ManyLabels, Numbers, Trained, data_for, hooks_on, make, memory_for, trainer
 
@@ -217,3 +221,60 @@ def test_confident_rows_stay_finite(task, tmp_path):
     assert logged["test_score"] == 1.0
     assert np.isfinite(logged["test_loss"])
     assert logged["test_loss"] < 0.2
+
+
+class ShakenMeanwhile(CallsSelf):
+    """Whose weights change within a test run."""
+
+    def test_step(self, batch, batch_idx):
+        super().test_step(batch, batch_idx)
+        with torch.no_grad():
+            self.head.weight += 0.1
+
+
+class CountsTests(CallsSelf):
+    """Which counts its test steps in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("tested", torch.tensor(0))
+
+    def test_step(self, batch, batch_idx):
+        super().test_step(batch, batch_idx)
+        self.tested += 1
+
+
+def test_weights_that_change_within_a_run(tmp_path):
+    run, model, data, _ = fitted(ShakenMeanwhile, tmp_path)
+    with pytest.raises(StaleMemoryError, match="The run goes on with weights"):
+        run.test(model, datamodule=data, verbose=False)
+    assert not hooks_on(model)
+    run, model, data, wanted = fitted(CountsTests, tmp_path)
+    (logged,) = run.test(model, datamodule=data, verbose=False)
+    check(logged, wanted)
+
+
+def test_a_memory_that_is_filled_again_within_a_run(tmp_path):
+    run, model, data, _ = fitted(CallsSelf, tmp_path)
+    callback = next(callback for callback in run.callbacks if isinstance(callback, ResMemCallback))
+    memory = callback.memory
+    rows, width = memory.stored(memory.places(memory.ids)), memory.num_outputs
+
+    def refill(*_):
+        memory.clear()
+        memory.add_stored(rows, width)
+
+    model.on_test_batch_end = refill
+    with pytest.raises(StaleMemoryError, match="was cleared since"):
+        run.test(model, datamodule=data, verbose=False)
+
+
+@pytest.mark.parametrize("index", ["exact", FaissIndex("IVF4,Flat", nprobe=4)])
+def test_a_callback_that_has_answered_can_be_copied(index, tmp_path):
+    data, model, callback = data_for(CallsSelf), make(CallsSelf), ResMemCallback(LocalMemory(index=index), tuner=None)
+    run = trainer(tmp_path, callback)
+    run.fit(model, datamodule=data)
+    (wanted,) = run.test(model, datamodule=data, verbose=False)
+    for copied in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        (logged,) = trainer(tmp_path, copied).test(model, datamodule=data, verbose=False)
+        assert logged == pytest.approx(wanted)

@@ -17,6 +17,7 @@ from torch.utils.data import default_collate
 from torchmetrics import Metric
 
 from lightning_resmem.errors import HeadError, InputError, ResMemError, wrong_type
+from lightning_resmem.together import together
 
 TargetsFn = Callable[[Any], Tensor]
 IdsFn = Callable[[Any], Tensor]
@@ -157,12 +158,9 @@ class BatchReader:
         if self.forward_fn is None and has_forward(model):
             yield
             return
-        metrics = [(module, _state(module)) for module in model.modules() if isinstance(module, Metric)]
-        loggers = [module for module in model.modules() if isinstance(module, L.LightningModule)]
-        for module in loggers:  # `self.log` raises outside the trainer's loops
-            vars(module).update(log=_ignore, log_dict=_ignore)
         try:
-            yield
+            with together(("quiet", id(model)), lambda: _quiet(model)):
+                yield
         except HeadError as error:
             if self.forward_fn is not None or (name := _step(model)) is None:
                 raise
@@ -170,12 +168,6 @@ class BatchReader:
                 f"{type(model).__name__} has no forward, so a batch was run through its {name}. If that does not run "
                 f"the network, give forward_fn=lambda model, batch: model.net(batch[0]). {error}"
             ) from error
-        finally:
-            for module in loggers:
-                del vars(module)["log"], vars(module)["log_dict"]
-            for metric, state in metrics:
-                vars(metric).clear()
-                vars(metric).update(state)
 
 
 def tensors_of(batch: Any) -> Iterator[Tensor]:
@@ -197,6 +189,22 @@ def borrow_transfer_hooks(module: L.LightningModule, owners: Sequence[DataHooks]
             if is_overridden(hook, owner, DataHooks):
                 setattr(module, hook, getattr(owner, hook))
                 break
+
+
+@contextmanager
+def _quiet(model: L.LightningModule) -> Iterator[None]:
+    metrics = [(module, _state(module)) for module in model.modules() if isinstance(module, Metric)]
+    loggers = [module for module in model.modules() if isinstance(module, L.LightningModule)]
+    for module in loggers:  # `self.log` raises outside the trainer's loops
+        vars(module).update(log=_ignore, log_dict=_ignore)
+    try:
+        yield
+    finally:
+        for module in loggers:
+            del vars(module)["log"], vars(module)["log_dict"]
+        for metric, state in metrics:
+            vars(metric).clear()
+            vars(metric).update(state)
 
 
 def _state(metric: Metric) -> dict[str, Any]:

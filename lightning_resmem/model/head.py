@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -21,11 +22,20 @@ class Captured(NamedTuple):
     output: Tensor
 
 
+class _Seen:
+    """What the hooks of one thread have seen since the last `clear`."""
+
+    def __init__(self) -> None:
+        self.calls: list[Captured] = []
+        self.pooled: Tensor | None = None
+
+
 class HeadTap:
     """A forward hook on the head: *capture* keeps its input and output, *route* replaces its output.
 
     The hook sits on the head itself, so it works whatever the model's steps call: `self(x)`, `self.net(x)`,
-    `self.head(h)`, or a model from another library.
+    `self.head(h)`, or a model from another library. Threads may use a tap, and the model, at the same time: each captures
+    its own calls.
 
     Args:
         model: The model that holds the head.
@@ -38,6 +48,7 @@ class HeadTap:
         HeadError: If a name is not a module of the model, or one that cannot be hooked.
 
     Examples:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> tap = HeadTap(model, head="2")
         >>> with tap.capture():
@@ -53,8 +64,7 @@ class HeadTap:
         if embedding is not None:
             width = getattr(self._head, "in_features", None)
             self._pooling = Pooling(model, embedding, submodule(model, "embedding", embedding), width, channels)
-        self._fired: list[Captured] = []
-        self._pooled: Tensor | None = None
+        self._seen: dict[int, _Seen] = {}  # by each thread: its hooks look at its own calls only
 
     @classmethod
     def find(
@@ -73,9 +83,14 @@ class HeadTap:
             InputError: If that cannot be told, because all outputs are NaN or infinite.
         """
         executed: list[tuple[str, Tensor]] = []
+        thread = threading.get_ident()
 
         def record(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-            return lambda module, _, output: executed.append((name, output.detach().clone()))
+            def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+                if threading.get_ident() == thread:
+                    executed.append((name, output.detach().clone()))
+
+            return hook
 
         with ExitStack() as stack:
             for name, module in named_modules(model).items():
@@ -132,8 +147,7 @@ class HeadTap:
 
     def clear(self) -> None:
         """Forget what was captured: call it before each batch."""
-        self._fired.clear()
-        self._pooled = None
+        self._seen.pop(threading.get_ident(), None)
 
     def take(self) -> Captured:
         """What the one call of the head since `clear` saw; clears it.
@@ -141,15 +155,16 @@ class HeadTap:
         Raises:
             HeadError: If the head was not called, or more than once.
         """
-        if not self._fired:
+        calls = self._own.calls
+        if not calls:
             raise HeadError(self.silent_message())
-        if len(self._fired) > 1:
+        if len(calls) > 1:
             raise HeadError(
-                f"The head {self.head!r} was called {len(self._fired)} times in one forward, so a row has no single "
+                f"The head {self.head!r} was called {len(calls)} times in one forward, so a row has no single "
                 "embedding. Name a module that is called once with head=, or give a forward_fn that runs the model "
                 "once on a batch."
             )
-        captured = self._fired[0]
+        captured = calls[0]
         self.clear()
         return captured
 
@@ -161,17 +176,24 @@ class HeadTap:
             "compiled to a graph (torch.compile, torch.export), memorize the uncompiled model."
         )
 
+    @property
+    def _own(self) -> _Seen:
+        return self._seen.setdefault(threading.get_ident(), _Seen())
+
     def _keep(self, captured: Captured) -> None:
         # Copies: the model may go on to change both tensors in place.
-        self._fired.append(Captured(*(tensor.clone() for tensor in captured)))
+        self._own.calls.append(Captured(*(tensor.clone() for tensor in captured)))
 
     @contextmanager
     def _hooked(self, handle: Callable[[Captured], Tensor | None], last: bool = False) -> Iterator[None]:
-        def on_head(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
-            return handle(self._captured(args, kwargs, output))
+        thread = threading.get_ident()
+
+        # Another thread may see the hook before, or after, torch knows that it takes keyword arguments.
+        def on_head(_: nn.Module, args: tuple[Any, ...], *rest: Any) -> Tensor | None:
+            return handle(self._captured(args, *rest)) if threading.get_ident() == thread else None
 
         def take(pooled: Tensor) -> None:
-            self._pooled = pooled
+            self._own.pooled = pooled
 
         self.clear()
         with ExitStack() as stack:
@@ -188,7 +210,7 @@ class HeadTap:
             embedding = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
             name = f"The input of the head {self.head!r}"
         else:
-            embedding = self._pooled
+            embedding = self._own.pooled
             name = f"The embedding {self.embedding!r}"
         if embedding is None:
             raise HeadError(

@@ -1,38 +1,26 @@
 """Evaluation mode for a while."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+
+from lightning_resmem.together import together
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # By how many units in the last place of the largest weight an addition that was undone may differ.
 _ROUNDING = 64
 
-# Those inside `eager`: the compiler's stance is changed by the first and restored by the last.
-_inside = 0
-_stance: Any = None
 
-
-@contextmanager
-def eager() -> Iterator[None]:
+def eager() -> AbstractContextManager[None]:
     """No compiled graphs: hooks that are added after torch.compile has compiled a module are skipped silently.
 
-    Unlike `torch.compiler.set_stance` it may be left in any order, as the hooks of several callbacks do.
+    Unlike `torch.compiler.set_stance` it may be left in any order, as threads and the hooks of several callbacks do.
     """
-    global _inside, _stance
-    if not _inside:
-        _stance = torch.compiler.set_stance("force_eager")
-    _inside += 1
-    try:
-        yield
-    finally:
-        _inside -= 1
-        if not _inside:
-            _stance.__exit__(None, None, None)
+    return together("eager", lambda: torch.compiler.set_stance("force_eager"))
 
 
 def uncompiled(function: _Function) -> _Function:
@@ -48,13 +36,18 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
     """Evaluation mode as PyTorch has it: by the modules' own `eval` and `train`, which may do more than set a flag.
 
     Adapters, say, are merged into the weights and taken out again, with rounding. The weights that are trained have to
-    be those that would have been trained without us, so they are put back to the last bit.
+    be those that would have been trained without us, so they are put back to the last bit. Of several threads, the last
+    one puts everything back.
     """
+    return together(("evaluating", id(model)), lambda: _evaluating(model))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     if not any(training for _, training in modes):
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ from lightning_resmem.errors import HeadError, ResMemWarning
 from lightning_resmem.model.returned import tensors
 
 Channels = Literal["first", "last"]
+_Ran = list[tuple[tuple[int, ...], Channels]]  # shapes of outputs, and where their channels are
 
 _log = logging.getLogger("lightning_resmem")
 
@@ -45,28 +47,30 @@ class Pooling:
     ) -> None:
         self._model, self._name, self._module, self._width = model, name, module, width
         self.channels: Channels | None = None if channels is None else "last" if channels == "last" else "first"
-        self._ran: list[tuple[tuple[int, ...], Channels]] = []
 
     @contextmanager
     def watching(self, take: Callable[[Tensor], None]) -> Iterator[None]:
-        """Give `take` one vector a row, `(B, D)`, whenever the module was called."""
+        """Give `take` one vector a row, `(B, D)`, whenever this thread has called the module."""
+        thread, ran = threading.get_ident(), _Ran()
 
         def on_module(_module: nn.Module, _args: Any, output: Any) -> None:
-            take(self._pooled(output))
+            if threading.get_ident() == thread:
+                take(self._pooled(output, ran))
 
         def on_layer(layer: nn.Module, _args: Any, output: Any) -> None:
-            if self.channels is None and isinstance(output, Tensor) and (where := _channels(layer, output.shape)):
-                self._ran.append((tuple(output.shape), where))
+            if threading.get_ident() != thread or self.channels is not None or not isinstance(output, Tensor):
+                return
+            if where := _channels(layer, output.shape):
+                ran.append((tuple(output.shape), where))
 
         with ExitStack() as stack:
             for layer in self._model.modules() if self.channels is None else ():
                 if isinstance(layer, (*_CHANNELS_FIRST, nn.Linear, nn.LayerNorm, nn.RMSNorm)):
                     stack.callback(layer.register_forward_hook(on_layer).remove)
             stack.callback(self._module.register_forward_hook(on_module).remove)
-            stack.callback(self._ran.clear)
             yield
 
-    def _pooled(self, output: Any) -> Tensor:
+    def _pooled(self, output: Any, ran: _Ran) -> Tensor:
         tensor = next(iter(tensors(output)), None)
         if tensor is None or tensor.ndim not in (2, 4, 5):
             shape = "no tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
@@ -79,7 +83,7 @@ class Pooling:
         if tensor.ndim == 2:
             return tensor.clone()  # an in-place activation may follow before the head is called
         if self.channels is None:
-            self.channels = self._found(tuple(tensor.shape))
+            self.channels = self._found(tuple(tensor.shape), ran)
             first, last = (2, tensor.ndim - 1) if self.channels == "first" else (1, tensor.ndim - 2)
             _log.info(
                 "embedding=%r of shape %s has its channels %s: averaged over the axes %s.",
@@ -88,11 +92,11 @@ class Pooling:
                 self.channels,
                 ", ".join(map(str, range(first, last + 1))),
             )
-        self._ran.clear()
+        ran.clear()
         return tensor.flatten(2).mean(dim=2) if self.channels == "first" else tensor.flatten(1, -2).mean(dim=1)
 
-    def _found(self, shape: tuple[int, ...]) -> Channels:
-        told: list[Channels] = [where for ran, where in self._ran if ran == shape]
+    def _found(self, shape: tuple[int, ...], ran: _Ran) -> Channels:
+        told: list[Channels] = [where for seen, where in ran if seen == shape]
         if told and (shape[1] != shape[-1] or len(set(told)) == 1):
             return told[-1]
         if self._width is not None and (shape[1] == self._width) != (shape[-1] == self._width):
