@@ -34,8 +34,8 @@ class HeadTap:
     """A forward hook on the head: *capture* keeps its input and output, *route* replaces its output.
 
     The hook sits on the head itself, so it works whatever the model's steps call: `self(x)`, `self.net(x)`,
-    `self.head(h)`, or a model from another library. Threads may use a tap, and the model, at the same time: each captures
-    its own calls.
+    `self.head(h)`, or a model from another library. Threads may use a tap, and the model, at the same time: each
+    captures its own calls.
 
     Args:
         model: The model that holds the head.
