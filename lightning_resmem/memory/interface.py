@@ -213,9 +213,7 @@ class ResidualMemory(nn.Module, Guarded, ABC):
         return {}
 
     def join(self, group: dist.ProcessGroup) -> None:
-        """Prepare for rows of all ranks of `group`; called on each before it adds any.
-
-        A memory in this process has nothing to do.
+        """Prepare for rows of all ranks of `group`, if there is something to; called on each before it adds any.
 
         Args:
             group: A process group on the CPU.
@@ -320,11 +318,9 @@ class ResidualMemory(nn.Module, Guarded, ABC):
         return self.search(queries, min(self.params.k, max(1, len(self))))
 
     def distance_scale(self) -> float:
-        """The median distance of stored rows to their nearest other rows, a natural unit for `sigma`.
+        """The median over up to 512 rows of the mean distance to the 10 nearest others, a natural unit for `sigma`.
 
-        Returns:
-            The median over up to 512 evenly spaced rows of the mean distance to the 10 nearest other rows; 1.0 when
-            there is no other row or all of them are equal.
+        It is 1.0 when there is no other row or all of them are equal.
         """
         with self.reading():
             sample = evenly_spaced(self.ids)
