@@ -283,12 +283,7 @@ class ResMemModule(L.LightningModule):
         return cls.load(download_memory(name, root), base, **options)
 
     def _check_weights(self, doing: str, surely: bool = False) -> None:
-        """Raise `StaleMemoryError` if the base or the memory is another by now, as far as can be told quickly.
-
-        Args:
-            doing: What is about to happen, for the message.
-            surely: Compare the weights in any case; see `WeightsWatch`.
-        """
+        """Raise `StaleMemoryError` if the base or the memory is another by now: see `WeightsWatch.check`."""
         self._watch.check(doing, surely)
 
     def _find_again(self) -> None:

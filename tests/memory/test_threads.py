@@ -52,7 +52,9 @@ def test_what_is_derived_at_the_first_search_is_derived_once(monkeypatch: pytest
     monkeypatch.setattr(
         "lightning_resmem.tasks.Multiclass.residuals", lambda *given: [derived.append(1), residuals(*given)][1]
     )
-    monkeypatch.setattr(exact.rough, "squared_norms", lambda *given: [passes.append(1), norms(*given)][1])
+    monkeypatch.setattr(
+        exact.rough, "squared_norms", lambda *given, **options: [passes.append(1), norms(*given, **options)][1]
+    )
     memory = _filled(_rows())
     queries, outputs = torch.randn(6, WIDTH), torch.randn(6, CLASSES)
     at_once(8, lambda _: memory.predict(queries, outputs))
