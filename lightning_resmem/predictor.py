@@ -16,7 +16,7 @@ from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.model.batches import ForwardFn
 from lightning_resmem.module import ResMemModule
-from lightning_resmem.tasks import Multiclass
+from lightning_resmem.tasks import Multiclass, check_finite
 
 Batch = dict[str, NDArray[Any]]
 
@@ -107,6 +107,7 @@ class ResMemPredictor:
         tensors = {column: self._tensor(batch, column) for column in self._columns}
         with torch.inference_mode():
             found = self._module.predictions(tensors[self._columns[0]] if self._single else tensors)
+        check_finite("The base's predictions", found.base)
         added: Batch = {}
         for name in self._predictions:
             scores = getattr(found, name)

@@ -120,16 +120,17 @@ def test_more_rows_than_one_chunk_holds(tmp_path):
 
 
 def test_outputs_that_the_model_changes_in_place_are_memorized_as_the_head_gave_them(tmp_path):
-    class Rescales(CallsSelf):
+    class UsesAgain(CallsSelf):
         def forward(self, x):
             hidden = self.body(x)
             outputs = self.head(hidden)
+            returned = outputs.clone()
             if not self.training:
                 hidden.fill_(1.0)
                 outputs.mul_(7.0)
-            return outputs
+            return returned
 
-    data, model = Data(), make(Rescales)
+    data, model = Data(), make(UsesAgain)
     resmem = memorize(trainer(tmp_path), model, data, memory=memory_for(CallsSelf), head="head")
     wanted = Trained(model).scores(data.train, data.test, resmem.memory.params)
     (logged,) = trainer(tmp_path).test(resmem, datamodule=data, verbose=False)

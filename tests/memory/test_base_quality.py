@@ -108,6 +108,9 @@ class Standardised(Numbers):
     def targets(self, batch):
         return (batch[1] - 50) / 9
 
+    def loss(self, outputs, targets):  # of their own: the first step tells nothing of it
+        return (outputs - targets).abs().pow(1.5).mean()
+
 
 class Embeds(CallsSelf):
     """`forward` returns an embedding, and the steps call the head."""
