@@ -18,6 +18,8 @@ _CLASSES = ("NllLossBackward0",)
 _NODES = 1000
 # Rows that tell a line from chance, and how far they may be off it, in standard deviations.
 _LEAST_ROWS, _OFF = 4, 1e-2
+# Rows that tell a mapping of labels from chance.
+_LEAST_LABELS = 8
 
 
 class FirstLoss:
@@ -68,7 +70,9 @@ class FirstLoss:
         if len(outputs) == 1 and isinstance(outputs[0], Tensor) and outputs[0].ndim == 2:
             output = outputs[0].detach()
             self._check_units(output, targets, list(_compared(loss, _DISTANCES)))
-            self._check_classes(output, targets, list(_compared(loss, _CLASSES)))
+            classes = list(_compared(loss, _CLASSES))
+            self._check_classes(output, targets, classes)
+            self._check_labels(output, targets, classes)
 
     def _check_units(self, output: Tensor, targets: Tensor, compared: list[tuple[Tensor, Tensor]]) -> None:
         found = None
@@ -103,6 +107,26 @@ class FirstLoss:
                 f"step compares {' and '.join(map(str, sorted(widths)))} with the labels of the batch: it is not the "
                 "head. Name the module that makes the logits with head=, and if the model's forward does not call it, "
                 "give forward_fn=lambda model, batch: model.head(model(batch[0]))."
+            )
+
+    def _check_labels(self, output: Tensor, targets: Tensor, compared: list[tuple[Tensor, Tensor]]) -> None:
+        found = None
+        for seen, wanted in compared:
+            if seen.shape != output.shape or wanted.shape != targets.shape or targets.is_floating_point():
+                continue
+            if torch.equal(wanted, targets):
+                return
+            labels, places = targets.unique(return_inverse=True)
+            mapped = wanted.new_zeros(len(labels)).index_put((places,), wanted)
+            # Labels of other rows, as in mixup, are no function of the row's own.
+            if len(targets) >= max(_LEAST_LABELS, 2 * len(labels)) and torch.equal(mapped[places], wanted):
+                place = int((mapped != labels).nonzero()[0])
+                found = found or (int(labels[place]), int(mapped[place]))
+        if found is not None:
+            raise InputError(
+                f"The head {self._name!r} is trained on other labels than those of the batch: {found[0]} is {found[1]} "
+                "in the loss of the first training step. A memory would hold the labels of the batch, and be wrong. "
+                "Map the labels in the dataset, or give a targets_fn that returns them as the loss is given them."
             )
 
 

@@ -175,3 +175,41 @@ def test_an_embedding_in_the_place_of_the_logits(tmp_path):
     model, steps, _, run, data = fit(Embeds, tmp_path, forward_fn=lambda model, batch: model.head(model(batch[0])))
     run.fit(model, datamodule=data)
     assert steps
+
+
+class MapsLabels(CallsSelf):
+    """Labels are mapped in the steps."""
+
+    def loss(self, outputs, targets):
+        return F.cross_entropy(outputs, 3 - targets)
+
+
+class MixesLabels(CallsSelf):
+    """Mixup's second half alone: labels of other rows."""
+
+    def loss(self, outputs, targets):
+        return F.cross_entropy(outputs, targets.roll(1))
+
+
+class MapsBeside(CallsSelf):
+    """An auxiliary loss on mapped labels, which says nothing of the head's own."""
+
+    def loss(self, outputs, targets):
+        return F.cross_entropy(outputs, 3 - targets) + F.cross_entropy(outputs, targets, label_smoothing=0.1)
+
+
+def test_labels_that_the_steps_map_are_refused_in_the_first_step(tmp_path):
+    model, before = make(MapsLabels), weights_of(make(MapsLabels))
+    with pytest.raises(InputError, match=r"trained on other labels than those of the batch: 0 is 3.*give a targets_fn"):
+        trainer(tmp_path, ResMemCallback(memory_for(MapsLabels))).fit(model, datamodule=Data())
+    assert same_weights(weights_of(model), before)
+    callback = ResMemCallback(memory_for(MapsLabels), targets_fn=lambda batch: 3 - batch[1])
+    trainer(tmp_path, callback).fit(model, datamodule=(data := Data()))
+    assert torch.equal(callback.memory.fetch(callback.memory.ids).targets, 3 - data.train[1])
+
+
+@pytest.mark.parametrize("kind", [MixesLabels, MapsBeside])
+def test_labels_that_are_no_others_are_trained_on(kind, tmp_path):
+    callback = ResMemCallback(memory_for(kind))
+    trainer(tmp_path, callback).fit(make(kind), datamodule=Data())
+    assert len(callback.memory) == 120
