@@ -2,7 +2,6 @@
 
 import atexit
 import os
-import tempfile
 import uuid
 import weakref
 from collections import deque
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.cluster.address import check_answers
-from lightning_resmem.cluster.config import PoolConfig
+from lightning_resmem.cluster.config import PoolConfig, default_storage
 from lightning_resmem.cluster.sharding import split
 from lightning_resmem.errors import ShardUnavailableError
 
@@ -72,7 +71,7 @@ class ShardClient:
             self._pool = Pool.find(self.name, config.namespace, config.request_timeout_s)
         elif self._pool is None:
             token = f"{config.name or 'resmem'}-{uuid.uuid4().hex[:8]}"
-            root = config.storage_path or f"{tempfile.gettempdir()}/lightning_resmem"
+            root = config.storage_path or default_storage()
             name = config.name or token
             made = replace(config, name=name, storage_path=f"{root.rstrip('/')}/{token}", detached=bool(config.name))
             self._pool, self.name = Pool.create(made, config.request_timeout_s), name
