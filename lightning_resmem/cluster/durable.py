@@ -14,12 +14,19 @@ from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.params import ResMemParams
 
+_WITHDRAWN = ".withdrawn"
+
 # What cannot be read is tried again no sooner than this, and no sooner than so many times the seconds that it took.
 _RETRY_SECONDS, _RETRY_FACTOR = 1.0, 10.0
 
 
 class RowsLostError(ResMemError):
     """A shard was started again without the rows that it had acknowledged."""
+
+
+def withdrawal(key: str) -> str:
+    """The key of the change that takes back the rows of another."""
+    return f"{key}{_WITHDRAWN}"
 
 
 class DurableMemory:
@@ -69,6 +76,8 @@ class DurableMemory:
         if operation == "clear":  # makes good whatever was lost
             self._failure, self.number = "", max(self.number, known, self._journal.last())
         self.check(known)
+        if operation == "withdraw" and key.removesuffix(_WITHDRAWN) in self.keys:
+            operation = "remove"
         entry = Entry(self.number + 1, operation, key, data)
         try:
             self._make(entry)
@@ -80,8 +89,7 @@ class DurableMemory:
             if key not in self.keys:  # else it was kept, and the storage only failed to say so
                 raise
             return self.number
-        self.number += 1
-        self.keys.add(key)
+        self._made(entry)
         return self.number
 
     def build(self, index: str | FaissIndex, trained: bytes | None) -> None:
@@ -125,6 +133,8 @@ class DurableMemory:
             memory.add_stored(tensors, int(tensors.pop("num_outputs")))
         elif operation == "remove":
             memory.remove(tensors["ids"])
+        elif operation == "withdraw":
+            pass  # the rows have not arrived, and their key is now that of a change that was made
         elif operation == "update":
             memory.update(**tensors)
         elif operation == "describe":
@@ -134,6 +144,10 @@ class DurableMemory:
             self.memory = self.empty()
         else:
             raise InputError(f"operation={operation!r} is not known.")
+
+    def _made(self, entry: Entry) -> None:
+        self.number = entry.number
+        self.keys |= {entry.key, entry.key.removesuffix(_WITHDRAWN)}
 
     def _load(self) -> None:
         """Read what is kept; where that cannot be, `check` says why."""
@@ -162,8 +176,7 @@ class DurableMemory:
                     f"{self._journal.url} is damaged: change {entry.number} ({entry.operation}) cannot be made again "
                     f"({type(error).__name__}: {error})."
                 ) from error
-            self.number = entry.number
-            self.keys.add(entry.key)
+            self._made(entry)
 
     def _device(self) -> torch.device:
         if not self._config.gpus_per_shard:

@@ -121,6 +121,7 @@ class RayMemory(ShardedMemory):
         return torch.cat([torch.from_numpy(part.copy()) for part in self._ask("ids")]).sort().values
 
     def add(self, embeddings: Tensor, outputs: Tensor, targets: Tensor, ids: Tensor | None = None) -> None:
+        self._drop_refused()
         embeddings, outputs, targets, ids = checked_rows(
             self.task, embeddings, outputs, targets, ids, self._shape, self._last_id + 1
         )

@@ -64,7 +64,7 @@ class Shard:
 
         Args:
             key: Unique to the change.
-            operation: `add`, `remove`, `update`, `describe` or `clear`.
+            operation: `add`, `withdraw` (of an `add`), `remove`, `update`, `describe` or `clear`.
             data: Its tensors, as a safetensors file.
             known: The last change that the caller knows of.
 

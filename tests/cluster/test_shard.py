@@ -15,6 +15,7 @@ import torch
 
 from lightning_resmem import InputError, LocalMemory, Multiclass, ResMemParams, StorageError
 from lightning_resmem.cluster.config import PoolConfig
+from lightning_resmem.cluster.durable import withdrawal
 from lightning_resmem.cluster.journal import Entry, Journal
 from lightning_resmem.cluster.shard import RowsLostError, Shard
 
@@ -335,3 +336,27 @@ def test_a_change_that_was_kept_although_the_storage_said_otherwise_is_made(
         patched.setattr(Journal, "write", unsure)
         assert shard.apply("a", "add", part(rows, 0, 60), 0) == 1
     check(shard, rows, list(range(60)), 1)
+
+
+def test_rows_are_taken_back_once_and_not_taken_later(url: str, rows: dict[str, torch.Tensor]) -> None:
+    shard = Shard(config(url), 0, 0)
+    shard.apply("a", "add", part(rows, 0, 30), 0)
+    shard.apply("b", "add", part(rows, 30, 60), 1)
+    shard.build("exact", None, 2)
+    for _ in range(2):
+        assert shard.apply(withdrawal("b"), "withdraw", ids(*range(30, 60)), 2) == 3
+    for same in (shard, Shard(config(url), 0, 0)):
+        check(same, rows, list(range(30)), 3)
+        assert same.apply("b", "add", part(rows, 30, 60), 3) == 3  # sent before, arrived later
+    again = Shard(config(url), 0, 0)
+    again.apply("c", "add", part(rows, 30, 60), 3)
+    check(again, rows, list(range(60)), 4)
+
+
+def test_taking_back_what_never_arrived_removes_no_rows(url: str, rows: dict[str, torch.Tensor]) -> None:
+    shard = Shard(config(url), 0, 0)
+    shard.apply("a", "add", part(rows, 0, 60), 0)
+    assert shard.apply(withdrawal("b"), "withdraw", ids(3, 4), 1) == 2  # it was to add rows of ids that are there
+    for same in (shard, Shard(config(url), 0, 0)):
+        assert same.apply("b", "add", part(rows, 3, 5), 2) == 2
+        check(same, rows, list(range(60)), 2)
