@@ -179,9 +179,9 @@ class Pool:
         while True:
             try:
                 number = self.receive(write.ref, write.shard, write.replica, deadline)
-            except _LostRowsError:
+            except _LostRowsError as error:
                 if self.config.replicas == 1 or time.monotonic() > deadline:
-                    raise
+                    raise ShardUnavailableError(str(error)) from error
                 copied = self.liveness.have_copied(write.shard, write.replica)
                 ray.wait([copied], timeout=max(0.0, deadline - time.monotonic()))
                 write = self._send(*write[1:])
@@ -192,6 +192,27 @@ class Pool:
     def _send(self, shard: int, replica: int, key: str, operation: str, data: Any, size: int) -> Write:
         actor, known = self.actors[shard][replica], self.known[shard][replica]
         return Write(actor.apply.remote(key, operation, data, known), shard, replica, key, operation, data, size)
+
+    def mend(self) -> None:
+        """Have replicas that have lost their rows copy those of another, and wait for that.
+
+        Raises:
+            ShardUnavailableError: If there is no other, or it does not answer within the timeout.
+        """
+        deadline = time.monotonic() + self.timeout
+        pings = [
+            (actor.ping.remote(self.known[shard][replica]), shard, replica)
+            for shard, replicas in enumerate(self.actors)
+            for replica, actor in enumerate(replicas)
+        ]
+        for ping in pings:
+            try:
+                self.receive(*ping, deadline)
+            except _LostRowsError as error:
+                if self.config.replicas == 1:
+                    raise ShardUnavailableError(str(error)) from error
+                _, shard, replica = ping
+                self.receive(self.liveness.have_copied(shard, replica), shard, replica, deadline)
 
     # -- both
 
