@@ -34,6 +34,7 @@ def build(pool: Pool, index: str | FaissIndex, show_progress: bool) -> list[list
         ShardUnavailableError: If a shard dies and does not come back with its rows.
         StorageError: If a shard cannot keep its rows.
     """
+    pool.mend()
     states = [replicas[0] for replicas in pool.everywhere("state")]
     config = _choose(states) if index == "auto" else index
     trained = _train(pool, states, config) if isinstance(config, FaissIndex) else None

@@ -2,10 +2,8 @@
 
 import atexit
 import os
-import tempfile
 import uuid
 import weakref
-from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.cluster.address import check_answers
-from lightning_resmem.cluster.config import PoolConfig
+from lightning_resmem.cluster.changes import Changes
+from lightning_resmem.cluster.config import PoolConfig, default_storage
 from lightning_resmem.cluster.sharding import split
 from lightning_resmem.errors import ShardUnavailableError
 
@@ -47,7 +46,7 @@ class ShardClient:
         self.name: str | None = None
         self.leads = True
         self._pool: Pool | None = None
-        self._underway: deque[Write] = deque()
+        self._changes = Changes(config.num_shards)
 
     def rehearse(self) -> None:
         """Raise an error if the address is one where nothing listens."""
@@ -72,7 +71,7 @@ class ShardClient:
             self._pool = Pool.find(self.name, config.namespace, config.request_timeout_s)
         elif self._pool is None:
             token = f"{config.name or 'resmem'}-{uuid.uuid4().hex[:8]}"
-            root = config.storage_path or f"{tempfile.gettempdir()}/lightning_resmem"
+            root = config.storage_path or default_storage()
             name = config.name or token
             made = replace(config, name=name, storage_path=f"{root.rstrip('/')}/{token}", detached=bool(config.name))
             self._pool, self.name = Pool.create(made, config.request_timeout_s), name
@@ -130,29 +129,38 @@ class ShardClient:
 
     def send(self, operation: str, rows: dict[str, Tensor], extra: dict[str, Tensor] | None = None) -> None:
         """Send each shard what concerns its rows; `flush` waits until they have it."""
+        writes: list[Write] = []
+        self._changes.settle(self.pool, BYTES_UNDERWAY)
         for shard, part in enumerate(split(rows["ids"], self.config.num_shards)):
             if len(part):
                 mine = {name: tensor.cpu()[part].contiguous() for name, tensor in rows.items()}
-                self._write(shard, operation, mine | (extra or {}))
+                writes += self.pool.write(shard, operation, safetensors.torch.save(mine | (extra or {})))
+        self._changes.sent(operation, rows["ids"], writes)
 
     def send_all(self, operation: str, tensors: dict[str, Tensor]) -> None:
         """Send every shard the same."""
+        data = safetensors.torch.save(tensors)
+        writes: list[Write] = []
         for shard in range(self.config.num_shards):
-            self._write(shard, operation, tensors)
+            writes += self.pool.write(shard, operation, data)
+        self._changes.sent(operation, torch.empty(0, dtype=torch.int64), writes)
 
     def flush(self) -> None:
-        """Wait until all changes that this process made are kept by the shards."""
-        while self._underway:
-            self.pool.confirm(self._underway.popleft())
+        """Wait until all changes that this process made are kept by the shards.
+
+        Raises:
+            ResMemError: If one is not. Rows that were added with it are then in no shard: see `take_refused`.
+        """
+        if self._changes:
+            self._changes.settle(self.pool)
+
+    def take_refused(self) -> list[Tensor]:
+        """The ids `(n,)` of each chunk that was sent and is in no shard, since this was last asked."""
+        return self._changes.take_refused()
 
     def forget(self) -> None:
         """Wait for nothing that is on its way."""
-        self._underway.clear()
-
-    def _write(self, shard: int, operation: str, tensors: dict[str, Tensor]) -> None:
-        self._underway.extend(self.pool.write(shard, operation, safetensors.torch.save(tensors)))
-        while sum(write.size for write in self._underway) > BYTES_UNDERWAY:
-            self.pool.confirm(self._underway.popleft())
+        self._changes = Changes(self.config.num_shards)
 
     def known(self) -> list[list[int]]:
         """The last change that each replica of each shard has acknowledged."""

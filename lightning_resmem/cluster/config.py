@@ -1,6 +1,9 @@
 """What a pool of shards is made with, checked. Knows nothing of Ray."""
 
+import getpass
 import os
+import re
+import tempfile
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -12,6 +15,9 @@ from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.memory.values.dense import DenseConfig
 from lightning_resmem.memory.values.sparse import SparseConfig
 from lightning_resmem.tasks import Task
+
+# What a name may not hold: it is part of paths, URLs and the patterns that file systems understand.
+_NOT_IN_NAMES = re.compile(r"[/\\:*?\[\]#\x00-\x1f]|\.\.")
 
 
 @dataclass(frozen=True)
@@ -61,10 +67,22 @@ class PoolConfig:
             text = getattr(self, name)
             if text is not None and (not isinstance(text, str) or not text):
                 raise InputError(f"{name}={text!r}: give a string that is not empty.")
+        found = _NOT_IN_NAMES.search(self.name or "")
+        if found is not None:
+            raise InputError(
+                f"name={self.name!r} names a directory in storage_path, and cannot have {found[0]!r} in it: use "
+                "letters, digits, '-', '_' and '.'."
+            )
 
     def arguments(self) -> dict[str, Any]:
         """As `RayMemory` takes them."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "detached"}
+
+
+def default_storage() -> str:
+    """Where pools of this user are kept if nobody says where."""
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
+    return f"{tempfile.gettempdir()}/lightning_resmem-{user}"
 
 
 def absolute(storage_path: str | os.PathLike[str] | None) -> str | None:

@@ -1,10 +1,11 @@
 """The rows of a shard, and every change of them on disk before it is acknowledged. Knows nothing of Ray."""
 
 import socket
+import time
+import uuid
 
 import safetensors.torch
 import torch
-from torch import Tensor
 
 from lightning_resmem.cluster.config import PoolConfig
 from lightning_resmem.cluster.journal import Entry, Journal
@@ -13,9 +14,19 @@ from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.params import ResMemParams
 
+_WITHDRAWN = ".withdrawn"
+
+# What cannot be read is tried again no sooner than this, and no sooner than so many times the seconds that it took.
+_RETRY_SECONDS, _RETRY_FACTOR = 1.0, 10.0
+
 
 class RowsLostError(ResMemError):
     """A shard was started again without the rows that it had acknowledged."""
+
+
+def withdrawal(key: str) -> str:
+    """The key of the change that takes back the rows of another."""
+    return f"{key}{_WITHDRAWN}"
 
 
 class DurableMemory:
@@ -36,12 +47,8 @@ class DurableMemory:
         self._config, self._journal = config, Journal(url)
         self._failure = ""  # why nothing can be answered
         self.number, self.keys, self.memory = 0, set[str](), self.empty()
-        self.restarts = 0
-        try:
-            self.restarts = self._journal.start()
-            self._restore()
-        except ResMemError as error:  # raised by `check`: an actor whose constructor fails is not started again
-            self._failure = str(error)
+        self.restarts, self._is_started, self._next_try = 0, False, 0.0
+        self._load()
 
     def check(self, known: int) -> None:
         """Raise an error if the rows are not those after change `known`, or after a later one."""
@@ -57,21 +64,32 @@ class DurableMemory:
         """Whether `check` would raise an error."""
         return bool(self._failure) or self.number < known
 
+    def recover(self, known: int) -> None:
+        """Where `check` would raise an error, read the rows again, now and then: their storage may be back."""
+        if self.lacks(known) and time.monotonic() >= self._next_try:
+            self._load()
+
     def change(self, key: str, operation: str, data: bytes, known: int) -> int:
         """Make a change, unless one of that key was made: see `Shard.apply`."""
         if key in self.keys:
             return self.number
         if operation == "clear":  # makes good whatever was lost
-            self._failure, self.number = "", max(self.number, known)
+            self._failure, self.number = "", max(self.number, known, self._journal.last())
         self.check(known)
-        self._make(operation, safetensors.torch.load(data))
+        if operation == "withdraw" and key.removesuffix(_WITHDRAWN) in self.keys:
+            operation = "remove"
+        entry = Entry(self.number + 1, operation, key, data)
         try:
-            self._journal.write(Entry(self.number + 1, operation, key, data))
-        except StorageError as error:
-            self._undo(error)
+            self._make(entry)
+            self._journal.write(entry)
+        except InputError:  # refused before anything was changed
             raise
-        self.number += 1
-        self.keys.add(key)
+        except Exception:
+            self._load()
+            if key not in self.keys:  # else it was kept, and the storage only failed to say so
+                raise
+            return self.number
+        self._made(entry)
         return self.number
 
     def build(self, index: str | FaissIndex, trained: bytes | None) -> None:
@@ -81,12 +99,21 @@ class DurableMemory:
             if self._journal.base() < self.number:
                 self._journal.write_base(self.number, self.memory.save)
 
-    def replace(self, memory: LocalMemory, number: int, keys: set[str]) -> None:
-        """Take the rows of another replica after change `number`, and keep them."""
+    def replace(self, memory: LocalMemory, known: int, keys: set[str]) -> None:
+        """Take the rows of another replica, and keep them in place of all that was kept here.
+
+        Args:
+            memory: The rows.
+            known: The last change that callers know of; the number of this one is larger.
+            keys: Of all changes of these rows.
+        """
         self._journal.start()
-        self.memory, self.number, self.keys, self._failure = memory, number, keys, ""
+        number = max(self._journal.last(), known) + 1
         if len(memory):
             self._journal.write_base(number, memory.save)
+        else:
+            self._journal.write(Entry(number, "clear", uuid.uuid4().hex, safetensors.torch.save({})))
+        self.memory, self.number, self.keys, self._failure = memory, number, keys, ""
 
     def remove(self) -> None:
         """Delete what was kept."""
@@ -100,12 +127,14 @@ class DurableMemory:
         memory.to(self._device())
         return memory
 
-    def _make(self, operation: str, tensors: dict[str, Tensor]) -> None:
-        memory = self.memory
+    def _make(self, entry: Entry) -> None:
+        memory, operation, tensors = self.memory, entry.operation, safetensors.torch.load(entry.data)
         if operation == "add":
             memory.add_stored(tensors, int(tensors.pop("num_outputs")))
         elif operation == "remove":
             memory.remove(tensors["ids"])
+        elif operation == "withdraw":
+            pass  # the rows have not arrived, and their key is now that of a change that was made
         elif operation == "update":
             memory.update(**tensors)
         elif operation == "describe":
@@ -116,12 +145,22 @@ class DurableMemory:
         else:
             raise InputError(f"operation={operation!r} is not known.")
 
-    def _undo(self, error: Exception) -> None:
-        """Go back to what is kept; if that is gone, too, nothing is answered until `clear`."""
+    def _made(self, entry: Entry) -> None:
+        self.number = entry.number
+        self.keys |= {entry.key, entry.key.removesuffix(_WITHDRAWN)}
+
+    def _load(self) -> None:
+        """Read what is kept; where that cannot be, `check` says why."""
+        begun = time.monotonic()
         try:
+            if not self._is_started:
+                self.restarts, self._is_started = self._journal.start(), True
             self._restore()
-        except ResMemError:
-            self._failure = str(error)
+            self._failure = ""
+        except Exception as error:  # whatever it is: an actor whose constructor fails is not started again
+            self._failure = str(error) or type(error).__name__
+        now = time.monotonic()
+        self._next_try = now + max(_RETRY_SECONDS, _RETRY_FACTOR * (now - begun))
 
     def _restore(self) -> None:
         number = self.number = self._journal.base()
@@ -130,9 +169,14 @@ class DurableMemory:
             with self._journal.reading_base() as directory:
                 self.memory = LocalMemory.load(directory, self._device())
         for entry in self._journal.entries():
-            self._make(entry.operation, safetensors.torch.load(entry.data))
-            self.number = entry.number
-            self.keys.add(entry.key)
+            try:
+                self._make(entry)
+            except Exception as error:  # of a file that was written before there were checksums, say
+                raise StorageError(
+                    f"{self._journal.url} is damaged: change {entry.number} ({entry.operation}) cannot be made again "
+                    f"({type(error).__name__}: {error})."
+                ) from error
+            self._made(entry)
 
     def _device(self) -> torch.device:
         if not self._config.gpus_per_shard:

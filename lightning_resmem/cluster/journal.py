@@ -1,5 +1,6 @@
 """What a shard keeps on disk: its rows as they were last built, and every change since. On any storage fsspec knows."""
 
+import hashlib
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning_resmem.errors import StorageError
 from lightning_resmem.memory.storage import disk
 
-_ENTRY = re.compile(r"(\d{10})-([a-z_]+)-([0-9a-z.]+)\.safetensors")
+# The checksum is missing in entries that were written before there was one.
+_ENTRY = re.compile(r"(\d{10})-([a-z_]+)-([0-9a-z.]+)(?:-([0-9a-f]{16}))?\.safetensors")
 _BASE = re.compile(r"base-(\d{10})")
 _STARTED = re.compile(r"started-\d+")
 
@@ -26,12 +28,18 @@ class Entry(NamedTuple):
     key: str
     data: bytes
 
+    @property
+    def checksum(self) -> str:
+        """Of all of it."""
+        said = f"{self.number}-{self.operation}-{self.key}-".encode()
+        return hashlib.sha256(said + hashlib.sha256(self.data).digest()).hexdigest()[:16]
+
 
 class Journal:
     """A directory `base-NUMBER/` with rows as a saved memory, and a file for every change after that number.
 
     Files and bases appear under their names when they are complete, so whatever a process that is killed leaves behind
-    is either there in whole or ignored.
+    is either there in whole or ignored. Changes are numbered without gaps, and each has a checksum.
 
     Args:
         url: A path, or a URL such as `s3://bucket/directory`.
@@ -51,26 +59,37 @@ class Journal:
 
     def write(self, entry: Entry) -> None:
         """Keep a change; one named `clear` is all that is kept."""
-        name = f"{entry.number:010d}-{entry.operation}-{entry.key}.safetensors"
+        name = f"{entry.number:010d}-{entry.operation}-{entry.key}-{entry.checksum}.safetensors"
         with self._failing("written to"):
             self._check_there()
             self._fs.pipe_file(f"{self._root}/{name}.partial", entry.data)
             self._fs.mv(f"{self._root}/{name}.partial", f"{self._root}/{name}")
             if entry.operation == "clear":
-                self._drop(lambda number, is_base: number < entry.number)
+                self._drop(entry.number, but=name)
 
     def base(self) -> int:
-        """The number of the newest base, 0 if there is none."""
-        return max(self._bases(), default=0)
+        """The number of the newest base; 0 if there is none, or if it was cleared away."""
+        with self._failing("read"):
+            return self._last_base_and_entries()[0]
+
+    def last(self) -> int:
+        """The largest number that anything has, whether it can be read or not; 0 if there is nothing."""
+        with self._failing("read"):
+            found = (_ENTRY.fullmatch(name) or _BASE.fullmatch(name) for name in self._names())
+            return max((int(each[1]) for each in found if each is not None), default=0)
 
     def entries(self) -> Iterator[Entry]:
-        """The changes since the newest base, in their order."""
-        base = self.base()
+        """The changes since the newest base, in their order.
+
+        Raises:
+            StorageError: If one is missing, is there twice, or is not as it was written.
+        """
         with self._failing("read"):
-            for name in sorted(self._names()):
-                found = _ENTRY.fullmatch(name)
-                if found is not None and int(found[1]) > base:
-                    yield Entry(int(found[1]), found[2], found[3], self._fs.cat_file(f"{self._root}/{name}"))
+            base, found = self._last_base_and_entries()
+            first = found[0] if found else None
+            expected = int(first[1]) if first is not None and first[2] == "clear" else base + 1
+            for number, name in enumerate(found, expected):
+                yield self._read(name, number)
 
     @contextmanager
     def reading_base(self) -> Iterator[Path]:
@@ -102,7 +121,7 @@ class Journal:
                     files = (Path(directory) / "base").iterdir()
                     for file in sorted(files, key=lambda file: file.name == disk.MANIFEST):
                         self._fs.put_file(str(file), f"{name}/{file.name}")  # the manifest last: it makes a base
-            self._drop(lambda other, is_base: other < number or (other == number and not is_base))
+            self._drop(number, but=name.rpartition("/")[2])
 
     def remove(self) -> None:
         """Delete everything, and the directory around it if nothing else is left in there."""
@@ -116,20 +135,36 @@ class Journal:
         if not self._fs.exists(self._root):  # some file systems would make it again, without what was in it
             raise FileNotFoundError("it has vanished")
 
-    def _drop(self, is_old: Callable[[int, bool], bool]) -> None:
+    def _last_base_and_entries(self) -> tuple[int, list[re.Match[str]]]:
+        """The number of the newest base, 0 if there is none or a `clear` after it, and the entries from there on."""
+        names = sorted(self._names())
+        base = max(self._bases(names), default=0)
+        found = [entry for name in names if (entry := _ENTRY.fullmatch(name)) is not None and int(entry[1]) > base]
+        cleared = [place for place, entry in enumerate(found) if entry[2] == "clear"]
+        return (0, found[cleared[-1] :]) if cleared else (base, found)
+
+    def _read(self, name: re.Match[str], expected: int) -> Entry:
+        entry = Entry(int(name[1]), name[2], name[3], self._fs.cat_file(f"{self._root}/{name[0]}"))
+        if entry.number != expected:
+            what = "is missing" if entry.number > expected else "comes after one of the same number"
+            raise StorageError(f"{self.url} is damaged: change {min(entry.number, expected)} {what} at {name[0]}.")
+        if name[4] is not None and name[4] != entry.checksum:
+            raise StorageError(f"{self.url}/{name[0]} is damaged: it is not what was written (its checksum is wrong).")
+        return entry
+
+    def _drop(self, number: int, but: str) -> None:
+        """Delete what is not newer than a number, but one file or directory, and what is half written."""
         for name in self._names():
             found = _ENTRY.fullmatch(name) or _BASE.fullmatch(name)
-            if ".partial" in name or (found is not None and is_old(int(found[1]), found.re is _BASE)):
+            if ".partial" in name or (found is not None and int(found[1]) <= number and name != but):
                 self._fs.rm(f"{self._root}/{name}", recursive=True)
 
-    def _bases(self) -> list[int]:
-        found = (_BASE.fullmatch(name) for name in self._names())
-        numbers = [int(base[1]) for base in found if base is not None]
+    def _bases(self, names: list[str]) -> list[int]:
+        numbers = [int(base[1]) for base in map(_BASE.fullmatch, names) if base is not None]
         return [n for n in numbers if self._fs.exists(f"{self._root}/base-{n:010d}/{disk.MANIFEST}")]
 
     def _names(self) -> list[str]:
-        if not self._fs.exists(self._root):
-            return []
+        self._check_there()
         self._fs.invalidate_cache(self._root)
         return [str(path).rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(self._root, detail=False)]
 

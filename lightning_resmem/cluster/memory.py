@@ -58,7 +58,8 @@ class RayMemory(ShardedMemory):
         placement: `"SPREAD"` over nodes as evenly as possible, `"STRICT_SPREAD"` each on its own, or `"PACK"` together.
         storage_path: Where shards keep their rows, so that they survive the end of a process: a path or a URL that
             fsspec knows, in which the pool makes a directory of its own and deletes it when it ends. A shard can only
-            move to another node if that node sees the path, too. By default the temporary directory of each node.
+            move to another node if that node sees the path, too. By default `lightning_resmem-UID`, of
+            this user, in the temporary directory of each node.
         request_timeout_s: Seconds after which a request, or a place for the shards, is given up.
         replicas: Copies of each shard, on different nodes if possible. With 2, the death of one is not noticed.
         on_shard_loss: `"raise"` `ShardUnavailableError`, or answer from the rest with `"partial"`: `metrics()` tells
@@ -120,6 +121,7 @@ class RayMemory(ShardedMemory):
         return torch.cat([torch.from_numpy(part.copy()) for part in self._ask("ids")]).sort().values
 
     def add(self, embeddings: Tensor, outputs: Tensor, targets: Tensor, ids: Tensor | None = None) -> None:
+        self._drop_refused()
         embeddings, outputs, targets, ids = checked_rows(
             self.task, embeddings, outputs, targets, ids, self._shape, self._last_id + 1
         )

@@ -9,7 +9,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from lightning_resmem.cluster import placement
 from lightning_resmem.cluster.config import PoolConfig
-from lightning_resmem.cluster.durable import RowsLostError
+from lightning_resmem.cluster.durable import RowsLostError, withdrawal
 from lightning_resmem.cluster.liveness import Liveness
 from lightning_resmem.cluster.placement import actor_name
 from lightning_resmem.errors import InputError, ResMemError, ShardUnavailableError, first_line
@@ -155,20 +155,33 @@ class Pool:
         held = ray.put(data) if self.config.replicas > 1 else data
         return [self._send(shard, replica, key, operation, held, len(data)) for replica in range(self.config.replicas)]
 
-    def confirm(self, write: Write) -> None:
+    def withdraw(self, write: Write, ids: bytes) -> Write:
+        """Have a replica take back the rows that it was sent, and not take them if they arrive later.
+
+        Args:
+            write: What was sent.
+            ids: Of its rows, as a safetensors file.
+        """
+        return self._send(write.shard, write.replica, withdrawal(write.key), "withdraw", ids, len(ids))
+
+    def confirm(self, write: Write, deadline: float | None = None) -> None:
         """Wait until a change is made and kept.
+
+        Args:
+            write: What was sent.
+            deadline: When to give up, as `time.monotonic()` tells; by default after the timeout.
 
         Raises:
             InputError: If the shard refuses it.
             ShardUnavailableError: If it cannot be reached within the timeout, or has lost its rows.
         """
-        deadline = time.monotonic() + self.timeout
+        deadline = time.monotonic() + self.timeout if deadline is None else deadline
         while True:
             try:
                 number = self.receive(write.ref, write.shard, write.replica, deadline)
-            except _LostRowsError:
+            except _LostRowsError as error:
                 if self.config.replicas == 1 or time.monotonic() > deadline:
-                    raise
+                    raise ShardUnavailableError(str(error)) from error
                 copied = self.liveness.have_copied(write.shard, write.replica)
                 ray.wait([copied], timeout=max(0.0, deadline - time.monotonic()))
                 write = self._send(*write[1:])
@@ -179,6 +192,27 @@ class Pool:
     def _send(self, shard: int, replica: int, key: str, operation: str, data: Any, size: int) -> Write:
         actor, known = self.actors[shard][replica], self.known[shard][replica]
         return Write(actor.apply.remote(key, operation, data, known), shard, replica, key, operation, data, size)
+
+    def mend(self) -> None:
+        """Have replicas that have lost their rows copy those of another, and wait for that.
+
+        Raises:
+            ShardUnavailableError: If there is no other, or it does not answer within the timeout.
+        """
+        deadline = time.monotonic() + self.timeout
+        pings = [
+            (actor.ping.remote(self.known[shard][replica]), shard, replica)
+            for shard, replicas in enumerate(self.actors)
+            for replica, actor in enumerate(replicas)
+        ]
+        for ping in pings:
+            try:
+                self.receive(*ping, deadline)
+            except _LostRowsError as error:
+                if self.config.replicas == 1:
+                    raise ShardUnavailableError(str(error)) from error
+                _, shard, replica = ping
+                self.receive(self.liveness.have_copied(shard, replica), shard, replica, deadline)
 
     # -- both
 

@@ -64,7 +64,7 @@ class Shard:
 
         Args:
             key: Unique to the change.
-            operation: `add`, `remove`, `update`, `describe` or `clear`.
+            operation: `add`, `withdraw` (of an `add`), `remove`, `update`, `describe` or `clear`.
             data: Its tensors, as a safetensors file.
             known: The last change that the caller knows of.
 
@@ -76,6 +76,7 @@ class Shard:
             StorageError: If the change cannot be kept; it is undone then.
         """
         with self._lock.writing():
+            self._rows.recover(known)
             return self._rows.change(key, operation, data, known)
 
     def build(self, index: str | FaissIndex, trained: bytes | None, known: int) -> dict[str, Any]:
@@ -90,6 +91,7 @@ class Shard:
             As `state`.
         """
         with self._lock.writing():
+            self._rows.recover(known)
             self._rows.check(known)
             self._rows.build(index, trained)
             return self._state()
@@ -183,14 +185,12 @@ class Shard:
 
     def changes(self) -> tuple[int, set[str]]:
         """The number of the last change, and the keys of all."""
-        with self._lock.reading():
-            self._rows.check(1)
+        with self._asking(1):
             return self._rows.number, set(self._rows.keys)
 
     def state(self) -> dict[str, Any]:
         """What a pool has to know: see `_state`."""
-        with self._lock.reading():
-            self._rows.check(0)
+        with self._asking(0):
             return self._state()
 
     def config(self) -> PoolConfig:
@@ -199,8 +199,7 @@ class Shard:
 
     def stats(self) -> dict[str, Any]:
         """Numbers about this shard, for `RayMemory.stats`."""
-        with self._lock.reading():
-            self._rows.check(0)
+        with self._asking(0):
             stats = self._rows.memory.stats()
             self._meters.holds(stats["rows"], stats["bytes"])
             return {
@@ -216,8 +215,8 @@ class Shard:
 
     def ping(self, known: int = 0) -> tuple[str, int]:
         """The node and the process that this shard runs on; raises an error if its rows are lost."""
-        with self._lock.reading():
-            self._rows.check(known)
+        with self._asking(known):
+            pass
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
     # -- details
@@ -251,15 +250,25 @@ class Shard:
         with self._lock.writing():
             if ray.get(peer.changes.remote(), timeout=_COPY_SECONDS)[0] != number:
                 raise RowsLostError("the other replica changed while it was copied")
-            self._rows.replace(memory, number, keys)
-            return number
+            if self._rows.lacks(known):  # it may have found its own meanwhile
+                self._rows.replace(memory, known, keys)
+            return self._rows.number
+
+    @contextmanager
+    def _asking(self, known: int) -> Iterator[None]:
+        """While nobody changes the rows; raises an error if they are lost."""
+        if self._rows.lacks(known):
+            with self._lock.writing():
+                self._rows.recover(known)
+        with self._lock.reading():
+            self._rows.check(known)
+            yield
 
     @contextmanager
     def _reading(self, known: int) -> Iterator[LocalMemory]:
         """The memory, built, while nobody changes it."""
         while True:
-            with self._lock.reading():
-                self._rows.check(known)
+            with self._asking(known):
                 memory = self._rows.memory
                 if memory.is_built or not len(memory):
                     yield memory

@@ -41,6 +41,7 @@ class ShardedMemory(ResidualMemory):
         self._reset()
 
     def __len__(self) -> int:
+        self._drop_refused()
         return self._rows
 
     @property
@@ -105,6 +106,7 @@ class ShardedMemory(ResidualMemory):
     def learn(self, states: list[list[dict[str, Any]]]) -> None:
         """Take in what is known of shards that were built."""
         self.agree([[state["number"] for state in replicas] for replicas in states], None)
+        self._shards.take_refused()  # not counted below
         firsts = [replicas[0] for replicas in states]
         self._shard_rows = [state["rows"] for state in firsts]
         self._rows, self._built = sum(self._shard_rows), True
@@ -146,6 +148,14 @@ class ShardedMemory(ResidualMemory):
     def _send(self, operation: str, rows: dict[str, Tensor], extra: dict[str, Tensor] | None = None) -> None:
         self._shards.send(operation, rows, extra)
         self._built = False
+
+    def _drop_refused(self) -> None:
+        """Count the chunks no more that the shards did not take."""
+        for ids in reversed(self._shards.take_refused()):
+            self._rows -= len(ids)
+            first, last = int(ids.min()), int(ids.max())
+            if last == self._last_id and last - first + 1 == len(ids):  # added again, it gets the same ids
+                self._last_id = first - 1
 
     def _ask(self, method: str, *arguments: Any) -> list[Any]:
         """The answers of all shards, None of those that are left out."""

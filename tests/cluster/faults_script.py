@@ -215,6 +215,32 @@ def rows_lost(world: World) -> dict[str, Any]:
     return found
 
 
+def journal_damaged(world: World) -> dict[str, Any]:
+    """A bit of a change flips on the disk, and the actor dies: an error that names it, or what the replica has."""
+    found: dict[str, Any] = {}
+    for replicas in (1, 2):
+        memory = world.memory(1, replicas=replicas, request_timeout_s=30.0)
+        world.fill(memory)
+        memory.shards.flush()
+        [directory] = (world.directory / "shards").iterdir()
+        file = next((directory / "shard-0000-0").glob("0000000003-*"))
+        content = bytearray(file.read_bytes())
+        content[-5] ^= 1
+        file.write_bytes(content)
+        os.kill(ray.get(memory.shards.pool.actors[0][0].ping.remote(), timeout=SECONDS)[1], signal.SIGKILL)
+        try:
+            memory.build()
+            found[f"right with {replicas}"] = world.is_right(memory)
+        except ResMemError as error:
+            found[f"error with {replicas}"] = f"{type(error).__name__}: {error}"
+            found["named"] = file.name in str(error)
+            memory.clear()
+            world.fill(memory)
+            found["right after filling it again"] = world.is_right(memory)
+        memory.shutdown()
+    return found
+
+
 def node_dies_with_replicas(world: World) -> dict[str, Any]:
     """Two copies on two nodes; a node dies while queries are under way, and the other one while nobody asks."""
     memory = world.memory(2, replicas=2, placement="SPREAD", cpus_per_shard=1)
@@ -363,6 +389,7 @@ SCENARIOS = [
     killed_while_asked,
     edits_survive,
     rows_lost,
+    journal_damaged,
     node_dies_with_replicas,
     node_dies_and_its_shard_moves,
     no_place_left,

@@ -64,6 +64,14 @@ def test_a_replica_that_lost_its_rows_copies_them(found: Found) -> None:
     assert result["right from the copy"]
 
 
+def test_a_damaged_change_is_named_or_copied_from_the_replica(found: Found) -> None:
+    result = found["journal_damaged"]
+    assert result["error with 1"].startswith("ShardUnavailableError: Shard 0 of 1")
+    assert result["named"]
+    assert result["right after filling it again"]
+    assert result["right with 2"]
+
+
 def test_with_two_replicas_the_death_of_a_node_is_not_noticed(found: Found) -> None:
     result = found["node_dies_with_replicas"]
     assert result["nodes of each shard"] == [2, 2]

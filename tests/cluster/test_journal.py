@@ -1,5 +1,7 @@
 """A shard's journal, on the local disk and on another file system that fsspec knows."""
 
+import random
+import re
 import uuid
 from pathlib import Path
 
@@ -32,12 +34,12 @@ def save(path: Path, content: str = "rows") -> None:
 def test_changes_come_back_in_their_order(url: str) -> None:
     journal = Journal(url)
     assert journal.start() == 0
-    for number in (1, 2, 10, 11):
+    for number in range(1, 12):
         journal.write(entry(number))
     again = Journal(url)
     assert again.start() == 1
     assert again.base() == 0
-    assert list(again.entries()) == [entry(number) for number in (1, 2, 10, 11)]
+    assert list(again.entries()) == [entry(number) for number in range(1, 12)]
 
 
 def test_a_base_takes_the_place_of_what_was_before(url: str) -> None:
@@ -155,3 +157,100 @@ def test_a_directory_that_has_vanished_is_not_made_again_without_its_rows(tmp_pa
         journal.write(entry(2))
     with pytest.raises(StorageError, match="vanished"):
         journal.write_base(2, save)
+
+
+def filled(directory: Path, numbers: range) -> tuple[Journal, dict[int, Path]]:
+    """A journal with changes, and the file of each."""
+    journal = Journal(str(directory))
+    journal.start()
+    for number in numbers:
+        journal.write(entry(number))
+    return journal, {number: next(directory.glob(f"{number:010d}-*")) for number in numbers}
+
+
+def test_every_flipped_bit_is_noticed_and_the_file_named(tmp_path: Path) -> None:
+    journal, files = filled(tmp_path / "shard", range(1, 6))
+    chosen = random.Random(0)
+    for _ in range(100):
+        file = files[chosen.randint(1, 5)]
+        written = file.read_bytes()
+        damaged = bytearray(written)
+        damaged[chosen.randrange(len(damaged))] ^= 1 << chosen.randrange(8)
+        file.write_bytes(damaged)
+        with pytest.raises(StorageError, match=rf"{re.escape(file.name)} is damaged"):
+            list(journal.entries())
+        file.write_bytes(written)
+    assert list(journal.entries()) == [entry(number) for number in range(1, 6)]
+
+
+@pytest.mark.parametrize("cut", [0, 3])
+def test_a_file_that_was_cut_short_is_noticed(cut: int, tmp_path: Path) -> None:
+    journal, files = filled(tmp_path / "shard", range(1, 3))
+    files[2].write_bytes(files[2].read_bytes()[:cut])
+    with pytest.raises(StorageError, match=f"{files[2].name} is damaged"):
+        list(journal.entries())
+
+
+def test_what_a_name_says_is_covered_by_the_checksum(tmp_path: Path) -> None:
+    journal, files = filled(tmp_path / "shard", range(1, 3))
+    for old, new in (("-add-", "-remove-"), ("-key2-", "-key3-")):
+        renamed = files[2].rename(files[2].with_name(files[2].name.replace(old, new)))
+        with pytest.raises(StorageError, match="is damaged"):
+            list(journal.entries())
+        renamed.rename(files[2])
+
+
+@pytest.mark.parametrize("missing", [1, 2, 3])
+def test_a_change_that_is_missing_is_named(missing: int, tmp_path: Path) -> None:
+    journal, files = filled(tmp_path / "shard", range(1, 5))
+    files[missing].unlink()
+    with pytest.raises(StorageError, match=f"is damaged: change {missing} is missing"):
+        list(journal.entries())
+
+
+def test_a_base_that_is_missing_is_noticed(tmp_path: Path) -> None:
+    journal, _ = filled(tmp_path / "shard", range(1, 3))
+    journal.write_base(2, save)
+    journal.write(entry(3))
+    (tmp_path / "shard" / "base-0000000002" / "manifest.json").unlink()
+    with pytest.raises(StorageError, match="change 1 is missing"):
+        list(journal.entries())
+
+
+def test_a_number_that_two_changes_have_is_named(tmp_path: Path) -> None:
+    journal, _ = filled(tmp_path / "shard", range(1, 3))
+    journal.write(Entry(2, "add", "other", b"of a process that was thought dead"))
+    with pytest.raises(StorageError, match="change 2 comes after one of the same number"):
+        list(journal.entries())
+
+
+def test_what_a_clear_was_about_to_delete_is_ignored(tmp_path: Path) -> None:
+    journal, files = filled(tmp_path / "shard", range(1, 4))
+    journal.write_base(2, save)
+    left = {path.name: path.read_bytes() for path in (tmp_path / "shard").glob("*3-*")}
+    journal.write(entry(9, "clear"))
+    for name, content in left.items():
+        (tmp_path / "shard" / name).write_bytes(content)
+    save(tmp_path / "shard" / "base-0000000002")
+    journal.write(entry(10))
+    assert files[3].exists()
+    assert (journal.base(), journal.last()) == (0, 10)
+    assert list(journal.entries()) == [entry(9, "clear"), entry(10)]
+
+
+def test_changes_that_were_written_without_a_checksum_can_be_read(tmp_path: Path) -> None:
+    journal = Journal(str(tmp_path / "shard"))
+    journal.start()
+    for number in (1, 2):
+        (tmp_path / "shard" / f"{number:010d}-add-key{number}.safetensors").write_bytes(entry(number).data)
+    journal.write(entry(3))
+    assert list(journal.entries()) == [entry(number) for number in (1, 2, 3)]
+    save(tmp_path / "shard" / "base-0000000001")
+    assert list(journal.entries()) == [entry(2), entry(3)]
+
+
+def test_a_directory_that_is_not_there_is_not_one_without_changes(tmp_path: Path) -> None:
+    journal = Journal(str(tmp_path / "shard"))
+    for ask in (journal.base, journal.last, lambda: list(journal.entries())):
+        with pytest.raises(StorageError, match="vanished"):
+            ask()

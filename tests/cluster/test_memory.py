@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,7 +22,9 @@ from lightning_resmem import (
     RayMemory,
     Regression,
     ResMemParams,
+    ShardUnavailableError,
     SparseConfig,
+    StorageError,
     explain,
     influence,
     label_errors,
@@ -256,6 +259,30 @@ def test_bad_rows_change_nothing(two: RayMemory, data: Data) -> None:
         two.search(torch.zeros(1, WIDTH + 1), 3)
     with pytest.raises(InputError, match="k=0"):
         two.search(torch.zeros(1, WIDTH), 0)
+    data.check(two, 1e-5)
+
+
+def test_a_chunk_that_one_shard_cannot_keep_is_in_none_and_can_be_added_again(two: RayMemory, data: Data) -> None:
+    first, second = torch.arange(ROWS).split([200, 100])
+    data.add_to(two, first)
+    two.shards.flush()
+    storage = Path(two.shards.pool.config.storage_path) / "shard-0001-0"
+    away = storage.rename(storage.with_name("away"))
+    data.add_to(two, second)
+    with pytest.raises(StorageError, match=rf"vanished.*64 rows with the ids {int(data.ids[200])}, .*add it again"):
+        two.shards.flush()
+    assert len(two) == 200
+    away.rename(storage)
+    deadline = time.monotonic() + SECONDS
+    while True:  # it looks for its storage now and then
+        try:
+            assert torch.equal(two.ids, data.ids[first].sort().values)
+            break
+        except ShardUnavailableError:
+            assert time.monotonic() < deadline
+    data.check(two, 1e-5, first)
+    data.add_to(two, second)
+    assert len(two) == ROWS
     data.check(two, 1e-5)
 
 

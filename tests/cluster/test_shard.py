@@ -1,9 +1,13 @@
 """A shard by itself, in this process: changes are kept, undone, made once, and found again by the next process."""
 
+import shutil
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -11,6 +15,7 @@ import torch
 
 from lightning_resmem import InputError, LocalMemory, Multiclass, ResMemParams, StorageError
 from lightning_resmem.cluster.config import PoolConfig
+from lightning_resmem.cluster.durable import withdrawal
 from lightning_resmem.cluster.journal import Entry, Journal
 from lightning_resmem.cluster.shard import RowsLostError, Shard
 
@@ -198,3 +203,160 @@ def test_readers_share_and_a_writer_is_alone(tmp_path: Path, rows: dict[str, tor
     assert done == [2]
     for reader in readers:
         reader.join(20.0)
+
+
+def damaged(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 4
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_a_damaged_change_is_told_to_whoever_asks_until_the_memory_is_cleared(
+    built: bool, tmp_path: Path, rows: dict[str, torch.Tensor]
+) -> None:
+    shard = Shard(config(str(tmp_path / "pool")), 0, 0)
+    shard.apply("a", "add", part(rows, 0, 20), 0)
+    if built:
+        shard.build("exact", None, 1)
+    shard.apply("b", "add", part(rows, 20, 40), 1)
+    shard.apply("c", "add", part(rows, 40, 60), 2)
+    [file] = (tmp_path / "pool").rglob("*2-add-b-*")
+    damaged(file)
+    again = Shard(config(str(tmp_path / "pool")), 0, 0)
+    for ask in (again.state, lambda: again.ids(0), lambda: again.apply("d", "remove", ids(1), 0)):
+        with pytest.raises(RowsLostError, match=f"{file.name} is damaged"):
+            ask()
+    assert again.apply("e", "clear", safetensors.torch.save({}), 0) == 4  # also of what could not be read
+    again.apply("f", "add", part(rows, 0, 60), 4)
+    check(Shard(config(str(tmp_path / "pool")), 0, 0), rows, list(range(60)), 5)
+
+
+def test_a_change_without_a_checksum_that_cannot_be_made_is_named(
+    tmp_path: Path, rows: dict[str, torch.Tensor]
+) -> None:
+    directory = tmp_path / "pool" / "shard-0000-0"
+    directory.mkdir(parents=True)
+    (directory / "0000000001-add-a.safetensors").write_bytes(part(rows, 0, 60))
+    check(Shard(config(str(tmp_path / "pool")), 0, 0), rows, list(range(60)), 1)
+    (directory / "0000000001-add-a.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(RowsLostError, match=r"change 1 .add. cannot be made again"):
+        Shard(config(str(tmp_path / "pool")), 0, 0).state()
+
+
+class Peer:
+    """What a shard asks another for, by Ray."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=getattr(self._shard, name))
+
+
+@pytest.mark.parametrize("emptied", [False, True])
+def test_rows_of_a_replica_take_the_place_of_damaged_ones(
+    emptied: bool, tmp_path: Path, rows: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.get", lambda answer, timeout: answer)  # the other shard is in this process
+    shard, other = (Shard(config(str(tmp_path / "pool")), 0, replica) for replica in range(2))
+    other.apply("a", "add", part(rows, 0, 60), 0)
+    for number in range(4):  # a replica that has made more changes than the other
+        shard.apply(f"a{number}", "add", part(rows, number, number + 1), number)
+    if emptied:
+        other.apply("b", "clear", safetensors.torch.save({}), 1)
+    for file in (tmp_path / "pool" / "shard-0000-0").glob("*-add-*"):
+        damaged(file)
+    again = Shard(config(str(tmp_path / "pool")), 0, 0)
+    number = again.copy_from(Peer(other), 4)
+    for same in (again, Shard(config(str(tmp_path / "pool")), 0, 0)):
+        assert same.ids(max(4, number)).tolist() == ([] if emptied else list(range(60)))
+
+
+def until_it_answers(ask: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30.0
+    while True:
+        try:
+            ask()
+        except RowsLostError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        else:
+            return
+
+
+def test_a_shard_comes_back_when_its_storage_does(tmp_path: Path, rows: dict[str, torch.Tensor]) -> None:
+    pool, away = tmp_path / "pool", tmp_path / "away"
+    shard = Shard(config(str(pool)), 0, 0)
+    shard.apply("a", "add", part(rows, 0, 30), 0)
+    shard.build("exact", None, 1)
+    shard.apply("b", "add", part(rows, 30, 40), 1)
+    pool.rename(away)
+    with pytest.raises(StorageError, match="vanished"):
+        shard.apply("c", "add", part(rows, 40, 60), 2)
+    pool.write_text("a file, so that no directory can be made here")
+    started_meanwhile = Shard(config(str(pool)), 0, 0)
+    for each in (shard, started_meanwhile):
+        with pytest.raises(RowsLostError):
+            each.state()
+    pool.unlink()
+    away.rename(pool)
+    for each in (shard, started_meanwhile):
+        until_it_answers(lambda each=each: each.ids(2))
+        check(each, rows, list(range(40)), 2)
+    assert shard.apply("c", "add", part(rows, 40, 60), 2) == 3
+    check(shard, rows, list(range(60)), 3)
+
+
+def test_a_shard_that_found_an_empty_storage_comes_back_when_that_is_filled(
+    tmp_path: Path, rows: dict[str, torch.Tensor]
+) -> None:
+    pool, away = tmp_path / "pool", tmp_path / "away"
+    Shard(config(str(pool)), 0, 0).apply("a", "add", part(rows, 0, 60), 0)
+    pool.rename(away)
+    again = Shard(config(str(pool)), 0, 0)  # as where nothing is mounted yet
+    with pytest.raises(RowsLostError, match="does not hold its rows"):
+        again.ids(1)
+    shutil.rmtree(pool)
+    away.rename(pool)
+    until_it_answers(lambda: again.ids(1))
+    check(again, rows, list(range(60)), 1)
+
+
+def test_a_change_that_was_kept_although_the_storage_said_otherwise_is_made(
+    url: str, rows: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard, write = Shard(config(url), 0, 0), Journal.write
+
+    def unsure(self: Journal, entry: Entry) -> None:
+        write(self, entry)
+        raise StorageError("connection lost")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "write", unsure)
+        assert shard.apply("a", "add", part(rows, 0, 60), 0) == 1
+    check(shard, rows, list(range(60)), 1)
+
+
+def test_rows_are_taken_back_once_and_not_taken_later(url: str, rows: dict[str, torch.Tensor]) -> None:
+    shard = Shard(config(url), 0, 0)
+    shard.apply("a", "add", part(rows, 0, 30), 0)
+    shard.apply("b", "add", part(rows, 30, 60), 1)
+    shard.build("exact", None, 2)
+    for _ in range(2):
+        assert shard.apply(withdrawal("b"), "withdraw", ids(*range(30, 60)), 2) == 3
+    for same in (shard, Shard(config(url), 0, 0)):
+        check(same, rows, list(range(30)), 3)
+        assert same.apply("b", "add", part(rows, 30, 60), 3) == 3  # sent before, arrived later
+    again = Shard(config(url), 0, 0)
+    again.apply("c", "add", part(rows, 30, 60), 3)
+    check(again, rows, list(range(60)), 4)
+
+
+def test_taking_back_what_never_arrived_removes_no_rows(url: str, rows: dict[str, torch.Tensor]) -> None:
+    shard = Shard(config(url), 0, 0)
+    shard.apply("a", "add", part(rows, 0, 60), 0)
+    assert shard.apply(withdrawal("b"), "withdraw", ids(3, 4), 1) == 2  # it was to add rows of ids that are there
+    for same in (shard, Shard(config(url), 0, 0)):
+        assert same.apply("b", "add", part(rows, 3, 5), 2) == 2
+        check(same, rows, list(range(60)), 2)
