@@ -154,21 +154,21 @@ class ResMemService:
             with torch.inference_mode():
                 found = self._module.predictions((torch.cat(inputs),))
                 probabilities = self._module.memory.task.to_outputs(found.resmem, found.base).exp()
-        except InputError as error:
-            # An input that the network makes infinite spoils only the request that it came with.
-            return [error] if len(inputs) == 1 else [answer for rows in inputs for answer in self._answers([rows])]
         except ResMemError as error:
             return [error] * len(inputs)
         sizes = [len(rows) for rows in inputs]
-        parts = zip(probabilities.split(sizes), found.base.split(sizes), strict=True)
-        return [
-            {
-                "labels": resmem.argmax(dim=1).tolist(),
-                "base_labels": base.argmax(dim=1).tolist(),
-                "probabilities": resmem.tolist(),
-            }
-            for resmem, base in parts
-        ]
+        return list(map(_answer, probabilities.split(sizes), found.base.split(sizes)))
+
+
+def _answer(resmem: Tensor, base: Tensor) -> dict[str, Any] | ResMemError:
+    """The answer to one request; an input that the network makes infinite spoils no other."""
+    if not torch.isfinite(resmem).all():
+        return InputError("inputs make the network's outputs NaN or infinite: numbers so large may overflow.")
+    return {
+        "labels": resmem.argmax(dim=1).tolist(),
+        "base_labels": base.argmax(dim=1).tolist(),
+        "probabilities": resmem.tolist(),
+    }
 
 
 class Front:
