@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -112,12 +113,16 @@ def test_those_who_send_are_served_beside_300_who_do_not() -> None:
             client.close()
 
 
+def crowded(server: uvicorn.Server, count: int) -> bool:
+    return len(server.server_state.connections) >= count
+
+
 def test_connections_are_limited_and_the_slowest_makes_room() -> None:
     with served(read_s=60, connections=20) as (server, port), ExitStack() as stack:
         slow: list[socket.socket] = []
         for tens in range(5):  # within ten, they may arrive in any order
             slow += [connected(port, stack, BODY if number % 2 else HEAD) for number in range(10)]
-            wait_until(lambda: len(server.server_state.connections) >= min(len(slow), 20))
+            wait_until(partial(crowded, server, min(len(slow), 20)))
             refused = [answer(client)[0] for client in slow[10 * (tens - 2) : 10 * (tens - 1)]] if tens > 1 else []
             assert refused == [503] * len(refused)
         assert requests.get(f"http://127.0.0.1:{port}/health", timeout=10).status_code == 200
