@@ -239,6 +239,21 @@ class ManyLabels(CallsSelf):
         return ((outputs >= 0) == (targets >= 0.5)).float().mean()
 
 
+class Embeds(CallsSelf):
+    """`forward` returns an embedding, and the steps call the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 12))
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.body(x)
+
+    def outputs(self, batch):
+        return self.head(self(batch[0]))
+
+
 class Numbers(CallsSelf):
     task = "regression"
 

@@ -5,14 +5,13 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from lightning_resmem import LocalMemory, ResMemCallback, ResMemWarning, memorize
 from lightning_resmem.memory.base_quality import look_at_base
 from lightning_resmem.memory.values.sparse import SparseConfig
 from lightning_resmem.tasks import Multiclass, Multilabel, Regression
-from tests.models import CallsSelf, Data, Numbers, make, trainer
+from tests.models import Data, Embeds, Numbers, make, trainer
 
 
 def filled(task, outputs, targets, **options):
@@ -110,21 +109,6 @@ class Standardised(Numbers):
 
     def loss(self, outputs, targets):  # of their own: the first step tells nothing of it
         return (outputs - targets).abs().pow(1.5).mean()
-
-
-class Embeds(CallsSelf):
-    """`forward` returns an embedding, and the steps call the head."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 12))
-        self.head = nn.Linear(12, 4)
-
-    def forward(self, x):
-        return self.body(x)
-
-    def outputs(self, batch):
-        return self.head(self(batch[0]))
 
 
 def test_after_fit_it_is_said(tmp_path):

@@ -7,7 +7,19 @@ from torch.nn import functional as F
 
 from lightning_resmem import HeadError, InputError, LocalMemory, ResMemCallback, ResMemParams
 from lightning_resmem.tasks import Regression
-from tests.models import CallsSelf, Data, Numbers, Spy, hooks_on, make, memory_for, same_weights, trainer, weights_of
+from tests.models import (
+    CallsSelf,
+    Data,
+    Embeds,
+    Numbers,
+    Spy,
+    hooks_on,
+    make,
+    memory_for,
+    same_weights,
+    trainer,
+    weights_of,
+)
 
 MEAN, SCALE = torch.tensor([5.0, -3.0]), torch.tensor([9.0, 2.0])
 
@@ -63,21 +75,6 @@ class Manual(Standardised):
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
         self.manual_backward(loss)
-
-
-class Embeds(CallsSelf):
-    """`forward` returns an embedding, and the steps call the head."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 12))
-        self.head = nn.Linear(12, 4)
-
-    def forward(self, x):
-        return self.body(x)
-
-    def outputs(self, batch):
-        return self.head(self(batch[0]))
 
 
 class Adjusted(CallsSelf):
