@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 ROOT = Path(__file__).parents[1]
-GROUP_SECONDS = 10.0  # timeout of the process groups
+GROUP_SECONDS = 30.0  # timeout of the process groups: two interpreters that start together on a busy machine need some
 
 
 def free_port() -> int:

@@ -30,6 +30,7 @@ from torch.utils.data import (
 )
 
 from lightning_resmem import LocalMemory, ResMemCallback, memorize
+from tests.ddp_processes import GROUP_SECONDS
 
 WIDTH, CLASSES, BATCH = 4, 3, 8
 TRAIN, VAL, TEST = 103, 29, 31  # no multiples of a batch or of a number of ranks
@@ -87,7 +88,7 @@ def trainer_of(directory: Path, *callbacks: L.Callback, **options: Any) -> L.Tra
     settings: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": world_size,
-        "strategy": DDPStrategy(timeout=timedelta(seconds=10)) if world_size > 1 else "auto",
+        "strategy": DDPStrategy(timeout=timedelta(seconds=GROUP_SECONDS)) if world_size > 1 else "auto",
         "max_epochs": 1,
         "logger": False,
         "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 from lightning_resmem import ResMemCallback, memorize
+from tests.ddp_processes import GROUP_SECONDS
 from tests.ddp_scenarios import BATCH, TEST, TRAIN, VAL, Arm, Failing, Net, data, quiet, rows, trainer_of
 
 START_METHODS = {"ddp": "popen", "ddp_spawn": "spawn", "ddp_fork": "fork"}
@@ -24,7 +25,7 @@ START_METHODS = {"ddp": "popen", "ddp_spawn": "spawn", "ddp_fork": "fork"}
 def strategy_of(name: str) -> Any:
     if name not in START_METHODS:
         return name
-    return DDPStrategy(start_method=START_METHODS[name], timeout=timedelta(seconds=10))  # type: ignore[arg-type]
+    return DDPStrategy(start_method=START_METHODS[name], timeout=timedelta(seconds=GROUP_SECONDS))  # type: ignore[arg-type]
 
 
 def main(name: str, mode: str, directory: Path) -> None:
