@@ -45,7 +45,7 @@ def test_label_errors(tmp_path):
 
 
 def test_memory_pass(tmp_path):
-    printed = run(tmp_path, "benchmarks/memory_pass.py", "--quick", "--repeats", "1")
+    printed = run(tmp_path, "benchmarks/memory_pass.py", "--share", "0.01", "--repeats", "1")
     assert len(re.findall(r"\d+\.\d+ +│ +\d+\.\d+ +│ +\d+\.\d{3} ", printed)) == 3
 
 

@@ -1,9 +1,10 @@
 """What the memory pass costs: `memorize` against a bare forward loop over the same loader, in the same process.
 
     python examples/benchmarks/memory_pass.py            # about three minutes
-    python examples/benchmarks/memory_pass.py --quick    # a tenth of the rows
+    python examples/benchmarks/memory_pass.py --share 0.1    # a tenth of the rows
 
-`memorize` is timed as a whole: the trainer's set-up, the pass, building the memory and hashing the weights.
+`memorize` is timed as a whole, without tuning: the trainer's set-up, the pass, building the memory and hashing the
+weights.
 """
 
 import argparse
@@ -85,7 +86,7 @@ def bare_loop(model: nn.Module, loader: DataLoader) -> None:
 
 def with_memory(model: L.LightningModule, loader: DataLoader) -> None:
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    memorize(trainer, model, loader)
+    memorize(trainer, model, loader, tuner=None)
 
 
 def seconds(function: Callable[[], None]) -> float:
@@ -96,14 +97,16 @@ def seconds(function: Callable[[], None]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the rows")
+    parser.add_argument("--share", type=float, default=1.0, help="of the rows to read (default: 1)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each, in turns; the median counts (default: 3)")
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.pytorch")
 
-    scale = 10 if arguments.quick else 1
-    images, vectors = (20_000 // scale, 3, 32, 32), (200_000 // scale, 64)
+    if arguments.repeats < 1 or not 0.001 <= arguments.share <= 1:
+        parser.error("--repeats must be at least 1, --share between 0.001 and 1")
+
+    images, vectors = (round(20_000 * arguments.share), 3, 32, 32), (round(200_000 * arguments.share), 64)
     cases = [
         ("ResNet-8, images", resnet8(), tensors(images)),
         ("MLP, TensorDataset", mlp(), tensors(vectors)),

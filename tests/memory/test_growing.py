@@ -39,9 +39,9 @@ memory.clear()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for part in torch.randperm(rows).split(1000):
     memory.add(*chunk, ids=part)
-memory(chunk[0][:200])
+memory(chunk[0][:20])
 memory.remove(torch.arange(0, rows, 2))
-memory(chunk[0][:200])
+memory(chunk[0][:20])
 peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 print(peak / (rows * (4 * width + 2 * 4 * 10 + 16)))
 """
