@@ -69,10 +69,13 @@ def _until_gone(alive: Callable[[], list]) -> list:
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads_for_torch() -> Iterator[None]:
-    """Small tensors gain nothing from many threads, and machines with many cores would only fight over them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(4, os.cpu_count() or 1))
-    yield
+    """Small tensors gain nothing from many threads, and those of several workers would only fight over the cores."""
+    before, workers = torch.get_num_threads(), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    threads = max(1, min(4, (os.cpu_count() or 1) // workers))
+    torch.set_num_threads(threads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", str(threads))  # of the processes that tests start
+        yield
     torch.set_num_threads(before)
 
 
