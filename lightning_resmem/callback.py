@@ -23,7 +23,7 @@ from lightning_resmem.progress import shows_progress
 from lightning_resmem.reporting.report import Report
 from lightning_resmem.reporting.wandb_report import finish_forked_run
 from lightning_resmem.routing import Routing, make_ready
-from lightning_resmem.trainer.limits import is_fast_dev_run, train_limit, val_limit
+from lightning_resmem.trainer.limits import given_limit, train_limit, val_limit
 from lightning_resmem.trainer.loaders import offered_loader, validation_loaders
 from lightning_resmem.trainer.processes import trainer_of
 from lightning_resmem.trainer.restoring import RestorableMemory
@@ -316,7 +316,7 @@ class ResMemCallback(Callback):
         given = self._offered if self._memory_dataloader is None else self._memory_dataloader
         if given is None:
             return trainer.train_dataloader, train_limit(trainer)
-        return given, train_limit(trainer) if is_fast_dev_run(trainer) else None
+        return given, given_limit(trainer, given)
 
     def _found_base(self) -> L.LightningModule | None:
         """The base, if there is one; the memory is then there as well, if it was filled or saved."""

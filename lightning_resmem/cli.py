@@ -22,6 +22,7 @@ from lightning_resmem.module import ResMemModule
 from lightning_resmem.progress import shows_progress
 from lightning_resmem.reporting.html_report import write_report
 from lightning_resmem.trainer.job import Job, run_job
+from lightning_resmem.trainer.limits import given_val_limit
 from lightning_resmem.trainer.save_directory import check_replaceable
 from lightning_resmem.tuning.result import TuningResult
 from lightning_resmem.tuning.tuner import GridTuner, Tuner
@@ -161,7 +162,8 @@ class _Retuner(Memorizer):
         check_fingerprint(model, self.memory.provenance, "resmem tune runs")
         reading, result = self._reading(trainer, model), None
         if val_loaders is not None and val_loaders != []:
-            result = self._tune(reading, self.tuner or GridTuner(), self._plan(reading, val_loaders))
+            parts = self._plan(reading, val_loaders, given_val_limit(trainer, val_loaders))
+            result = self._tune(reading, self.tuner or GridTuner(), parts)
         if result is None:
             raise InputError("The validation loader yielded no rows to tune on.")
         self.memory.params = result.params

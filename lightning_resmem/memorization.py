@@ -1,6 +1,5 @@
 """Fill a memory from a trained model, and tune it: what `ResMemCallback` does after `fit`, as functions."""
 
-import math
 import time
 import warnings
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import MetricCollection
 
 from lightning_resmem.collection.chunks import Chunk
-from lightning_resmem.collection.loaders import check_agreement, check_has_end, check_limit, plan
+from lightning_resmem.collection.loaders import check_agreement, check_limit, plan
 from lightning_resmem.collection.memory_pass import Pass
 from lightning_resmem.collection.parts import Part, count_rows
 from lightning_resmem.collection.ranks import Ranks, check_strategy
@@ -35,6 +34,7 @@ from lightning_resmem.model.returned import check_diverged
 from lightning_resmem.module import ResMemModule
 from lightning_resmem.progress import shows_progress, working
 from lightning_resmem.trainer.job import Job, run_job
+from lightning_resmem.trainer.limits import memorize_limits
 from lightning_resmem.trainer.save_directory import kind
 from lightning_resmem.tuning.result import TuningResult
 from lightning_resmem.tuning.tuner import Tuner, choose_tuner
@@ -72,7 +72,8 @@ def memorize(
             batches, or the LightningDataModule that the model was trained with: the rows of its `memory_dataloader()`
             (or that of the model) if it has such a method, else of its `train_dataloader()`.
         val_dataloader: Validation rows to tune on; by default those of the datamodule. Without them the memory is tuned
-            on 5,000 of its own rows, each left out of it in turn.
+            on 5,000 of its own rows, each left out of it in turn. An IterableDataset without a length needs
+            `Trainer(limit_val_batches=...)`.
         memory: Where the rows go; `LocalMemory()` by default. Rows that it holds are forgotten.
         tuner: Chooses the params on `val_dataloader`. `"auto"` is `GridTuner()` unless the memory was given params.
         head: As for `ResMemCallback`.
@@ -182,12 +183,11 @@ class Memorizer:
             val_loaders: The validation rows, if any.
             limit_batches: As for `run`; None is for loaders that have an end.
         """
-        if limit_batches is None:
-            check_has_end(loaders)
-        limit = None if limit_batches is None or math.isinf(limit_batches) else int(limit_batches)
+        tuned_on = val_loaders if self._tunes_on(val_loaders) else None
+        limits = memorize_limits(trainer, loaders, tuned_on, limit_batches)
         self.memory.clear()
-        self.rehearse(trainer, model, loaders, val_loaders, limit)
-        self.run(trainer, model, loaders, val_loaders, limit)
+        self.rehearse(trainer, model, loaders, val_loaders, limits[0])
+        self.run(trainer, model, loaders, val_loaders, *limits)
 
     def run(
         self,

@@ -162,14 +162,22 @@ def check_limit(limit_batches: object) -> None:
         raise InputError(f"limit_batches={limit_batches!r}: give a number of batches of at least 1, or math.inf.")
 
 
-def check_has_end(loaders: Any) -> None:
+def streams(loaders: Any) -> list[Any]:
+    """The loaders that have neither positions nor a length, and so may have no end."""
+    flat = [] if _are_batches(loaders) else _flat(loaders)
+    return [
+        loader
+        for loader in flat
+        if sized_len(loader) is None
+        and not (isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset))
+    ]
+
+
+def check_has_end(loaders: Any, way_out: str) -> None:
     """Raise an error for an `IterableDataset` without a length, which may have no end."""
-    for loader in [] if _are_batches(loaders) else _flat(loaders):
-        if isinstance(loader, DataLoader) and sized_len(loader) is None:
-            raise InputError(
-                f"{type(loader.dataset).__name__} has no length, so it may have no end: give limit_batches=..., how "
-                "many batches each rank is to read of it, or limit_batches=math.inf to read it to its end."
-            )
+    for loader in streams(loaders):
+        if isinstance(loader, DataLoader):
+            raise InputError(f"{type(loader.dataset).__name__} has no length, so it may have no end: {way_out}")
 
 
 def evaluation_loaders(trainer: L.Trainer) -> list[Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
@@ -166,7 +167,10 @@ def part_of_batches(batches: Sequence[Any], count_rows: Callable[[Any], int], sh
 
 
 def part_of_iterable(batches: Iterable[Any], share: Share) -> Part:
-    """Batches without positions: rows are counted in the order they come."""
+    """Batches without positions: rows are counted in the order they come.
+
+    Where a length is known, it is that of an epoch, and what yields the batches may have no end.
+    """
     start: Iterable[Any] | None = None
     dataset: Any = batches
     if isinstance(batches, DataLoader):
@@ -175,10 +179,14 @@ def part_of_iterable(batches: Iterable[Any], share: Share) -> Part:
             batches = rebuilt(batches, batch_size=batches.batch_size)
     elif iter(batches) is not iter(batches):
         start = First(batches, _COMPARED_BATCHES)
+    size = sized_len(batches)
+    # Each worker has a last batch of its own, which the length does not count.
+    most = None if size is None else size + getattr(batches, "num_workers", 0)
+    limit = min((count for count in (share.limit, most) if count is not None), default=None)
     return Part(
-        batches=batches if share.limit is None else First(batches, share.limit),
+        batches=batches if limit is None else First(batches, limit),
         ids=lambda _, first_row, count: share.rank + share.world_size * torch.arange(first_row, first_row + count),
-        num_batches=share.limit,
+        num_batches=min((count for count in (share.limit, size) if count is not None), default=None),
         start=start,
         dataset=type(dataset).__name__,
     )

@@ -1,5 +1,6 @@
 """What is told before training: augmented rows, rows in no order, streams, rows that cannot be stacked."""
 
+import itertools
 import math
 import warnings
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, Subset, TensorDataset
 
-from lightning_resmem import InputError, LocalMemory, ResMemCallback, ResMemWarning, memorize
+from lightning_resmem import GridTuner, InputError, LocalMemory, ResMemCallback, ResMemWarning, memorize
 from tests.models import CallsSelf, Data, Trained, make, memory_for, trainer
 
 
@@ -200,6 +201,10 @@ class Endless(IterableDataset):
             yield self.inputs[row % 120], self.targets[row % 120]
             row += 1
 
+    def batches(self):
+        while True:
+            yield self.inputs[:25], self.targets[:25]
+
 
 def test_a_stream_without_an_end_is_read_as_far_as_training_read_it(tmp_path, caplog):
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
@@ -218,7 +223,94 @@ def test_memorize_wants_a_limit_for_a_stream(tmp_path):
         with pytest.raises(InputError, match="limit_batches="):
             memorize(trainer(tmp_path), make(CallsSelf), loader, limit_batches=limit)
     ends = DataLoader(TensorDataset(*Data().train), 4)
-    assert len(memorize(trainer(tmp_path), make(CallsSelf), ends, limit_batches=math.inf).memory) == 120
+    memory = memory_for(CallsSelf)
+    assert len(memorize(trainer(tmp_path), make(CallsSelf), ends, limit_batches=math.inf, memory=memory).memory) == 120
+
+
+class SaysItsLength(Endless):
+    """An epoch of it has a length, and it goes on."""
+
+    def __len__(self):
+        return 40
+
+
+class Ends(Endless):
+    def __iter__(self):
+        return itertools.islice(super().__iter__(), 30)
+
+
+class OffersAStream(Data):
+    def memory_dataloader(self):
+        return DataLoader(Endless(), batch_size=8)
+
+
+GIVEN = {
+    "loader": (lambda: DataLoader(Endless(), batch_size=8), 40),
+    "list": (lambda: [DataLoader(Endless(), batch_size=8)], 40),
+    "batches": (lambda: Endless().batches(), 50),
+    "ends": (lambda: DataLoader(Ends(), batch_size=8), 30),
+    "says its length": (lambda: DataLoader(SaysItsLength(), batch_size=8), 40),
+}
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+def test_a_stream_that_is_given_is_read_as_far_as_training_read_rows(kind, tmp_path):
+    given, count = GIVEN[kind]
+    data, callback = Data(batch_size=20), ResMemCallback(memory_for(CallsSelf), memory_dataloader=given())
+    warned = messages(lambda: fit(tmp_path, make(CallsSelf), data.loader(data.train), callback, limit_train_batches=2))
+    assert callback.memory.ids.tolist() == list(range(count))
+    assert len(warned) == (kind != "says its length")
+    assert all("(memory_dataloader) are a stream without a length" in text for text in warned)
+
+
+def test_a_stream_that_the_datamodule_offers_is_read_as_far_as_training_read_rows(tmp_path):
+    callback = ResMemCallback(memory_for(CallsSelf))
+    trainer(tmp_path, callback).fit(make(CallsSelf), datamodule=OffersAStream())
+    assert len(callback.memory) == 7 * 16
+
+
+def test_a_training_stream_that_says_its_length_is_read_for_an_epoch(tmp_path):
+    memory = fit(tmp_path, make(CallsSelf), DataLoader(SaysItsLength(), batch_size=16), max_epochs=2)
+    assert memory.ids.tolist() == list(range(48))
+
+
+class Watches(GridTuner):
+    """Counts the rows that it tunes on."""
+
+    def __init__(self):
+        super().__init__(k=[5], sigma=[0.3], softmax_temperature=[1.0], strength=[1.0])
+
+    def tune(self, memory, embeddings, *args, **options):
+        self.rows = len(embeddings)
+        return super().tune(memory, embeddings, *args, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "count"),
+    [(Endless, {"limit_val_batches": 2}, 32), (SaysItsLength, {}, 48), (Ends, {}, 30)],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_tuning_reads_as_much_of_a_stream_as_validation(kind, options, count, tmp_path):
+    data, tuner = Data(), Watches()
+    run = trainer(tmp_path, ResMemCallback(tuner=tuner), **options)
+    run.fit(make(CallsSelf), data.train_dataloader(), DataLoader(kind(), batch_size=16))
+    assert tuner.rows == count
+
+
+def test_tuning_on_a_stream_that_was_never_validated_ends(tmp_path):
+    data, tuner = Data(), Watches()
+    run = trainer(tmp_path, ResMemCallback(tuner=tuner), check_val_every_n_epoch=5)
+    run.fit(make(CallsSelf), data.train_dataloader(), DataLoader(Endless(), batch_size=16))
+    assert tuner.rows == 7 * 16
+
+
+def test_memorize_wants_a_limit_for_a_stream_of_validation_rows(tmp_path):
+    data, model, tuner, val = Data(), make(CallsSelf), Watches(), DataLoader(Endless(), batch_size=16)
+    with pytest.raises(InputError, match=r"Endless has no length.*Trainer\(limit_val_batches="):
+        memorize(trainer(tmp_path), model, data, val)
+    memorize(trainer(tmp_path), model, data, val, tuner=None)  # reads none of it
+    assert len(memorize(trainer(tmp_path, limit_val_batches=2), model, data, val, tuner=tuner).memory) == 120
+    assert tuner.rows == 32
 
 
 # -- rows that cannot be stacked
