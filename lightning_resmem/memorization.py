@@ -18,6 +18,7 @@ from lightning_resmem.collection.loaders import check_agreement, check_limit, pl
 from lightning_resmem.collection.memory_pass import Pass
 from lightning_resmem.collection.parts import Part, count_rows
 from lightning_resmem.collection.ranks import Ranks, check_strategy
+from lightning_resmem.collection.rehearsal import Storable
 from lightning_resmem.collection.samplers import draws_unevenly
 from lightning_resmem.errors import InputError, ResMemWarning, check_type
 from lightning_resmem.memory.answers import Predictions
@@ -30,7 +31,6 @@ from lightning_resmem.model.batches import BatchReader, ForwardFn, IdsFn, Target
 from lightning_resmem.model.fingerprint import buffer_sums, describe_weights
 from lightning_resmem.model.head import HeadTap
 from lightning_resmem.model.modes import evaluating
-from lightning_resmem.model.returned import check_diverged
 from lightning_resmem.module import ResMemModule
 from lightning_resmem.progress import shows_progress, working
 from lightning_resmem.trainer.job import Job, run_job
@@ -154,16 +154,14 @@ class Memorizer:
         val_parts = self._plan(reading, val_loaders) if self._tunes_on(val_loaders) else []
         for note in (part.note for part in (*parts, *val_parts) if part.note):
             rank_zero_warn(f"ResMem: {note}", category=ResMemWarning)
+        check = Storable(self.memory.task)
         with reading.ranks.together("rehearsing the memory pass on a few rows"):
-            chunks = reading.rehearse(parts)
-            for chunk in chunks:
-                self._check(chunk, chunks[0])
+            chunks = reading.rehearse(parts, check)
             usable = next((rows for rows in (chunk.usable() for chunk in chunks) if len(rows.ids)), None)
             if usable is not None:
                 self._try(usable, all_rows, metrics)
         with reading.ranks.together("rehearsing tuning on a few validation rows"):
-            for chunk in reading.rehearse(val_parts, compare=False):
-                self._check(chunk, chunks[0] if chunks else chunk)
+            reading.rehearse(val_parts, check, compare=False)
         return None if reading.tap is None else reading.tap.head
 
     def rehearse_and_run(
@@ -250,7 +248,7 @@ class Memorizer:
         with reading.ranks.together("rehearsing the memory pass on two rows"):
             sample = reading.sample(parts)
             if sample is not None:
-                self._check(sample, sample)
+                Storable(memory.task)(sample)
             if all_rows and sample is not None:
                 shape = sample.embeddings.shape[1], sample.outputs.shape[1]
                 needed = memory.estimate_bytes(all_rows, *shape)
@@ -287,19 +285,6 @@ class Memorizer:
 
     def _tunes_on(self, val_loaders: Any) -> bool:
         return self.tuner is not None and val_loaders is not None and val_loaders != []  # both mean none to Lightning
-
-    def _check(self, chunk: Chunk, first: Chunk) -> None:
-        """Raise an error if a few rows cannot be stored, or not beside those of the first loader."""
-        check_diverged(torch.cat([chunk.outputs, chunk.embeddings], dim=1))
-        usable = chunk.usable()
-        self.memory.task.check_targets(usable.targets.cpu(), usable.outputs.shape[1], usable.ids)
-        for name, rows, others in zip(("embeddings", "outputs"), chunk, first, strict=False):
-            if rows.shape[1] != others.shape[1]:
-                raise InputError(
-                    f"The {name} of one loader's rows have width {rows.shape[1]}, those of the first loader "
-                    f"{others.shape[1]}: the memory wants one model and one embedding for all rows. Give the loaders "
-                    "of such rows alone."
-                )
 
     def _try(self, rows: Chunk, all_rows: int | None, metrics: MetricCollection | None) -> None:
         """Give a few rows to whoever will see such rows: the index, the tuner, the user's metrics."""

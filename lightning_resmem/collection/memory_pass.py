@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_resmem.collection.chunks import Chunk, Waiting, report_left_out
 from lightning_resmem.collection.parts import Part
 from lightning_resmem.collection.ranks import Ranks
-from lightning_resmem.collection.rehearsal import Sample, check_augmentation, check_order
+from lightning_resmem.collection.rehearsal import Sample, check_augmentation, check_order, naming
 from lightning_resmem.errors import InputError
 from lightning_resmem.model.batches import TRANSFER_HOOKS, BatchReader, tensors_of
 from lightning_resmem.model.head import HeadTap
@@ -70,12 +70,13 @@ class Pass:
                     return self._sample(part)[0].chunk
         return None
 
-    def rehearse(self, parts: Sequence[Part], compare: bool = True) -> list[Chunk]:
+    def rehearse(self, parts: Sequence[Part], check: Callable[[Chunk], None], compare: bool = True) -> list[Chunk]:
         """Read the first rows of every part, so that what is wrong shows before hours of training.
 
         Args:
             parts: From `loaders.plan`.
-            compare: Read them twice, and warn if they differ.
+            check: Is given the rows of each part.
+            compare: They are to be memorized: read them twice, and warn if they differ.
 
         Returns:
             The rows of each part that can be read without using them up; randomness is left as it was.
@@ -83,16 +84,24 @@ class Pass:
         chunks = []
         with self._evaluating(), self._capturing:
             for part in parts:
-                if part.sample is not None:
-                    sample, source = self._sample(part)
-                    chunks.append(sample.chunk)
-                    if compare:
-                        check_augmentation(sample, self._samples(part, source)[0], part.dataset)
-                elif part.start is not None and not self._reader.gives_ids:
-                    samples = self._samples(part, part.start)
-                    chunks += [sample.chunk for sample in samples[:1]]
-                    check_order(samples, self._samples(part, part.start), part.dataset)
+                with naming(part.dataset if compare and len(parts) > 1 else None):
+                    found = self._rehearsed(part, compare)
+                    if found is not None:
+                        check(found)
+                        chunks.append(found)
         return chunks
+
+    def _rehearsed(self, part: Part, compare: bool) -> Chunk | None:
+        if part.sample is not None:
+            sample, source = self._sample(part)
+            if compare:
+                check_augmentation(sample, self._samples(part, source)[0], part.dataset)
+            return sample.chunk
+        if part.start is None or self._reader.gives_ids:
+            return None
+        samples = self._samples(part, part.start)
+        check_order(samples, self._samples(part, part.start), part.dataset)
+        return samples[0].chunk if samples else None
 
     def _sample(self, part: Part) -> tuple[Sample, Iterable[Any]]:
         """A small batch with a row that is finite, if any of a few has one, and the loader that it is from."""

@@ -1,6 +1,7 @@
-"""What two readings of the same rows tell: whether they are augmented, and whether they come in the same order."""
+"""What a few rows tell before all are read: whether they can be stored, are augmented, and come in an order."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from lightning_resmem.collection.chunks import Chunk
 from lightning_resmem.collection.samplers import WAY_OUT
 from lightning_resmem.errors import InputError, ResMemWarning
+from lightning_resmem.model.returned import check_diverged
+from lightning_resmem.tasks import Task
 
 _TOLERANCE = 1e-3  # of keys: two forwards on a GPU differ in the last digits
 
@@ -59,6 +62,51 @@ def check_order(samples: Sequence[Sample], again: Sequence[Sample], dataset: str
         )
     if samples:
         check_augmentation(samples[0], again[0], dataset)
+
+
+class Storable:
+    """Checks that a few rows can be stored, and beside those that it was given first.
+
+    Args:
+        task: Of the memory.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._first: Chunk | None = None
+
+    def __call__(self, chunk: Chunk) -> None:
+        """Raise an error if rows of one loader cannot."""
+        check_diverged(torch.cat([chunk.outputs, chunk.embeddings], dim=1))
+        usable = chunk.usable()
+        self._task.check_targets(usable.targets.cpu(), usable.outputs.shape[1], usable.ids)
+        self._first = self._first or chunk
+        for name, rows, others in zip(("embeddings", "outputs"), chunk, self._first, strict=False):
+            if rows.shape[1] != others.shape[1]:
+                raise InputError(
+                    f"The {name} of one loader's rows have width {rows.shape[1]}, those of the first loader "
+                    f"{others.shape[1]}: the memory wants one model and one embedding for all rows. Give the loaders "
+                    "of such rows alone."
+                )
+
+
+@contextmanager
+def naming(dataset: str | None) -> Iterator[None]:
+    """Add to an error which of several loaders it is about, and that it need not be memorized.
+
+    Args:
+        dataset: Its name; None adds nothing.
+    """
+    try:
+        yield
+    except Exception as error:
+        if dataset is not None:
+            error.add_note(
+                f"This was {dataset}. If its rows have no labels, as in semi-supervised training, or are not to be "
+                "memorized for another reason, give the others alone: ResMemCallback(memory_dataloader=...), or as the "
+                "dataloader of memorize."
+            )
+        raise
 
 
 def _equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

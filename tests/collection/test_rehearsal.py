@@ -188,6 +188,26 @@ def test_a_row_of_several_loaders_is_memorized_once(kind, tmp_path):
     assert float(found.distances[:, 1].min()) > 1e-4
 
 
+@pytest.mark.parametrize("targets", [[], [torch.rand(120, 2)]], ids=["none", "others"])
+@pytest.mark.parametrize("kind", [dict, list])
+def test_rows_without_labels_beside_others_name_the_way_out(kind, targets, tmp_path):
+    class SemiSupervised(CallsSelf):
+        def training_step(self, batch, batch_idx):
+            labelled, _ = batch.values() if isinstance(batch, dict) else batch
+            return super().training_step(labelled, batch_idx)
+
+    data, model = Data(), make(SemiSupervised)
+    loaders = [data.train_dataloader(), DataLoader(TensorDataset(data.train[0], *targets), 16)]
+    loaders = dict(zip(("labelled", "unlabelled"), loaders, strict=True)) if kind is dict else loaders
+    with pytest.raises(InputError) as raised:
+        fit(tmp_path, model, loaders)
+    (note,) = raised.value.__notes__
+    assert "This was TensorDataset (loader 2 of 2)" in note
+    assert "ResMemCallback(memory_dataloader=...)" in note
+    callback = ResMemCallback(memory_for(CallsSelf), memory_dataloader=data.train_dataloader())
+    assert len(fit(tmp_path, model, loaders, callback)) == 120
+
+
 # -- streams
 
 
