@@ -28,7 +28,7 @@ from lightning_resmem.trainer.loaders import offered_loader, validation_loaders
 from lightning_resmem.trainer.processes import trainer_of
 from lightning_resmem.trainer.restoring import RestorableMemory
 from lightning_resmem.trainer.save_directory import SaveDirectory
-from lightning_resmem.trainer.weights import check_weights, memorized_weights
+from lightning_resmem.trainer.weights import check_weights, memorized_weights, naming_averaging
 from lightning_resmem.tuning.result import TuningResult
 from lightning_resmem.tuning.tuner import Tuner, choose_tuner
 
@@ -287,7 +287,8 @@ class ResMemCallback(Callback):
             )
             return
         assert trainer.state.fn is not None
-        make_ready(self._memory, pl_module, self._reader, f"trainer.{trainer.state.fn.value} runs")
+        with naming_averaging(trainer):
+            make_ready(self._memory, pl_module, self._reader, f"trainer.{trainer.state.fn.value} runs")
         prefix = stage if stage is None or self._name == "resmem" else f"{stage}/{self._name}"
         self._base = pl_module
         self._routing = Routing(trainer, pl_module, self._memory, self._reader, self._route, prefix, self._metrics)

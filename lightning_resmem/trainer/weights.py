@@ -1,4 +1,4 @@
-"""Which weights are memorized: the last of a fit, or those of its best checkpoint."""
+"""Which weights are memorized: the last of a fit, or those of its best checkpoint. And which a run may find instead."""
 
 import copy
 from collections.abc import Iterator
@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import lightning.pytorch as L
+from lightning.pytorch.callbacks import WeightAveraging
 
-from lightning_resmem.errors import InputError, MemoryPassError
+from lightning_resmem.errors import InputError, MemoryPassError, StaleMemoryError
 from lightning_resmem.trainer.limits import is_fast_dev_run
 
 Weights = Literal["last", "best"]
@@ -57,6 +58,24 @@ def memorized_weights(weights: Weights, trainer: L.Trainer, model: L.LightningMo
         yield
     finally:
         _restore(trainer, model, {**best, **last})
+
+
+@contextmanager
+def naming_averaging(trainer: L.Trainer) -> Iterator[None]:
+    """Say with a `StaleMemoryError` if the weights are those of a checkpoint that averaging has replaced."""
+    try:
+        yield
+    except StaleMemoryError as error:
+        # It does so only on the Trainer whose fit made the averages: to go on training, as it believes.
+        averages = [c for c in trainer.callbacks if getattr(c, "_average_model", None) is not None]  # type: ignore[attr-defined]
+        if trainer.ckpt_path is not None and any(isinstance(c, WeightAveraging) for c in averages):
+            error.add_note(
+                f"The {type(averages[0]).__name__} of this Trainer gives the model the weights that were not averaged "
+                '(the checkpoint\'s "current_model_state") when the Trainer that trained loads a checkpoint. The '
+                "averaged ones, which were memorized, are loaded by a Trainer without it: "
+                f"Trainer(callbacks=[resmem]).test(model, ckpt_path={str(trainer.ckpt_path)!r})."
+            )
+        raise
 
 
 def _restore(trainer: L.Trainer, model: L.LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
     ModelCheckpoint,
 )
 
@@ -82,6 +83,35 @@ def test_weights_last_with_another_epochs_checkpoint(root):
     with pytest.raises(StaleMemoryError, match=r'weights="best".*memorize\(trainer, model, dataloader\)'):
         run.test(model, datamodule=data, ckpt_path="best")
     assert hooks_on(model) == 0
+
+
+def test_a_checkpoint_on_a_trainer_that_averages_weights_says_which_are_loaded(root):
+    data, model, callback = Data(), make(CallsSelf), ResMemCallback(memory_for(CallsSelf), weights="best")
+    checkpoint = best_checkpoint(root)
+    run = trainer(root, callback, checkpoint, EMAWeightAveraging(decay=0.9), enable_checkpointing=True, max_epochs=3)
+    run.fit(model, datamodule=data)
+    path = checkpoint.best_model_path
+    with pytest.raises(StaleMemoryError) as raised:
+        run.test(model, datamodule=data, ckpt_path="best")
+    (note,) = raised.value.__notes__
+    assert "The EMAWeightAveraging of this Trainer" in note
+    assert f"Trainer(callbacks=[resmem]).test(model, ckpt_path={path!r})" in note
+    saved = torch.load(path, weights_only=True)
+    assert same_weights(weights_of(model), saved["current_model_state"])
+    # ... and the way out is one.
+    (logged,) = trainer(root, callback).test(model, datamodule=data, ckpt_path=path, verbose=False)
+    assert same_weights(weights_of(model), saved["state_dict"])
+    wanted = Trained(model).scores(data.train, data.test, callback.memory.params)
+    assert {part: logged[f"test/acc_{part}"] for part in wanted} == pytest.approx(wanted)
+
+
+def test_other_weights_on_a_trainer_that_averages_are_not_put_down_to_it(root):
+    data, model, callback = Data(), make(CallsSelf), ResMemCallback(memory_for(CallsSelf))
+    run = trainer(root, callback, EMAWeightAveraging(decay=0.9))
+    run.fit(model, datamodule=data)
+    with pytest.raises(StaleMemoryError) as raised:
+        run.test(make(CallsSelf, seed=3), datamodule=data)
+    assert not hasattr(raised.value, "__notes__")
 
 
 def test_weights_best_in_a_fast_dev_run(root):
