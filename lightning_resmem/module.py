@@ -37,7 +37,6 @@ from lightning_resmem.model.batches import (
 from lightning_resmem.model.fingerprint import describe_weights
 from lightning_resmem.model.head import Captured, HeadTap
 from lightning_resmem.model.modes import evaluation_mode, uncompiled
-from lightning_resmem.model.watching import Watched
 from lightning_resmem.reporting.wandb_report import download_memory
 from lightning_resmem.trainer.base import configure, set_up
 from lightning_resmem.trainer.save_directory import check_replaceable, kind
@@ -323,8 +322,8 @@ class ResMemModule(L.LightningModule):
             self.evaluations = ()
             loaders = evaluation_loaders(self.trainer)
             board = Scoreboard(self.memory, stage, loaders, self.device, self._metrics)
-        watched = Watched(self.base, self.memory.provenance, "ResMemModule runs")
-        self._run = Run(watched, board, Ranks(self.trainer))
+        self._watch.start_run("ResMemModule runs")
+        self._run = Run(self._watch, board, Ranks(self.trainer))
 
     @uncompiled
     def _evaluate(self, batch: Any, dataloader_idx: int) -> Tensor:

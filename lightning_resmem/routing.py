@@ -21,7 +21,6 @@ from lightning_resmem.model.batches import BatchReader
 from lightning_resmem.model.fingerprint import check_fingerprint
 from lightning_resmem.model.head import Captured, HeadTap
 from lightning_resmem.model.modes import eager
-from lightning_resmem.model.watching import Watched
 
 
 def make_ready(memory: ResidualMemory, model: L.LightningModule, reader: BatchReader, doing: str) -> None:
@@ -88,12 +87,11 @@ class Routing:
         if prefix is not None:
             self._board = Scoreboard(memory, prefix, evaluation_loaders(trainer), model.device, metrics)
         assert trainer.state.fn is not None
-        self._weights = Watched(model, memory.provenance, f"trainer.{trainer.state.fn.value} runs")
+        # The steps may count in buffers; the next run compares these, too.
+        self._weights = WeightsWatch(model, memory, buffers=False)
+        self._weights.start_run(f"trainer.{trainer.state.fn.value} runs")
         known = memory.provenance
         self._tap = HeadTap(model, known["head"], known.get("embedding"), known.get("channels"))
-        # The steps may count in buffers; the next run compares these, too.
-        self._watch = WeightsWatch(model, memory, buffers=False)
-        self._watch.note()
         self._stack = ExitStack()
         self._stack.enter_context(eager())
         self._stack.enter_context(self._tap.route(self._combined) if replace else self._tap.capture(self._look))
@@ -127,7 +125,7 @@ class Routing:
             StaleMemoryError: If the model has lost its weights meanwhile.
         """
         with self._ranks.together("checking the weights at the end of the run"):
-            self._weights.check()
+            self._weights.check_end()
 
     def evaluate(self) -> tuple[Evaluation, ...]:
         """What the run showed, over all ranks; nothing, with a warning, if a rank could not score a batch."""
@@ -154,7 +152,7 @@ class Routing:
     def _answer(self, captured: Captured) -> Answer:
         self._weights.check_first()
         with self._memory.reading():
-            self._watch.check("The run goes on")
+            self._weights.check("The run goes on")
             self._answers.append(Answer.of(self._memory, captured.embedding.float(), captured.output))
         return self._answers[-1]
 

@@ -3,27 +3,27 @@
 from torch import Tensor
 
 from lightning_resmem.collection.ranks import Ranks
+from lightning_resmem.memory.weights_watch import WeightsWatch
 from lightning_resmem.metrics.answer import Answer
 from lightning_resmem.metrics.evaluation import Evaluation
 from lightning_resmem.metrics.scoreboard import Scoreboard
-from lightning_resmem.model.watching import Watched
 
 
 class Run:
     """From the start of a run to `finish`.
 
     Args:
-        watched: The base's weights, checked just now.
+        weights: Of the base, whose run has started.
         board: Scores the answers, if they are.
         ranks: Of the run.
     """
 
-    def __init__(self, watched: Watched, board: Scoreboard | None, ranks: Ranks) -> None:
-        self._watched, self._board, self._ranks = watched, board, ranks
+    def __init__(self, weights: WeightsWatch, board: Scoreboard | None, ranks: Ranks) -> None:
+        self._weights, self._board, self._ranks = weights, board, ranks
 
     def answer(self) -> None:
         """Before a batch is answered."""
-        self._watched.check_first()
+        self._weights.check_first()
 
     def score(self, answer: Answer, targets: Tensor, dataloader_idx: int) -> None:
         """After a batch was answered."""
@@ -37,7 +37,7 @@ class Run:
             StaleMemoryError: If the base has lost its weights meanwhile.
         """
         with self._ranks.together("checking the weights at the end of the run"):
-            self._watched.check()
+            self._weights.check_end()
         if self._board is None:
             return ()
         self._board.finish()

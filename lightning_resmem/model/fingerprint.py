@@ -56,6 +56,11 @@ def buffer_sums(model: nn.Module) -> dict[str, int]:
     return {name: _sum(name, tensor) for name, tensor in _state(model, parameters)}
 
 
+def number_sums(model: nn.Module, ignored: Collection[str] = ()) -> dict[str, int]:
+    """Checksums of the floating-point tensors of the state, by name. Steps may change others: they count in them."""
+    return {name: _sum(name, tensor) for name, tensor in _state(model, ignored) if tensor.is_floating_point()}
+
+
 def check_fingerprint(model: nn.Module, provenance: Mapping[str, str], doing: str) -> None:
     """Raise `StaleMemoryError` if a memory was filled with other weights than the model has."""
     filled_with = provenance.get("fingerprint")
