@@ -279,7 +279,7 @@ class ResMemCallback(Callback):
         if isinstance(pl_module, ResMemModule):  # it combines by itself
             return
         self._kept.look(trainer)
-        if not self._kept.has_rows():
+        if not self._kept.has_rows(Ranks(trainer).group):
             rank_zero_warn(
                 "ResMemCallback has no memory yet, so this run shows the base model alone. Call trainer.fit first, or "
                 "give it a filled one: ResMemCallback(memory=LocalMemory.load(directory)).",

@@ -15,7 +15,6 @@ from rich.console import Console
 from lightning_resmem.callback import ResMemCallback
 from lightning_resmem.errors import InputError, ResMemError, ResMemWarning, StorageError
 from lightning_resmem.memorization import Memorizer
-from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.storage import disk
 from lightning_resmem.model.fingerprint import check_fingerprint
 from lightning_resmem.module import ResMemModule
@@ -123,7 +122,7 @@ class ResMemTrainer(L.Trainer):
             raise InputError(f"tune reads the validation rows in one process, not {self.world_size}: devices=1.")
         _check_checkpoint(ckpt_path)
         for callback, place in self._places(directory).items():
-            memory, reader = LocalMemory.load(place), callback._reader
+            memory, reader = callback._kept.read(place), callback._reader
             names = {name: memory.provenance.get(name, getattr(reader, name)) for name in ("head", "embedding")}
             reader = dataclasses.replace(reader, **names)
             chosen = tuner or callback._tuner

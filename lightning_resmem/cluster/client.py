@@ -17,7 +17,7 @@ from lightning_resmem.cluster.address import check_answers
 from lightning_resmem.cluster.changes import Changes
 from lightning_resmem.cluster.config import PoolConfig, default_storage
 from lightning_resmem.cluster.sharding import split
-from lightning_resmem.errors import ShardUnavailableError
+from lightning_resmem.errors import InputError, ShardUnavailableError
 
 if TYPE_CHECKING:  # Ray takes a second to import: it is imported when a cluster is needed
     from lightning_resmem.cluster.pool import Pool, Write
@@ -37,12 +37,14 @@ class ShardClient:
         address: Of the cluster; None finds a running one, or starts one on a single machine.
 
     Attributes:
+        config: Of the pool.
+        address: Of the cluster, if it is known.
         name: Of the pool, None as long as there is none.
         leads: Whether this process clears the pool; of the ranks of a job only the first does.
     """
 
     def __init__(self, config: PoolConfig, address: str | None) -> None:
-        self.config, self._address = config, address
+        self.config, self.address = config, address
         self.name: str | None = None
         self.leads = True
         self._pool: Pool | None = None
@@ -50,7 +52,7 @@ class ShardClient:
 
     def rehearse(self) -> None:
         """Raise an error if the address is one where nothing listens."""
-        check_answers(self._address)
+        check_answers(self.address)
 
     def open(self, hosts: Collection[str] = ()) -> tuple[str, str, str]:
         """Reach the pool, or make it.
@@ -66,7 +68,7 @@ class ShardClient:
 
         config = self.config
         places = config.num_shards * config.replicas
-        address = reach(self._address, hosts, cpus=places * config.cpus_per_shard)
+        address = reach(self.address, hosts, cpus=places * config.cpus_per_shard)
         if self._pool is None and self.name is not None:
             self._pool = Pool.find(self.name, config.namespace, config.request_timeout_s)
         elif self._pool is None:
@@ -86,8 +88,23 @@ class ShardClient:
         """Use the pool of the first rank."""
         self.leads = False
         if self.name != name or self._pool is None:
-            self._address, self.name, self._pool = address, name, None
+            self.address, self.name, self._pool = address, name, None
             self.open()
+
+    def find(self) -> bool:
+        """Use the pool that another process has kept under the config's name, if there is one."""
+        from lightning_resmem.cluster.connecting import reach
+        from lightning_resmem.cluster.pool import Pool
+
+        config = self.config
+        if config.name is None:
+            return False
+        try:
+            reach(self.address, starts=False)
+            self.use(Pool.find(config.name, config.namespace, config.request_timeout_s))
+        except InputError:  # no such pool, or no cluster
+            return False
+        return True
 
     def use(self, pool: "Pool") -> None:
         """Use a pool that was found."""

@@ -1,17 +1,20 @@
 """A memory over a cluster: a pool of Ray actors, each with a shard, behind the interface of all memories."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from lightning_resmem.cluster import ranks
 from lightning_resmem.cluster.about import about_of
 from lightning_resmem.cluster.address import check_address
 from lightning_resmem.cluster.client import in_store
 from lightning_resmem.cluster.config import PoolConfig, absolute
-from lightning_resmem.cluster.files import from_files, to_files
+from lightning_resmem.cluster.files import to_files
 from lightning_resmem.cluster.merging import PendingSearch, overview, total
 from lightning_resmem.cluster.sharded_memory import ShardedMemory
 from lightning_resmem.functional import neighbor_weights
@@ -37,7 +40,8 @@ class RayMemory(ShardedMemory):
 
     Methods, by what they are for. Rows: `add`, `remove`, `update`, `clear`, `ids`. Answers: `search`, `search_async`,
     `sums`, `fetch`, and what every memory makes of them (`forward`, `knn`, `predict`, ...). Numbers: `stats`,
-    `metrics`, `rehearse`, `estimate_bytes`. Memories that are there already: `save`, `load`, `connect`, `shutdown`.
+    `metrics`, `rehearse`, `estimate_bytes`. Memories that are there already: `save`, `load`, `restored`, `connect`,
+    `shutdown`.
     The ranks of a job: `join`, `gather`, `publish`. The shards, and what this process knows of them: `build`, `shards`,
     `shape`, `agree`, `build_shards`, `learn`.
 
@@ -262,21 +266,42 @@ class RayMemory(ShardedMemory):
             StorageError: If the directory is missing, incomplete, damaged or of another format version.
         """
         with read_saved(directory, mmap=True) as saved:
-            saved.verify()
-            return cls._spread(saved, num_shards, options)
+            memory = cls._made_for(saved, num_shards, options)
+            memory.take(saved)
+        memory.build()
+        return memory
+
+    def restored(self, directory: str | os.PathLike[str], group: dist.ProcessGroup | None = None) -> "RayMemory":
+        """A saved memory over the same cluster and in as many shards as this one, whatever rows this one has.
+
+        A pool that was kept under this one's `name` is used as it is, if it has these rows.
+
+        Args:
+            directory: As given to `save`, a path or a URL.
+            group: Of the ranks of a job, on the CPU: they share one pool, and each of them calls this.
+
+        Raises:
+            InputError: If the pool of this name has other rows.
+            StorageError: As for `load`.
+        """
+        options = {"address": self._shards.address, **self._shards.config.arguments()}
+        given = [options.pop(name) for name in ("num_shards", "task", "index", "values", "key_dtype")]
+        first = ranks.alone if group is None else partial(ranks.on_rank_zero, group=group)
+        with read_saved(directory, mmap=True) as saved:
+            memory = self._made_for(saved, given[0], options)
+            first(lambda: memory.find(saved))
+            if group is not None:
+                memory.join(group)
+            first(lambda: memory.take(saved))
+        memory.build() if group is None else memory.gather(group)
+        return memory
 
     @classmethod
-    def _spread(cls, saved: Saved, num_shards: int, options: dict[str, Any]) -> "RayMemory":
-        """A memory over a cluster with the rows of one that was read."""
+    def _made_for(cls, saved: Saved, num_shards: int, options: dict[str, Any]) -> "RayMemory":
+        """A memory without rows that can take those of a saved one."""
         dtype = saved.tensors["keys"].dtype
         memory = cls(num_shards, saved.task, saved.params, saved.index, saved.config, dtype, **options)
         memory.provenance, memory.tunable = saved.provenance, saved.tunable
-        num_outputs = saved.values.num_outputs
-        memory._shape = saved.tensors["keys"].shape[1], num_outputs
-        for rows in from_files({name: saved.tensors[name] for name in ("keys", "ids", *saved.values.names)}):
-            memory._send("add", rows, {"num_outputs": torch.tensor(num_outputs)})
-            memory._rows += len(rows["ids"])
-        memory.build()
         return memory
 
     @classmethod

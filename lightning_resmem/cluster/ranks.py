@@ -72,6 +72,11 @@ def flush(shards: ShardClient, shape: tuple[int, int] | None, group: dist.Proces
     return [known for _, known in outcomes]
 
 
+def alone(action: Callable[[], Any]) -> Any:
+    """`on_rank_zero` for a process without others."""
+    return action()
+
+
 def on_rank_zero(action: Callable[[], Any], group: dist.ProcessGroup) -> Any:
     """What `action` returned on rank 0, on all ranks; an error there is one on all."""
     outcome: list[Any] = [None, None]

@@ -5,8 +5,10 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_resmem.cluster.memory import RayMemory
 from lightning_resmem.collection.ranks import Ranks
 from lightning_resmem.errors import StorageError
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
@@ -21,7 +23,8 @@ class RestorableMemory:
     """The memory of a callback, which is read from where it was saved when this process does not have it.
 
     Args:
-        memory: Filled, or to be filled; None is a `LocalMemory`.
+        memory: Filled, or to be filled; None is a `LocalMemory`. What is read is spread over a cluster as a `RayMemory`
+            was to be, else it is a `LocalMemory`.
         place: Says where it is saved.
 
     Attributes:
@@ -34,6 +37,7 @@ class RestorableMemory:
         check_memory(self.memory)
         self.directory: Path | disk.Url | None = None
         self._place = place
+        self._like = self.memory if isinstance(self.memory, RayMemory) else None
 
     def check_target(self, trainer: L.Trainer) -> None:
         """Find out before training whether the memory can be saved afterwards.
@@ -68,8 +72,11 @@ class RestorableMemory:
         if "directory" in state_dict and not len(self.memory):
             self.directory = disk.as_path(state_dict["directory"])
 
-    def has_rows(self) -> bool:
+    def has_rows(self, group: dist.ProcessGroup | None = None) -> bool:
         """Whether there is a memory, if need be from where it was saved.
+
+        Args:
+            group: Of the ranks of a job, each of which calls this.
 
         Raises:
             StorageError: If it is no longer there, or damaged.
@@ -77,7 +84,7 @@ class RestorableMemory:
         if not len(self.memory) and self.directory is not None:
             try:
                 with torch.inference_mode(False):  # what is made in inference mode can never be changed again
-                    self.memory = LocalMemory.load(self.directory)
+                    self.memory = self.read(self.directory, group)
             except StorageError as error:
                 raise StorageError(
                     f"{error} That is where ResMemCallback saved it. If it is elsewhere now, give "
@@ -85,6 +92,18 @@ class RestorableMemory:
                     "memorize(trainer, model, dataloader)."
                 ) from error
         return len(self.memory) > 0
+
+    def read(self, directory: str | Path | disk.Url, group: dist.ProcessGroup | None = None) -> ResidualMemory:
+        """A saved memory, of the kind that the user gave.
+
+        Args:
+            directory: Where it was saved.
+            group: Of the ranks of a job, each of which calls this.
+        """
+        like = self._like
+        memory = LocalMemory.load(directory) if like is None else like.restored(directory, group)
+        rank_zero_info(f"ResMem: read {memory!r} from {directory}.")
+        return memory
 
     def look(self, trainer: L.Trainer) -> None:
         """Under spawn and fork the memory was filled in processes that are gone: look where they saved it."""

@@ -31,7 +31,12 @@ def main(mode: str, directory: Path) -> None:
         # Starting a Ray takes longer than such tests wait otherwise.
         return trainer_of(directory, *callbacks, strategy=DDPStrategy(timeout=timedelta(seconds=SECONDS)), devices=2)
 
-    options: dict[str, Any] = {"storage_path": directory / "shards", "request_timeout_s": SECONDS}
+    # Two pools find room where a Ray of as many CPUs as this machine has is started.
+    options: dict[str, Any] = {
+        "storage_path": directory / "shards",
+        "request_timeout_s": SECONDS,
+        "cpus_per_shard": 0.5,
+    }
     if mode == "room":
         options |= {"gpus_per_shard": 1000, "request_timeout_s": 3.0}
     memory, tuner = RayMemory(2, **options), GridTuner(k=[3, 9], sigma=[0.5, 1.0])
@@ -60,6 +65,10 @@ def main(mode: str, directory: Path) -> None:
 
     look("fit", callback.module)
     found["test"] = trainer.test(model, DataLoader(data(TEST, 2), batch_size=4), verbose=False)[0]
+    fresh = ResMemCallback(memory=RayMemory(2, **options))
+    fresh.load_state_dict(callback.state_dict())
+    found["restored test"] = trainer_with(fresh).test(model, DataLoader(data(TEST, 2), batch_size=4), verbose=False)[0]
+    look("restored", fresh.module)
     look("again", memorize(trainer_with(), model, loader, val_loader, memory=memory, tuner=tuner))  # the same shards
     look("local", memorize(trainer_with(), model, loader, val_loader, memory=LocalMemory(), tuner=tuner))
     (directory / f"rank{trainer.global_rank}.json").write_text(json.dumps(found))

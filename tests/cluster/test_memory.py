@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from lightning_resmem import (
     EmptyMemoryError,
@@ -29,6 +30,8 @@ from lightning_resmem import (
     influence,
     label_errors,
 )
+from lightning_resmem.trainer.restoring import RestorableMemory
+from lightning_resmem.trainer.save_directory import SaveDirectory
 from tests.cluster.ending import SECONDS, ended
 from tests.memory.test_contract import CLASSES, PARAMS, ROWS, WIDTH, Data
 from tests.saved_files import file_of
@@ -215,6 +218,39 @@ def test_saved_memories_are_one_format(two: RayMemory, data: Data, tmp_path: Pat
     for name in ("keys", "ids", "outputs", "targets"):
         files = [file_of(tmp_path / place, name) for place in ("local", "spread", "two")]
         assert len({file.read_bytes() for file in files}) == len({file.name for file in files}) == 1
+
+
+def test_a_saved_memory_is_read_as_it_was_configured(ray_address: str, data: Data, tmp_path: Path) -> None:
+    one = local(data)
+    one.provenance = {"fingerprint": "f"}
+    one.save(tmp_path / "saved")
+    options: dict[str, Any] = {"name": "kept", "storage_path": tmp_path / "shards", "request_timeout_s": SECONDS}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        memory = RayMemory(2, **options).restored(tmp_path / "saved", dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+    try:
+        data.check(memory, 1e-5)
+        assert (memory.params, memory.tunable, memory.provenance) == (PARAMS, False, one.provenance)
+        # What a callback reads is what it was given, and a pool that was kept is used again.
+        again = RestorableMemory(RayMemory(2, **options), SaveDirectory(None, "resmem")).read(tmp_path / "saved")
+        assert isinstance(again, RayMemory)
+        assert pids(again) == pids(memory)
+        assert torch.equal(again(data.queries), memory(data.queries))
+        with pytest.raises(InputError, match=r"name='kept' is a pool of 2 shards .* not of 3 shards"):
+            RayMemory(3, **options).restored(tmp_path / "saved")
+        one.remove(one.ids[:1])
+        one.save(tmp_path / "saved")
+        with pytest.raises(InputError, match=r"name='kept' is a pool .*connect\('kept'\)\.shutdown"):
+            RayMemory(2, **options).restored(tmp_path / "saved")
+    finally:
+        ended(memory)
+    assert isinstance(RestorableMemory(None, SaveDirectory(None, "resmem")).read(tmp_path / "saved"), LocalMemory)
+
+
+def pids(memory: RayMemory) -> list[int]:
+    return [shard["pid"] for shard in memory.stats()["shards"]]
 
 
 @pytest.mark.parametrize("task", [Multilabel(), Regression()])

@@ -33,7 +33,7 @@ def check_ranks(tmp_path: Path) -> None:
     assert finished.code == 0, finished.output[-4000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert first == second
-    for stage in ("fit", "again"):
+    for stage in ("fit", "restored", "again"):
         assert first[stage]["kind"] == "RayMemory"
         assert first[stage]["ids"] == list(range(TRAIN))
         assert sum(first[stage]["shards"]) == TRAIN
@@ -42,6 +42,7 @@ def check_ranks(tmp_path: Path) -> None:
         found, expected = (torch.tensor(first[name]["predictions"]) for name in (stage, "local"))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert "test/acc_resmem" in first["test"]
+    assert first["restored test"] == first["test"]
     assert not list((tmp_path / "shards").iterdir())  # rank 0 has ended, and its shards with it
     assert finished.left == []
 
