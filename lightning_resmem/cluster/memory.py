@@ -267,7 +267,7 @@ class RayMemory(ShardedMemory):
         """
         with read_saved(directory, mmap=True) as saved:
             memory = cls._made_for(saved, num_shards, options)
-            memory.take(saved)
+            memory._take(saved)
         memory.build()
         return memory
 
@@ -289,10 +289,10 @@ class RayMemory(ShardedMemory):
         first = ranks.alone if group is None else partial(ranks.on_rank_zero, group=group)
         with read_saved(directory, mmap=True) as saved:
             memory = self._made_for(saved, given[0], options)
-            first(lambda: memory.find(saved))
+            first(lambda: memory._find_kept(saved))
             if group is not None:
                 memory.join(group)
-            first(lambda: memory.take(saved))
+            first(lambda: memory._take(saved))
         memory.build() if group is None else memory.gather(group)
         return memory
 

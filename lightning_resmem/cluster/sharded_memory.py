@@ -115,44 +115,6 @@ class ShardedMemory(ResidualMemory):
         self._last_id = max(state["last_id"] for state in firsts)
         self._shape = next(((s["width"], s["outputs"]) for s in firsts if s["rows"]), self._shape)
 
-    def find(self, saved: Saved) -> None:
-        """Use the pool that another process has kept under this memory's name, if there is one.
-
-        Raises:
-            InputError: If it has other rows than were saved.
-        """
-        if not self._shards.find():
-            return
-        pool, wanted = self._shards.pool, self._shards.config.num_shards
-        states = pool.everywhere("state")
-        about = about_of(states)
-        held = {} if about is None else about.provenance
-        found = (pool.config.num_shards, sum(first["rows"] for first, *_ in states), held.get("fingerprint"))
-        if found != (wanted, len(saved.tensors["ids"]), saved.provenance.get("fingerprint")):
-            name = self._shards.name
-            raise InputError(
-                f"name={name!r} is a pool of {found[0]} shards with {found[1]:,} rows, not of {wanted} shards with the "
-                f"{len(saved.tensors['ids']):,} rows that are saved in {saved.files.path}: end it by "
-                f"RayMemory.connect({name!r}).shutdown(), or give another name."
-            )
-        self.learn(states)
-        self._built = all(state["built"] for replicas in states for state in replicas if state["rows"])
-
-    def take(self, saved: Saved) -> None:
-        """Send the rows of a saved memory to the shards, unless these have them.
-
-        Raises:
-            StorageError: If it is damaged.
-        """
-        if self._rows:
-            return
-        saved.verify()
-        num_outputs = saved.values.num_outputs
-        self._shape = saved.tensors["keys"].shape[1], num_outputs
-        for rows in from_files({name: saved.tensors[name] for name in ("keys", "ids", *saved.values.names)}):
-            self._send("add", rows, {"num_outputs": torch.tensor(num_outputs)})
-            self._rows += len(rows["ids"])
-
     # -- the ranks of a job
 
     def join(self, group: dist.ProcessGroup) -> None:
@@ -184,6 +146,44 @@ class ShardedMemory(ResidualMemory):
         return f"{type(self).__name__}({rows}, num_shards={self._shards.config.num_shards})"
 
     # -- details
+
+    def _find_kept(self, saved: Saved) -> None:
+        """Use the pool that another process has kept under this memory's name, if there is one.
+
+        Raises:
+            InputError: If it has other rows than were saved.
+        """
+        if not self._shards.find():
+            return
+        pool, wanted = self._shards.pool, self._shards.config.num_shards
+        states = pool.everywhere("state")
+        about = about_of(states)
+        held = {} if about is None else about.provenance
+        found = (pool.config.num_shards, sum(first["rows"] for first, *_ in states), held.get("fingerprint"))
+        if found != (wanted, len(saved.tensors["ids"]), saved.provenance.get("fingerprint")):
+            name = self._shards.name
+            raise InputError(
+                f"name={name!r} is a pool of {found[0]} shards with {found[1]:,} rows, not of {wanted} shards with the "
+                f"{len(saved.tensors['ids']):,} rows that are saved in {saved.files.path}: end it by "
+                f"RayMemory.connect({name!r}).shutdown(), or give another name."
+            )
+        self.learn(states)
+        self._built = all(state["built"] for replicas in states for state in replicas if state["rows"])
+
+    def _take(self, saved: Saved) -> None:
+        """Send the rows of a saved memory to the shards, unless these have them.
+
+        Raises:
+            StorageError: If it is damaged.
+        """
+        if self._rows:
+            return
+        saved.verify()
+        num_outputs = saved.values.num_outputs
+        self._shape = saved.tensors["keys"].shape[1], num_outputs
+        for rows in from_files({name: saved.tensors[name] for name in ("keys", "ids", *saved.values.names)}):
+            self._send("add", rows, {"num_outputs": torch.tensor(num_outputs)})
+            self._rows += len(rows["ids"])
 
     def _send(self, operation: str, rows: dict[str, Tensor], extra: dict[str, Tensor] | None = None) -> None:
         self._shards.send(operation, rows, extra)
