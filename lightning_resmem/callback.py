@@ -60,7 +60,8 @@ class ResMemCallback(Callback):
         ids_fn: `ids_fn(batch)` returns the rows' ids, unique over the training set; by default their positions in the
             dataset. Needed to detect rows that an IterableDataset gives to several ranks.
         memory_dataloader: The rows to memorize, e.g. without augmentation; by default what a method
-            `memory_dataloader()` of the datamodule or the model returns, else those of the training loader.
+            `memory_dataloader()` of the datamodule or the model returns, else those of the training loader. Of a stream
+            without a length at most as many rows are read as training has read.
         weights: `"last"` memorizes the weights at the end of training; `"best"` those of the checkpoint that
             `trainer.test(ckpt_path="best")` takes.
         dirpath: Where the memory is saved after the pass, a path or a URL such as `s3://bucket/memory`. A memory of the
