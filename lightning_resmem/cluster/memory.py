@@ -41,9 +41,8 @@ class RayMemory(ShardedMemory):
     Methods, by what they are for. Rows: `add`, `remove`, `update`, `clear`, `ids`. Answers: `search`, `search_async`,
     `sums`, `fetch`, and what every memory makes of them (`forward`, `knn`, `predict`, ...). Numbers: `stats`,
     `metrics`, `rehearse`, `estimate_bytes`. Memories that are there already: `save`, `load`, `restored`, `connect`,
-    `shutdown`.
-    The ranks of a job: `join`, `gather`, `publish`. The shards, and what this process knows of them: `build`, `shards`,
-    `shape`, `agree`, `build_shards`, `learn`.
+    `shutdown`. The ranks of a job: `join`, `gather`, `publish`. The shards, and what this process knows of them:
+    `build`, `shards`, `shape`, `agree`, `build_shards`, `learn`.
 
     Args:
         num_shards: Over how many actors the rows are spread, by a hash of their ids.

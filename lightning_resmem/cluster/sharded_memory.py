@@ -27,6 +27,10 @@ _EMPTY = "The memory is empty: add(embeddings, outputs, targets) before it is us
 class ShardedMemory(ResidualMemory):
     """A memory in shards, without a way to put rows in or to ask for any: `RayMemory` adds those.
 
+    Methods, by what they are for. The shards: `shards`, `build`, `build_shards`, `clear`. What this process knows of
+    them: `shape`, `num_outputs`, `device`, `learn`, `agree`. The ranks of a job: `join`, `gather`, `publish`. Before
+    there are rows: `rehearse`, `estimate_bytes`.
+
     Args:
         config: What the pool is made with, when it is needed.
         address: Of the cluster; None finds a running one, or starts one on a single machine.

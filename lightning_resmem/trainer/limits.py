@@ -127,7 +127,7 @@ def _limit(setting: int | float | None, num_batches: list[int | float]) -> int |
 
 def _rows_per_batch(loaders: Any) -> int | None:
     """The rows of one batch of each loader together, None where that is not known."""
-    flat = CombinedLoader(loaders).flattened
+    flat = (loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)).flattened
     sizes = [loader.batch_size for loader in flat if isinstance(loader, DataLoader) and loader.batch_size]
     return sum(sizes) if sizes and len(sizes) == len(flat) else None
 
