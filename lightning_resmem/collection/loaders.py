@@ -168,7 +168,8 @@ def streams(loaders: Any) -> list[Any]:
     return [
         loader
         for loader in flat
-        if sized_len(loader) is None
+        if isinstance(loader, Iterable)
+        and sized_len(loader) is None
         and not (isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset))
     ]
 
