@@ -114,7 +114,7 @@ def judge(
         The neighbours' label average `(n, C)`, and how far it (and the base) is from the labels, shape `(n,)`.
     """
     distances = neighbors.distances * (memory.params.sigma / scale)  # `sums` divides by sigma
-    average = memory.sums(Neighbors(distances, neighbors.ids))[1].cpu()
+    average = memory.sums(Neighbors(distances, neighbors.ids)).labels.cpu()
     values = memory.fetch(ids)
     score = error_of(memory.task, average, values.targets.cpu())
     if with_base:

@@ -7,9 +7,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_resmem.errors import InputError
-from lightning_resmem.functional import combine
+from lightning_resmem.functional import combine, whole_residual
 from lightning_resmem.memory.answers import Neighbors
+from lightning_resmem.memory.checks import check_width
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.memory.single_rows import fetch_neighbors
 from lightning_resmem.metrics.functional import is_right
@@ -98,10 +98,7 @@ class Sweep:
         self.distances = distances
         self._norms = rows.embeddings.to(distances.device).float().norm(dim=1)
         self._values, self._positions = fetch_neighbors(memory, ids)
-        if rows.outputs.shape[1] != self._values.num_outputs:
-            raise InputError(
-                f"outputs has {rows.outputs.shape[1]} columns, the memory was filled with {self._values.num_outputs}."
-            )
+        check_width(rows.outputs, self._values.num_outputs)
         near = distances[:, :10]
         near = near.where(near.isfinite(), torch.nan).nanmean(dim=1)
         scale = float(gather(near).nanmedian())
@@ -233,23 +230,28 @@ class Sweep:
             base = self.task.predict(self._outputs, temperature)
             for sigma, at_sigma in _grouped(at_temperature, lambda index: settings[index].sigma):
                 by_k = sorted(_grouped(at_sigma, lambda index: settings[index].k))
-                residuals = self._residuals(temperature, sigma, [k for k, _ in by_k])
+                residuals = self._residuals(base, temperature, sigma, [k for k, _ in by_k])
                 for (_, indices), residual in zip(by_k, residuals, strict=True):
                     yield indices, [settings[index].strength for index in indices], base, residual.to(base.device)
 
-    def _residuals(self, softmax_temperature: float, sigma: float, ks: Sequence[int]) -> Iterator[Tensor]:
+    def _residuals(self, base: Tensor, softmax_temperature: float, sigma: float, ks: Sequence[int]) -> Iterator[Tensor]:
         """The weighted residual sums `(V, C)` for ascending k, each from the one before and the neighbours between."""
         nearest = self.distances.amin(dim=1, keepdim=True)  # places in between may be empty
         width = max(sigma, torch.finfo(self.distances.dtype).tiny)
         weights = torch.exp((nearest - self.distances[:, : ks[-1]]) / width)
         weights = weights.where(self.distances[:, : ks[-1]].isfinite(), 0).to(self._positions.device)
-        sums, total, start = torch.zeros(()), torch.zeros(()), 0
+        sums, tails, total, start = torch.zeros(()), torch.zeros(()), torch.zeros(()), 0
         for k in ks:
             part = weights[:, start:k]
-            added = self._values.residual_sum(self._positions[:, start:k], part, softmax_temperature)
+            added, tail = self._values.residual_sum(self._positions[:, start:k], part, softmax_temperature)
             # Not in place: what was yielded stays.
             sums, total = (added, part.sum(dim=1)) if start == 0 else (sums + added, total + part.sum(dim=1))
-            yield sums / total.clamp_min(1.0)[:, None]  # the nearest has weight 1
+            whole = total.clamp_min(1.0)  # the nearest has weight 1
+            if tail is None:
+                yield sums / whole[:, None]
+            else:
+                tails = tails.to(tail.device) + tail
+                yield whole_residual(sums / whole[:, None], tails / whole, base)
             start = k
 
     def _judge(self, base: Tensor, residual: Tensor, strengths: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
