@@ -96,6 +96,16 @@ class SparseValues(Values):
         dense = even[:, None].repeat(1, self._num_outputs)
         return dense.scatter_(1, self._classes.finish().long(), self._logs.finish().float())
 
+    @property
+    def classes(self) -> Tensor:
+        """The classes whose probabilities are kept, shape `(N, m)`, the most probable first."""
+        return self._classes.finish()
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether there are more classes than are kept of a row."""
+        return self._others > 0
+
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "top_m": self._top_m}
 
@@ -123,10 +133,14 @@ class SparseValues(Values):
             probabilities, tail = self._probabilities(rows, softmax_temperature)  # (b, k, m), (b, k)
             kept = share[:, :, None] * probabilities
             total = sums[start : start + block]
-            total.scatter_add_(1, self._classes.finish()[rows].long().flatten(1), -kept.flatten(1))
+            total.scatter_add_(1, self.classes[rows].long().flatten(1), -kept.flatten(1))
             total.scatter_add_(1, self.targets[rows], share)
             tails[start : start + block] = (share * tail).sum(dim=1)
-        return sums, tails if self._others else None
+        return sums, tails if self.is_cut else None
+
+    def probabilities(self, softmax_temperature: float) -> tuple[Tensor, Tensor]:
+        """Probabilities of the kept classes `(N, m)` and of all others together `(N,)`: of a few selected rows."""
+        return self._probabilities(torch.arange(len(self), device=self.targets.device), softmax_temperature)
 
     def error_bound(self, softmax_temperature: float = 1.0) -> Tensor:
         """How far each row's base probabilities can be off, as total variation, whatever the query's are.
