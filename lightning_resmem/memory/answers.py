@@ -95,16 +95,24 @@ def combined_in_blocks(
     Raises:
         InputError: If the outputs have another width than the sums.
     """
-    block = max(1, _BLOCK_ENTRIES // max(1, outputs.shape[1]))
-    whole: Tensor | None = None
-    for start in range(0, max(1, len(outputs)), block):
-        rows = slice(start, start + block)
+
+    def combine_rows(rows: slice) -> Tensor:
         near = Neighbors(*(part[rows] for part in neighbors))
-        part = combined(task, params, outputs[rows], near, sums(near)).resmem
-        if len(part) == len(outputs):
-            return part
-        whole = part.new_empty(outputs.shape) if whole is None else whole
-        whole[rows] = part
+        return combined(task, params, outputs[rows], near, sums(near)).resmem
+
+    return in_blocks(combine_rows, *outputs.shape)
+
+
+def in_blocks(compute: Callable[[slice], Tensor], rows: int, columns: int) -> Tensor:
+    """What `compute` makes of some rows at a time, as one tensor `(rows, columns)`: it and a block are all there is."""
+    block = max(1, _BLOCK_ENTRIES // max(1, columns))
+    if rows <= block:
+        return compute(slice(0, rows))
+    whole: Tensor | None = None
+    for start in range(0, rows, block):
+        part = compute(slice(start, start + block))
+        whole = part.new_empty(rows, columns) if whole is None else whole
+        whole[start : start + block] = part
     assert whole is not None
     return whole
 

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_resmem import InputError, LocalMemory, Multiclass, Multilabel, ResMemParams, functional
 from lightning_resmem.memory.values.dense import DenseConfig
 from lightning_resmem.memory.values.sparse import SparseConfig, SparseValues
 from tests import oracle
+from tests.made import Made
 
 
 def _values(outputs: torch.Tensor, targets: torch.Tensor, top_m: int) -> SparseValues:
@@ -133,28 +133,13 @@ def test_a_million_rows_of_32000_classes_take_less_than_150_megabytes() -> None:
     assert SparseConfig(16).bytes_per_row(32_000) + 8 == values.nbytes() / 50  # and a target
 
 
-class _Largest(TorchDispatchMode):
-    """Notes the most elements that any tensor has which is made meanwhile."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.nbytes // 4)
-        return result
-
-
 def test_sum_builds_nothing_larger_than_result_and_pairs() -> None:
     queries, k, classes = 256, 50, 32_000
     values = _values(torch.randn(100, classes), torch.randint(classes, (100,)), 16)
     positions, weights = torch.randint(100, (queries, k)), torch.rand(queries, k)
-    with _Largest() as largest:
+    with Made() as made:
         values.residual_sum(positions, weights, 1.4)
-    assert largest.elements <= max(queries * classes, queries * k * 16 * 2)
+    assert made.elements[-1] <= max(queries * classes, queries * k * 16 * 2)
 
 
 def test_auto_is_sparse_for_many_classes_only() -> None:
