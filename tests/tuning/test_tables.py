@@ -36,23 +36,24 @@ def part(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return embeddings, outputs, torch.randint(CLASSES, (count,), generator=generator)
 
 
-def swept(kind: type[LocalMemory], outputs: torch.Tensor | None = None) -> Sweep:
+def swept(kind: type[LocalMemory], scale: float = 1.0) -> Sweep:
     memory = kind(params=ResMemParams(), values=SparseConfig(TOP_M))
     memory.add(*part(50, 1))
     memory.build()
     embeddings, own, targets = part(40, 2)
-    return Sweep(memory, Rows(embeddings, own if outputs is None else outputs, targets, None), KS, lambda rows: rows)
+    return Sweep(memory, Rows(embeddings, scale * own, targets, None), KS, lambda rows: rows)
 
 
 @pytest.mark.parametrize("entries", [1, 2**22])  # row by row, and all at once
+@pytest.mark.parametrize("scale", [1.0, 0.1])  # of a base that does not know, the rest has most of the mass
 @pytest.mark.parametrize("kind", [LocalMemory, SomeMissing])
 def test_measures_what_all_classes_measure(
-    kind: type[LocalMemory], entries: int, monkeypatch: pytest.MonkeyPatch
+    kind: type[LocalMemory], scale: float, entries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tables, "_ENTRIES", entries)
-    narrow = swept(kind)
+    narrow = swept(kind, scale)
     monkeypatch.setattr(sweep, "narrow_table", tables.Table)
-    whole = swept(kind)
+    whole = swept(kind, scale)
     for found, wanted in zip(narrow.measure(SETTINGS), whole.measure(SETTINGS), strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
     assert len(narrow.measure(SETTINGS[:1]).score) == 1
