@@ -20,6 +20,7 @@ __all__ = [
     "residuals",
     "weighted_labels",
     "weighted_residual",
+    "whole_residual",
 ]
 
 # Share of the base's probability that a class keeps at least: see `log_predictions`.
@@ -202,6 +203,30 @@ def weighted_labels(positions: Tensor, weights: Tensor, targets: Tensor, num_cla
         return sums
     weights = weights.masked_fill(positions < 0, 0)
     return sums.scatter_add_(1, targets[positions.clamp_min(0)], weights)
+
+
+def whole_residual(known: Tensor, tail: Tensor | None, base: Tensor) -> Tensor:
+    """The residual sum where the base predictions of neighbours were cut to their largest entries.
+
+    What was cut of the neighbours is taken to have the shape of the query's own base prediction:
+    `A - sum_i w_i top_i - (sum_i w_i tail_i) p(x)`, with `A` the neighbours' labels, `top_i` what was kept and `tail_i`
+    the mass of what was cut. It is off by at most `sum_i w_i tail_i` in total variation.
+
+    Args:
+        known: `A - sum_i w_i top_i`, shape `(..., C)`.
+        tail: `sum_i w_i tail_i`, shape `(...)`; None where nothing was cut.
+        base: `p(x)`, broadcasts to `(..., C)`.
+
+    Returns:
+        Shape `(..., C)`; `known` itself where nothing was cut.
+
+    Examples:
+        >>> whole_residual(torch.tensor([[0.4, -0.1]]), torch.tensor([0.3]), torch.tensor([[0.5, 0.5]]))
+        tensor([[ 0.2500, -0.2500]])
+    """
+    if tail is None:
+        return known
+    return torch.addcmul(known, tail[..., None].to(known.dtype), base.to(known.device, known.dtype), value=-1)
 
 
 def combine(base: Tensor, residual: Tensor, strength: float | Tensor = 1.0) -> Tensor:

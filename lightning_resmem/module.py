@@ -141,7 +141,7 @@ class ResMemModule(L.LightningModule):
                 captured, returned = self._capture(lambda: self.base(*args, **kwargs), returns_outputs=True)
             else:
                 captured, returned = self._captured_whole(*args, **kwargs), None
-            outputs = Answer.of(self.memory, *captured).combined(self.memory.task)
+            outputs = Answer.outputs_of(self.memory, *captured)
         is_flat = isinstance(returned, Tensor) and returned.shape == outputs.shape[:1] and outputs.shape[1] == 1
         return outputs[:, 0] if is_flat else outputs
 

@@ -1,6 +1,7 @@
 """One validate, test or predict run with the memory: the head's output is replaced, the predictions are scored."""
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as L
@@ -82,7 +83,8 @@ class Routing:
     ) -> None:
         self._memory, self._reader, self._ranks = memory, reader, Ranks(trainer)
         self._why_no_scores: str | None = None
-        self._answers: list[Answer] = []
+        self._answers: list[Answer] = []  # of this batch, if they are to be scored
+        self._was_asked = False
         self._board: Scoreboard | None = None
         if prefix is not None:
             self._board = Scoreboard(memory, prefix, evaluation_loaders(trainer), model.device, metrics)
@@ -99,6 +101,7 @@ class Routing:
     def start_batch(self) -> None:
         """Before the model's step."""
         self._tap.clear()
+        self._was_asked = False
         self._answers.clear()
 
     def end_batch(self, batch: Any, dataloader_idx: int) -> None:
@@ -107,7 +110,7 @@ class Routing:
         Raises:
             HeadError: If the step did not call the head, so that nothing was combined.
         """
-        if not self._answers:
+        if not self._was_asked:
             raise HeadError(self._tap.silent_message())
         if self._board is None or self._why_no_scores is not None:
             return
@@ -149,18 +152,26 @@ class Routing:
         """Take all hooks off the model."""
         self._stack.close()
 
-    def _answer(self, captured: Captured) -> Answer:
+    def _combined(self, captured: Captured) -> Tensor:
+        with self._asking():
+            rows = captured.embedding.float(), captured.output
+            if self._board is None:
+                return Answer.outputs_of(self._memory, *rows)
+            self._answers.append(Answer.of(self._memory, *rows))
+        return self._answers[-1].combined(self._memory.task)
+
+    def _look(self, captured: Captured) -> None:
+        with self._asking():
+            if self._board is not None:
+                self._answers.append(Answer.of(self._memory, captured.embedding.float(), captured.output))
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        self._was_asked = True
         self._weights.check_first()
         with self._memory.reading():
             self._weights.check("The run goes on")
-            self._answers.append(Answer.of(self._memory, captured.embedding.float(), captured.output))
-        return self._answers[-1]
-
-    def _combined(self, captured: Captured) -> Tensor:
-        return self._answer(captured).combined(self._memory.task)
-
-    def _look(self, captured: Captured) -> None:
-        self._answer(captured)
+            yield
 
     def _of_batch(self, targets: Tensor) -> Answer:
         """One answer for each target: to the last call of the head, or to several calls on parts of the batch."""

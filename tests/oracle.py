@@ -138,6 +138,46 @@ def predict(
     )
 
 
+def cut(outputs: ArrayLike, top_m: int, softmax_temperature: float = 1.0) -> tuple[Floats, Floats]:
+    """Of each row's base probabilities the `top_m` largest, the others 0 `(N, C)`, and the mass of the others `(N,)`.
+
+    Only the logarithms of the largest at temperature 1 are known, and the mass of the others, as if that were even.
+    """
+    probabilities = softmax(outputs)
+    kept, tails = np.zeros_like(probabilities), np.zeros(len(probabilities))
+    for row, entries in enumerate(probabilities):
+        largest = np.argsort(-entries, kind="stable")[:top_m]
+        others = len(entries) - len(largest)
+        raised = entries[largest] ** (1 / softmax_temperature)
+        rest = 1 - entries[largest].sum()
+        tail = others * (rest / others) ** (1 / softmax_temperature) if others else 0.0
+        kept[row, largest] = raised / (raised.sum() + tail)
+        tails[row] = tail / (raised.sum() + tail)
+    return kept, tails
+
+
+def predict_with_cut_outputs(
+    keys: ArrayLike,
+    outputs: ArrayLike,
+    targets: ArrayLike,
+    queries: ArrayLike,
+    query_outputs: ArrayLike,
+    k: int,
+    sigma: float,
+    top_m: int,
+    softmax_temperature: float = 1.0,
+    strength: float = 1.0,
+) -> Floats:
+    """`F = p + s (A - sum_i w_i top_i - (sum_i w_i tail_i) p)`, shape `(B, C)`."""
+    distances, positions = neighbors(keys, None, queries, k)
+    weight = weights(distances, sigma)
+    base = softmax(query_outputs, softmax_temperature)
+    kept, tails = cut(outputs, top_m, softmax_temperature)
+    averages = label_average(positions, weight, targets, base.shape[1])
+    tail = weighted_sum(positions, weight, tails[:, None])
+    return base + strength * (averages - weighted_sum(positions, weight, kept) - tail * base)
+
+
 def log_predictions(combined: ArrayLike, base: ArrayLike, floor: float = 0.1) -> Floats:
     """`log` of `max(F, floor * min(p, max_c F))`, renormalised: shape `(B, C)`."""
     combined, base = np.asarray(combined, np.float64), np.asarray(base, np.float64)

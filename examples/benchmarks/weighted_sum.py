@@ -15,7 +15,7 @@ def main() -> None:
         positions, weights = torch.randint(rows, (queries, k)), torch.rand(queries, k)
         values = torch.randn(rows, classes)
         sparse = SparseConfig(16).build(Multiclass(), classes)
-        sparse.append(values, torch.randint(classes, (rows,)))
+        sparse.replace(sparse.stored(values, torch.randint(classes, (rows,))))
         contestants = {
             "ours (embedding_bag)": lambda: weighted_residual(positions, weights, values),
             "gather + einsum": lambda: torch.einsum("bk,bkc->bc", weights, values[positions]),

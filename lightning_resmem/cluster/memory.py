@@ -18,7 +18,7 @@ from lightning_resmem.cluster.files import to_files
 from lightning_resmem.cluster.merging import PendingSearch, overview, total
 from lightning_resmem.cluster.sharded_memory import ShardedMemory
 from lightning_resmem.functional import neighbor_weights
-from lightning_resmem.memory.answers import Neighbors
+from lightning_resmem.memory.answers import Neighbors, Sums
 from lightning_resmem.memory.checks import as_ids, checked_changes, checked_rows, checked_search, repeated
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.search.faiss_index import FaissIndex
@@ -182,14 +182,13 @@ class RayMemory(ShardedMemory):
         request = self._shards.ask("search", held, k, partial=self._is_partial)
         return PendingSearch(request, len(queries), k, queries.device)
 
-    def sums(self, neighbors: Neighbors) -> tuple[Tensor, Tensor]:
+    def sums(self, neighbors: Neighbors) -> Sums:
         self.build()
         with torch.no_grad():
             weights = neighbor_weights(neighbors.distances, self.params.sigma)
         held = in_store(neighbors.ids.cpu().numpy(), weights.cpu().numpy())
         answers = self._ask("weighted_sums", held, self.params.softmax_temperature)
-        residuals, labels = total(answers, len(weights), self.num_outputs).to(neighbors.distances.device)
-        return residuals, labels
+        return total(answers, len(weights), self.num_outputs, neighbors.distances.device)
 
     def fetch(self, ids: Tensor) -> Values:
         rows, values = self._stored(as_ids(ids).cpu()), self._empty_values()

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from lightning_resmem.cluster.sharding import merge
-from lightning_resmem.memory.answers import Neighbors
+from lightning_resmem.memory.answers import Neighbors, Sums
 
 if TYPE_CHECKING:  # Ray takes a second to import: it is imported when a cluster is needed
     from lightning_resmem.cluster.requests import Request
@@ -38,24 +37,25 @@ class PendingSearch:
         return Neighbors(distances.to(self._device), ids.to(self._device))
 
 
-def total(answers: Sequence[Any], queries: int, num_outputs: int) -> Tensor:
-    """The residual and the label sum over the rows of all shards.
+def total(answers: Sequence[Any], queries: int, num_outputs: int, device: torch.device) -> Sums:
+    """The sums over the rows of all shards.
 
     Args:
         answers: Of each shard as `Shard.weighted_sums` returns it; None without rows.
         queries: How many, B.
         num_outputs: C.
-
-    Returns:
-        Shape `(2, B, C)`.
+        device: Where the sums go.
     """
     parts = [answer for answer in answers if answer is not None]
     if not parts:
-        return torch.zeros(2, queries, num_outputs)
-    sums = parts[0].copy()
+        nothing = torch.zeros(queries, num_outputs, device=device)
+        return Sums(nothing, nothing.clone())
+    sums, *tail = (column[0].copy() for column in zip(*parts, strict=True))
     for part in parts[1:]:
-        sums += part
-    return torch.from_numpy(sums)
+        sums += part[0]
+        for whole, added in zip(tail, part[1:], strict=True):
+            whole += added
+    return Sums(*torch.from_numpy(sums).to(device), *(torch.from_numpy(whole).to(device) for whole in tail))
 
 
 def overview(answers: list[list[dict[str, Any]]]) -> dict[str, Any]:

@@ -127,18 +127,22 @@ class Shard:
         return found.distances.numpy(), found.ids.numpy()
 
     @ray.method(concurrency_group=SEARCHES)
-    def weighted_sums(self, held: tuple[Array, Array], softmax_temperature: float, known: int) -> Array | None:
+    def weighted_sums(
+        self, held: tuple[Array, Array], softmax_temperature: float, known: int
+    ) -> tuple[Array, ...] | None:
         """This shard's part of the residual and the label sum over rows of these ids and weights, both `(B, k)`.
 
         Returns:
-            Shape `(2, B, C)`; None if it has no rows.
+            Both sums, shape `(2, B, C)`, and, where base predictions are cut, the weighted mass of what was cut,
+            `(B,)`; None if it has no rows.
         """
         ids, weights = held
         with self._reading(known) as memory:
             if not len(memory):
                 return None
             sums = memory.weighted_sums(_tensor(ids), _tensor(weights), softmax_temperature)
-            return np.stack([part.numpy() for part in sums])
+            tail = () if sums.tail is None else (sums.tail.numpy(),)
+            return np.stack([sums.residual.numpy(), sums.labels.numpy()]), *tail
 
     def fetch(self, ids: Array, known: int) -> bytes:
         """Rows by their ids, as they are stored."""

@@ -15,6 +15,8 @@ from lightning_resmem.memory.checks import as_compared
 
 # Rows wait until there are so many bytes of them, so that a memory's checks are not paid for every batch.
 _CHUNK_BYTES = 4 * 2**20
+# A larger batch is handed on in parts of so many bytes: of outputs that a memory cuts, it never copies more.
+_PART_BYTES = 64 * 2**20
 # Of the rows, the share that may be left out.
 _MOST_LEFT_OUT = 0.01
 _NAMED_ROWS = 5
@@ -64,12 +66,14 @@ class Waiting:
 
     def add(self, chunk: Chunk, part: Part) -> None:
         """Take some rows of a part."""
-        if self._chunks and any(
-            new.shape[1:] != old.shape[1:] for new, old in zip(chunk, self._chunks[0], strict=True)
+        size = chunk.embeddings.nbytes + chunk.outputs.nbytes
+        if self._chunks and (
+            size >= _CHUNK_BYTES
+            or any(new.shape[1:] != old.shape[1:] for new, old in zip(chunk, self._chunks[0], strict=True))
         ):
             self.flush(part)  # the memory says what is wrong with other shapes
         self._chunks.append(chunk)
-        self._bytes += chunk.embeddings.nbytes + chunk.outputs.nbytes
+        self._bytes += size
         if self._bytes >= _CHUNK_BYTES:
             self.flush(part)
 
@@ -77,7 +81,10 @@ class Waiting:
         """Hand on what there is; all of it is of one part."""
         if not self._chunks:
             return
-        chunk = Chunk(*(torch.cat(column) for column in zip(*self._chunks, strict=True)))
+        [chunk, *others] = self._chunks
+        if others:
+            chunk = Chunk(*(torch.cat(column) for column in zip(*self._chunks, strict=True)))
+        step = max(1, _PART_BYTES * len(chunk.ids) // max(1, self._bytes))
         self._chunks.clear()
         self._bytes = 0
         named: set[int] = set()
@@ -87,8 +94,9 @@ class Waiting:
             if ids:
                 self.left_out[column, part.dataset] += ids
         usable = chunk.usable() if named else chunk
-        if len(usable.ids):
-            self._consume(usable)
+        for start in range(0, len(usable.ids), step):
+            # Copies: the model may use its output's memory again.
+            self._consume(Chunk(*(column[start : start + step].clone() for column in usable)))
 
 
 def report_left_out(ranks: Ranks, left_out: dict[tuple[str, str], list[int]], total: int, kind: str) -> None:

@@ -63,14 +63,15 @@ def influence(
         memory: Filled.
         id: Of the row.
         queries: Embeddings, shape `(B, D)`.
-        outputs: What the head returned for them, shape `(B, C)`; only needed where the params have a gate.
+        outputs: What the head returned for them, shape `(B, C)`; only needed where the params have a gate, or where
+            values are sparse.
         top: How many queries at most.
 
     Returns:
         Those of the queries that have the row among their `k` neighbours; perhaps none.
 
     Raises:
-        InputError: If the memory has no such row, shapes do not fit, or a gate needs outputs.
+        InputError: If the memory has no such row, shapes do not fit, or a gate or sparse values need outputs.
 
     Examples:
         >>> from lightning_resmem import LocalMemory
@@ -87,13 +88,16 @@ def influence(
     found, places = (neighbors.ids == id).nonzero(as_tuple=True)
     weights = neighbor_weights(neighbors.distances, params.sigma)[found, places]
     strength: float | Tensor = params.strength
-    if params.gate is not None:
-        if outputs is None:
-            raise InputError("The memory's params have a gate, which depends on the base: give influence(outputs=...).")
+    base: Tensor | None = None
+    if outputs is not None:
         base = memory.task.predict(as_tensor("outputs", outputs).cpu()[found], params.softmax_temperature)
+    if params.gate is not None:
+        if base is None:
+            raise InputError("The memory's params have a gate, which depends on the base: give influence(outputs=...).")
         strength = params.strengths(memory.task, base, neighbors.distances[found, 0])
-    only = torch.zeros(1, dtype=torch.int64, device=memory.device)
-    contributions = strength * weights[:, None] * row_residuals(row, only, params.softmax_temperature).cpu()
+    only = torch.zeros(len(found), 1, dtype=torch.int64, device=memory.device)
+    residuals = row_residuals(row, only, params.softmax_temperature, base)[:, 0].cpu()
+    contributions = strength * weights[:, None] * residuals
     order = contributions.abs().amax(dim=1).argsort(descending=True, stable=True)[:top]
     return Influence(
         id=int(id),
@@ -146,10 +150,8 @@ def usefulness(
         neighbors = _nearest(memory, embeddings[rows], params.k)
         weights = neighbor_weights(neighbors.distances, params.sigma).cpu()
         values, positions = fetch_neighbors(memory, neighbors.ids)
-        residuals = row_residuals(values, positions, params.softmax_temperature).cpu()  # (b, k, C)
         base = task.predict(outputs[rows].cpu(), params.softmax_temperature)
-        if base.shape[1] != residuals.shape[2]:
-            raise InputError(f"outputs has {base.shape[1]} columns, the memory was filled with {residuals.shape[2]}.")
+        residuals = row_residuals(values, positions, params.softmax_temperature, base).cpu()  # (b, k, C)
         strength = params.strengths(task, base, neighbors.distances[:, 0].cpu())
         added = per_neighbor(strength) * weights[..., None] * residuals
         combined = combine(base, added.sum(dim=1))[:, None]

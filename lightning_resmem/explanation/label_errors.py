@@ -14,8 +14,8 @@ from lightning_resmem.memory.checks import as_ids
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.params import checked_k
 
-# Rows of the memory that are looked at together.
-_ROWS = 4096
+# Rows of the memory that are looked at together, and entries of their outputs.
+_ROWS, _ENTRIES = 4096, 2**24
 # Neighbours through which harm is looked for at least: with few, most rows are not met by any validation query.
 _HARM_K = 50
 
@@ -90,7 +90,7 @@ def other_neighbors(memory: ResidualMemory, ids: Tensor, k: int) -> Iterator[tup
     Yields:
         A few thousand ids `(b,)` at a time, and the `k` neighbours of each, ascending, without the row itself.
     """
-    for block in ids.to(memory.device).split(_ROWS):
+    for block in ids.to(memory.device).split(_block(memory)):
         found = memory.search(memory._query_rows(block), k + 1)
         itself = found.ids == block[:, None]
         # The row itself goes last and is cut off; where others at distance 0 came before it, the last of them is.
@@ -114,7 +114,7 @@ def judge(
         The neighbours' label average `(n, C)`, and how far it (and the base) is from the labels, shape `(n,)`.
     """
     distances = neighbors.distances * (memory.params.sigma / scale)  # `sums` divides by sigma
-    average = memory.sums(Neighbors(distances, neighbors.ids))[1].cpu()
+    average = memory.sums(Neighbors(distances, neighbors.ids)).labels.cpu()
     values = memory.fetch(ids)
     score = error_of(memory.task, average, values.targets.cpu())
     if with_base:
@@ -122,9 +122,13 @@ def judge(
     return average, score
 
 
+def _block(memory: ResidualMemory) -> int:
+    return max(1, min(_ROWS, _ENTRIES // memory.num_outputs))
+
+
 def _base_loss(memory: ResidualMemory, ids: Tensor) -> Tensor:
     losses = []
-    for block in ids.split(_ROWS):
+    for block in ids.split(_block(memory)):
         values = memory.fetch(block)
         base = memory.task.predict(values.outputs)
         losses.append(memory.task.loss(base, base, values.targets).cpu())

@@ -224,7 +224,7 @@ def explain(
             raise InputError(f"targets has {len(targets)} rows, embeddings has {len(embeddings)}: give one a query.")
     weights = neighbor_weights(neighbors.distances, params.sigma)[:, :top].cpu()
     neighbors = Neighbors(neighbors.distances[:, :top].cpu(), neighbors.ids[:, :top].cpu())
-    residuals = row_residuals(values, positions, params.softmax_temperature).cpu()
+    residuals = row_residuals(values, positions, params.softmax_temperature, predictions.base).cpu()
     strength = params.strengths(memory.task, predictions.base, neighbors.distances[:, 0])
     contributions = per_neighbor(strength) * weights[..., None] * residuals
     labels = values.targets.cpu()[positions.clamp_min(0).cpu()]

@@ -1,17 +1,20 @@
 """What a memory answers, and what follows from the neighbours that it finds."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_resmem.errors import InputError
-from lightning_resmem.functional import combine
+from lightning_resmem.functional import combine, whole_residual
+from lightning_resmem.memory.checks import as_tensor, check_width, missing_outputs
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Task
 
 # Rows on which the distance scale of a memory is measured when no params were given.
 _SCALE_ROWS = 512
+# Entries of a prediction that are combined at once.
+_BLOCK_ENTRIES = 2**22
 
 
 class Neighbors(NamedTuple):
@@ -26,6 +29,30 @@ class Neighbors(NamedTuple):
     ids: Tensor
 
 
+class Sums(NamedTuple):
+    """Weighted sums over the neighbours of each query.
+
+    Attributes:
+        residual: Of the residuals, shape `(B, C)`, as far as they are kept.
+        labels: Of the labels, shape `(B, C)`.
+        tail: The weighted mass of the neighbours' base predictions that `residual` lacks, shape `(B,)`: it takes the
+            shape of the query's own base prediction. None where residuals are kept in full.
+    """
+
+    residual: Tensor
+    labels: Tensor
+    tail: Tensor | None = None
+
+    def whole_residual(self, base: Tensor) -> Tensor:
+        """The residual sum for queries with these base predictions, shape `(B, C)`, on their device.
+
+        Raises:
+            InputError: If the base predictions have another width.
+        """
+        check_width(base, self.residual.shape[1])
+        return whole_residual(self.residual, self.tail, base).to(base.device)
+
+
 class Predictions(NamedTuple):
     """The three predictions that are always reported side by side, each of shape `(B, C)`."""
 
@@ -34,9 +61,7 @@ class Predictions(NamedTuple):
     resmem: Tensor
 
 
-def combined(
-    task: Task, params: ResMemParams, outputs: Tensor, neighbors: Neighbors, sums: tuple[Tensor, Tensor]
-) -> Predictions:
+def combined(task: Task, params: ResMemParams, outputs: Tensor, neighbors: Neighbors, sums: Sums) -> Predictions:
     """Base, knn and combined prediction.
 
     Args:
@@ -44,16 +69,65 @@ def combined(
         params: How the memory is read.
         outputs: What the head returned for the queries, shape `(B, C)`.
         neighbors: Of the queries.
-        sums: Over the neighbours: the residual sum and the label average, both `(B, C)`.
+        sums: Over the neighbours.
 
     Raises:
         InputError: If the outputs have another width than the sums.
     """
-    base, (residual, labels) = task.predict(outputs, params.softmax_temperature), sums
-    if base.shape != residual.shape:
-        raise InputError(f"outputs has {base.shape[1]} columns, the memory was filled with {residual.shape[1]}.")
+    base = task.predict(outputs, params.softmax_temperature)
+    residual = sums.whole_residual(base)
     strengths = params.strengths(task, base, neighbors.distances[:, 0].to(base.device))
-    return Predictions(base, labels, combine(base, residual.to(base.device), strengths))
+    return Predictions(base, sums.labels, combine(base, residual, strengths))
+
+
+def combined_in_blocks(
+    task: Task, params: ResMemParams, outputs: Tensor, neighbors: Neighbors, sums: Callable[[Neighbors], Sums]
+) -> Tensor:
+    """The combined prediction `(B, C)` alone: beside it there is never more than a few blocks of rows.
+
+    Args:
+        task: What is predicted.
+        params: How the memory is read.
+        outputs: What the head returned for the queries, shape `(B, C)`.
+        neighbors: Of the queries.
+        sums: The sums over some queries' neighbours.
+
+    Raises:
+        InputError: If the outputs have another width than the sums.
+    """
+
+    def combine_rows(rows: slice) -> Tensor:
+        near = Neighbors(*(part[rows] for part in neighbors))
+        return combined(task, params, outputs[rows], near, sums(near)).resmem
+
+    return in_blocks(combine_rows, *outputs.shape)
+
+
+def in_blocks(compute: Callable[[slice], Tensor], rows: int, columns: int) -> Tensor:
+    """What `compute` makes of some rows at a time, as one tensor `(rows, columns)`: it and a block are all there is."""
+    block = max(1, _BLOCK_ENTRIES // max(1, columns))
+    if rows <= block:
+        return compute(slice(0, rows))
+    whole: Tensor | None = None
+    for start in range(0, rows, block):
+        part = compute(slice(start, start + block))
+        whole = part.new_empty(rows, columns) if whole is None else whole
+        whole[start : start + block] = part
+    assert whole is not None
+    return whole
+
+
+def residual_sum(task: Task, params: ResMemParams, outputs: Tensor | None, sums: Sums) -> Tensor:
+    """The residual sum `(B, C)` for queries whose outputs `(B, C)` are only needed where base predictions are cut.
+
+    Raises:
+        InputError: If they are needed and missing, or have another width.
+    """
+    if sums.tail is None:
+        return sums.residual
+    if outputs is None:
+        raise missing_outputs()
+    return sums.whole_residual(task.predict(as_tensor("outputs", outputs), params.softmax_temperature))
 
 
 def evenly_spaced(ids: Tensor, count: int = _SCALE_ROWS) -> Tensor:

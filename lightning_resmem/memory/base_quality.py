@@ -11,6 +11,8 @@ from lightning_resmem.tasks import Multiclass, Regression, Task
 
 # Rows that are looked at, and how many there have to be for a verdict.
 _ROWS, _LEAST_ROWS = 10_000, 30
+# Entries of their outputs.
+_ENTRIES = 2**26
 # Standard errors by which the base has to be worse than a constant.
 _ERRORS = 3.0
 # Of the way from chance to perfection: above it, classes are told apart, by a base that was trained for rare ones, say.
@@ -26,7 +28,7 @@ def look_at_base(memory: ResidualMemory) -> None:
     Args:
         memory: Filled.
     """
-    ids, count = memory.ids, min(len(memory), _ROWS)
+    ids, count = memory.ids, min(len(memory), _ROWS, max(_LEAST_ROWS, _ENTRIES // max(1, memory.num_outputs)))
     if count < _LEAST_ROWS:
         return
     rows = memory.fetch(ids[torch.arange(count) * len(ids) // count])
@@ -77,11 +79,10 @@ def _against_constant(task: Task, outputs: Tensor, targets: Tensor) -> str | Non
     if isinstance(task, Regression):
         return None
     if isinstance(task, Multiclass):
-        truth = torch.nn.functional.one_hot(targets, outputs.shape[1]).double()
-        guess = torch.nn.functional.one_hot(outputs.argmax(dim=1), outputs.shape[1]).double()
-        right, frequent = (truth * guess).sum(dim=1), truth[:, truth.sum(dim=0).argmax()]
-        occurs = truth.sum(dim=0) > 0
-        recall, chance = _share(truth, guess)[occurs].mean(), 1 / max(1, int(occurs.sum()))
+        hit, counts = outputs.argmax(dim=1) == targets, torch.bincount(targets)
+        right, frequent = hit.double(), (targets == counts.argmax()).double()
+        found, occurs = torch.bincount(targets[hit], minlength=len(counts)), counts > 0
+        recall, chance = (found[occurs].double() / counts[occurs]).mean(), 1 / max(1, int(occurs.sum()))
     else:
         truth, guess = (targets >= 0.5).double(), (task.predict(outputs) >= 0.5).double()
         right, frequent = (

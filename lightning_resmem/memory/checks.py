@@ -52,6 +52,21 @@ def flat_outputs(outputs: Tensor, expected: str) -> InputError:
     )
 
 
+def check_width(outputs: Tensor, width: int) -> None:
+    """Raise an error unless outputs, or predictions made of them, are as wide as those of the memory's rows."""
+    if outputs.shape[1] != width:
+        raise InputError(f"outputs has {outputs.shape[1]} columns, the memory was filled with {width}.")
+
+
+def missing_outputs() -> InputError:
+    """The error where residuals of cut base predictions are asked for without those of the queries."""
+    return InputError(
+        "outputs is missing: the memory keeps only the largest base probabilities of a row (sparse values), and what "
+        "was cut takes the shape of the query's own prediction. Give outputs=, what the head returned for the queries, "
+        'or keep outputs in full: LocalMemory(values="dense").'
+    )
+
+
 def check_logits(task: Task, outputs: Tensor) -> None:
     """Warn if outputs `(N, C)` of a classifier look like probabilities."""
     if not isinstance(task, Multiclass) or outputs.shape[1] < 2 or not len(outputs):

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_resmem.errors import EmptyMemoryError, InputError, check_type
-from lightning_resmem.memory.answers import Neighbors, Predictions, combined, evenly_spaced, typical_distance
+from lightning_resmem.memory import answers
+from lightning_resmem.memory.answers import Neighbors, Predictions, Sums
 from lightning_resmem.memory.checks import checked_batch
 from lightning_resmem.memory.locks import Guarded, ReadWriteLock, exclusive
 from lightning_resmem.memory.storage.paths import Url
@@ -109,14 +110,14 @@ class ResidualMemory(nn.Module, Guarded, ABC):
         """
 
     @abstractmethod
-    def sums(self, neighbors: Neighbors) -> tuple[Tensor, Tensor]:
+    def sums(self, neighbors: Neighbors) -> Sums:
         """Weighted sums over found neighbours, for the current params.
 
         Args:
             neighbors: From `search`.
 
         Returns:
-            The residual sum `(B, C)` and the label average `(B, C)`, on the device of the neighbours.
+            The residual sum and the label average, on the device of the neighbours.
         """
 
     @abstractmethod
@@ -253,19 +254,20 @@ class ResidualMemory(nn.Module, Guarded, ABC):
     def num_outputs(self) -> int:
         """`C`, the number of outputs of the head that filled the memory."""
         nobody = Neighbors(torch.zeros(0, 1), torch.zeros(0, 1, dtype=torch.int64))
-        return self.sums(nobody)[0].shape[1]
+        return self.sums(nobody).residual.shape[1]
 
-    def forward(self, queries: Tensor) -> Tensor:
+    def forward(self, queries: Tensor, outputs: Tensor | None = None) -> Tensor:
         """The weighted residual sum for the current params.
 
         Args:
             queries: Shape `(B, D)`.
+            outputs: What the head returned for them, shape `(B, C)`; sparse values need it.
 
         Returns:
             Shape `(B, C)`, not yet multiplied by `strength`.
         """
         with self.reading():
-            return self.sums(self._nearest(queries))[0]
+            return answers.residual_sum(self.task, self.params, outputs, self.sums(self._nearest(queries)))
 
     def knn(self, queries: Tensor) -> Tensor:
         """The weighted label average: the prediction of the neighbours alone.
@@ -277,7 +279,7 @@ class ResidualMemory(nn.Module, Guarded, ABC):
             Shape `(B, C)`.
         """
         with self.reading():
-            return self.sums(self._nearest(queries))[1]
+            return self.sums(self._nearest(queries)).labels
 
     def predict(self, queries: Tensor, outputs: Tensor) -> Tensor:
         """The combined prediction `F(x)`.
@@ -290,15 +292,12 @@ class ResidualMemory(nn.Module, Guarded, ABC):
             Shape `(B, C)`. For probabilities rows sum to 1, but entries may lie below 0;
             `functional.log_predictions` makes a proper distribution of it.
         """
-        return self.predictions(queries, outputs).resmem
+        queries, outputs = checked_batch(queries, outputs)
+        with self.reading():
+            return answers.combined_in_blocks(self.task, self.params, outputs, self._nearest(queries), self.sums)
 
     def predictions(self, queries: Tensor, outputs: Tensor) -> Predictions:
-        """Base, knn and combined prediction from one search.
-
-        Args:
-            queries: Embeddings, shape `(B, D)`.
-            outputs: What the head returned for them, shape `(B, C)`.
-        """
+        """Base, knn and combined prediction from one search; arguments as for `predict`."""
         return self.predictions_and_neighbors(queries, outputs)[0]
 
     def predictions_and_neighbors(self, queries: Tensor, outputs: Tensor) -> tuple[Predictions, Neighbors]:
@@ -311,7 +310,7 @@ class ResidualMemory(nn.Module, Guarded, ABC):
         queries, outputs = checked_batch(queries, outputs)
         with self.reading():
             params, neighbors = self.params, self._nearest(queries)
-            return combined(self.task, params, outputs, neighbors, self.sums(neighbors)), neighbors
+            return answers.combined(self.task, params, outputs, neighbors, self.sums(neighbors)), neighbors
 
     def _nearest(self, queries: Tensor) -> Neighbors:
         """The neighbours that a prediction reads: no places for more of them than there are rows."""
@@ -323,8 +322,8 @@ class ResidualMemory(nn.Module, Guarded, ABC):
         It is 1.0 when there is no other row or all of them are equal.
         """
         with self.reading():
-            sample = evenly_spaced(self.ids)
-            return typical_distance(sample, self.search(self._query_rows(sample), k=11))
+            sample = answers.evenly_spaced(self.ids)
+            return answers.typical_distance(sample, self.search(self._query_rows(sample), k=11))
 
     def _forget(self) -> None:
         self.fillings += 1

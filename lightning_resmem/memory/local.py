@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_resmem.functional import neighbor_weights
-from lightning_resmem.memory.answers import Neighbors
+from lightning_resmem.memory.answers import Neighbors, Sums
 from lightning_resmem.memory.checks import as_ids, checked_changes, checked_rows, checked_search
 from lightning_resmem.memory.exchange import all_gather_rows
 from lightning_resmem.memory.local_config import LocalConfig
@@ -160,7 +160,7 @@ class LocalMemory(PartMemory):
             queries, k = checked_search(queries, rows.keys.finish().shape[1], k, len(rows))
             return rows.search(queries, k)
 
-    def sums(self, neighbors: Neighbors) -> tuple[Tensor, Tensor]:
+    def sums(self, neighbors: Neighbors) -> Sums:
         with self.reading(), torch.no_grad():
             weights = neighbor_weights(neighbors.distances, self.params.sigma)
             return self.weighted_sums(neighbors.ids, weights, self.params.softmax_temperature)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lightning_resmem.memory.answers import Sums
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.memory.local_config import LocalConfig
 from lightning_resmem.memory.locks import exclusive
@@ -101,7 +102,7 @@ class PartMemory(ResidualMemory):
         with self.reading():
             return self._positions(ids)
 
-    def weighted_sums(self, ids: Tensor, weights: Tensor, softmax_temperature: float) -> tuple[Tensor, Tensor]:
+    def weighted_sums(self, ids: Tensor, weights: Tensor, softmax_temperature: float) -> Sums:
         """Sums over rows with given weights.
 
         Args:
@@ -110,7 +111,7 @@ class PartMemory(ResidualMemory):
             softmax_temperature: What the logits are divided by for the residuals.
 
         Returns:
-            The residual sum and the label sum, both `(B, C)`, on the device of the ids.
+            On the device of the ids.
         """
         with self.reading():
             try:

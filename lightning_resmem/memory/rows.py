@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.errors import EmptyMemoryError
-from lightning_resmem.memory.answers import Neighbors
+from lightning_resmem.memory.answers import Neighbors, Sums
 from lightning_resmem.memory.checks import narrowed, repeated
 from lightning_resmem.memory.growing import GrowingTensor
 from lightning_resmem.memory.local_config import LocalConfig
@@ -183,13 +183,14 @@ class Rows:
             ids = torch.nn.functional.pad(ids, (0, missing), value=-1)
         return Neighbors(distances.to(queries.device), ids.to(queries.device))
 
-    def weighted_sums(self, ids: Tensor, weights: Tensor, softmax_temperature: float) -> tuple[Tensor, Tensor]:
-        """Residual sum and label sum over rows with given weights, as `LocalMemory.weighted_sums` returns them."""
+    def weighted_sums(self, ids: Tensor, weights: Tensor, softmax_temperature: float) -> Sums:
+        """Sums over rows with given weights, as `LocalMemory.weighted_sums` returns them."""
         # A trainer's autocast would sum in half precision.
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             positions, weights = self.ids.positions(ids.to(self.device)), weights.to(self.device)
-            residual = self.values.residual_sum(positions, weights, softmax_temperature)
-            return residual.to(ids.device), self.values.label_sum(positions, weights).to(ids.device)
+            residual, tail = self.values.residual_sum(positions, weights, softmax_temperature)
+            labels = self.values.label_sum(positions, weights).to(ids.device)
+            return Sums(residual.to(ids.device), labels, None if tail is None else tail.to(ids.device))
 
     def tensors(self) -> dict[str, Tensor]:
         """`keys`, `ids` and the tensors of the values; there have to be some."""

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lightning_resmem.functional import whole_residual
+from lightning_resmem.memory.checks import check_width, missing_outputs
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.memory.values.interface import Values
 
@@ -14,11 +16,31 @@ def fetch_neighbors(memory: ResidualMemory, ids: Tensor) -> tuple[Values, Tensor
     return memory.fetch(known[missing:]), (positions.reshape(ids.shape) - missing).to(memory.device)
 
 
-def row_residuals(values: Values, positions: Tensor, softmax_temperature: float) -> Tensor:
-    """The residuals of single rows: positions `(B, n)` (-1 gives 0) to `(B, n, C)`."""
+def row_residuals(values: Values, positions: Tensor, softmax_temperature: float, base: Tensor | None) -> Tensor:
+    """The residuals of single rows as neighbours of queries.
+
+    Args:
+        values: Of the rows.
+        positions: Which rows, shape `(B, n)`; -1 gives 0.
+        softmax_temperature: What the logits are divided by.
+        base: Base predictions of the queries, shape `(B, C)`; what was cut of a row's own has their shape. Where
+            nothing is cut, None will do.
+
+    Returns:
+        Shape `(B, n, C)`.
+
+    Raises:
+        InputError: If `base` is missing, or has another width.
+    """
     single = positions.reshape(-1, 1)
-    residuals = values.residual_sum(single, torch.ones_like(single, dtype=torch.float32), softmax_temperature)
-    return residuals.reshape(*positions.shape, residuals.shape[-1])
+    known, tail = values.residual_sum(single, torch.ones_like(single, dtype=torch.float32), softmax_temperature)
+    known = known.reshape(*positions.shape, known.shape[-1])
+    if base is None:
+        if tail is not None:
+            raise missing_outputs()
+        return known
+    check_width(base, known.shape[-1])
+    return whole_residual(known, None if tail is None else tail.reshape(positions.shape), base[:, None])
 
 
 def per_neighbor(strength: float | Tensor) -> float | Tensor:

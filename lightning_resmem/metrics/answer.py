@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_resmem.memory.answers import Neighbors, Predictions
+from lightning_resmem.memory.answers import Neighbors, Predictions, in_blocks
 from lightning_resmem.memory.checks import as_compared
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.tasks import Task
@@ -50,6 +50,13 @@ class Answer(NamedTuple):
         for whole, part in zip(neighbors, near, strict=True):
             whole[usable] = part
         return cls(outputs, predictions, neighbors)
+
+    @staticmethod
+    def outputs_of(memory: ResidualMemory, embeddings: Tensor, outputs: Tensor) -> Tensor:
+        """`Answer.of(...).combined(memory.task)`, a block of rows at a time, so that of many classes little is held."""
+        return in_blocks(
+            lambda rows: Answer.of(memory, embeddings[rows], outputs[rows]).combined(memory.task), *outputs.shape
+        )
 
     @property
     def is_combined(self) -> Tensor:

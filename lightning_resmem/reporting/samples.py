@@ -14,6 +14,8 @@ from lightning_resmem.memory.local import LocalMemory
 # Rows whose labels, outputs and keys are read; those whose neighbours are searched are fewer.
 _READ_ROWS = 100_000
 _BLOCK = 4096
+# Entries of their base predictions, of all and of a block: of many classes fewer rows are read.
+_READ_ENTRIES, _BLOCK_ENTRIES = 2**26, 2**24
 # Neighbours that judge a label, as `label_errors` has it.
 _JUDGES = 20
 
@@ -42,8 +44,9 @@ class Searched:
 def read_rows(memory: LocalMemory) -> Read:
     """What up to 100,000 rows of a memory hold, drawn at random."""
     task, temperature = memory.task, memory.params.softmax_temperature
+    rows, block_rows = _READ_ENTRIES // memory.num_outputs, _BLOCK_ENTRIES // memory.num_outputs
     parts = []
-    for block in _drawn(memory.ids, _READ_ROWS).split(_BLOCK):
+    for block in _drawn(memory.ids, min(_READ_ROWS, rows)).split(max(1, min(_BLOCK, block_rows))):
         values = memory.fetch(block)
         outputs, targets = values.outputs.float(), values.targets
         base = task.predict(outputs, temperature)

@@ -12,7 +12,7 @@ _CPU_ENTRIES, _GPU_ENTRIES = 2**16, 2**24
 
 
 def multiclass_sweep(
-    base: Tensor, residual: Tensor, strengths: Sequence[float], targets: Tensor
+    base: Tensor, residual: Tensor, strengths: Sequence[float], targets: Tensor, has_rest: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`Multiclass.score` and `.loss` of `base + strength * residual` for several strengths, ten times as fast.
 
@@ -24,6 +24,7 @@ def multiclass_sweep(
         residual: Shape `(V, C)`.
         strengths: `S` of them.
         targets: Class labels, shape `(V,)`.
+        has_rest: Whether the last column is that of many classes together, none of which is the prediction.
 
     Returns:
         Whether the prediction is right (bool) and its negative log-likelihood, both `(S, V)`.
@@ -45,14 +46,17 @@ def multiclass_sweep(
         here = slice(start, start + block)
         first = base[here].T.contiguous()[:, None]  # (C, 1, b)
         combined = torch.addcmul(first, factors, residual[here].T.contiguous()[:, None].to(base.dtype))  # (C, S, b)
+        single = combined[:-1] if has_rest else combined
         label = targets[here].expand(1, len(strengths), -1)
-        top = combined.amax(dim=0)
-        hit = combined.gather(0, label)[0] == top
-        if torch.count_nonzero(combined == top) > top.numel():  # of equal entries only the first is the prediction
-            hit &= combined.argmax(dim=0) == label[0]
+        top = single.amax(dim=0)
+        hit = single.gather(0, label)[0] == top
+        if torch.count_nonzero(single == top) > top.numel():  # of equal entries only the first is the prediction
+            hit &= single.argmax(dim=0) == label[0]
         right[:, here] = hit
         # The floor of `functional.log_predictions`, multiplied and clamped before it has an entry for every strength.
         floor = torch.minimum(*((FLOOR * part).clamp_min(tiny) for part in (first, top)))
+        if has_rest:
+            floor[-1] = FLOOR * first[-1]  # each of its classes is below the prediction
         raised = torch.maximum(combined, floor, out=floor)
         losses[:, here] = raised.sum(dim=0).log() - raised.gather(0, label)[0].log()
     return right, losses

@@ -7,9 +7,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_resmem.errors import InputError
-from lightning_resmem.functional import combine
+from lightning_resmem.functional import combine, whole_residual
 from lightning_resmem.memory.answers import Neighbors
+from lightning_resmem.memory.checks import check_width
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.memory.single_rows import fetch_neighbors
 from lightning_resmem.metrics.functional import is_right
@@ -17,6 +17,7 @@ from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Multiclass, Regression
 from lightning_resmem.tuning.multiclass import multiclass_sweep
 from lightning_resmem.tuning.objectives import MetricObjective
+from lightning_resmem.tuning.tables import Table, narrow_table
 
 Gather = Callable[[Tensor], Tensor]
 Number = TypeVar("Number", int, float)
@@ -98,10 +99,9 @@ class Sweep:
         self.distances = distances
         self._norms = rows.embeddings.to(distances.device).float().norm(dim=1)
         self._values, self._positions = fetch_neighbors(memory, ids)
-        if rows.outputs.shape[1] != self._values.num_outputs:
-            raise InputError(
-                f"outputs has {rows.outputs.shape[1]} columns, the memory was filled with {self._values.num_outputs}."
-            )
+        check_width(rows.outputs, self._values.num_outputs)
+        of_rows = rows.outputs, rows.targets, self._values, self._positions
+        self._whole, self._narrow = Table(self.task, *of_rows), narrow_table(self.task, *of_rows)
         near = distances[:, :10]
         near = near.where(near.isfinite(), torch.nan).nanmean(dim=1)
         scale = float(gather(near).nanmedian())
@@ -133,8 +133,8 @@ class Sweep:
         kept = torch.bool if type(self.task) is Multiclass else self._base_score.dtype  # 0 and 1 need no more
         all_scores = torch.empty(len(settings), len(self._targets), dtype=kept, device=self._base_score.device)
         self._scores.append(all_scores)
-        for indices, strengths, base, residual in self._each(settings if len(self._targets) else []):
-            base_loss = self.task.loss(base, base, self._targets)
+        for indices, strengths, base, residual in self._each(settings if len(self._targets) else [], self._narrow):
+            base_loss = self.task.loss(base, base, self._narrow.targets)
             scores, losses, lost = self._judge(base, residual, strengths)
             all_scores[indices] = scores.to(kept)
             gains = (base_loss - losses).double()
@@ -170,7 +170,7 @@ class Sweep:
     def values(self, settings: Sequence[ResMemParams], objective: MetricObjective) -> Tensor:
         """The metric's value for each setting, from the rows of all ranks; shape `(S,)`, float64."""
         values = torch.zeros(len(settings), dtype=torch.float64)
-        for indices, strengths, base, residual in self._each(settings):
+        for indices, strengths, base, residual in self._each(settings, self._whole):
             base, residual = (self._gather(part)[self._order] for part in (base, residual))
             for index, strength in zip(indices, strengths, strict=True):
                 prediction = self.task.probabilities(combine(base, residual, strength), base)
@@ -200,14 +200,14 @@ class Sweep:
 
     def pooled(self, setting: ResMemParams) -> Pooled:
         """Everything that the predictions of a setting are made of."""
-        ((_, _, base, residual),) = self._each([setting])
+        ((_, _, base, residual),) = self._each([setting], self._whole)
         nearest = self.distances[:, 0].to(base.device)
         base, residual, nearest = (self._gather(part)[self._order] for part in (base, residual, nearest))
         return Pooled(base, residual, nearest, self._all_targets)
 
     def predict(self, setting: ResMemParams) -> Tensor:
         """What a setting, with its gate, predicts for the rows of this rank; shape `(V, C)`."""
-        ((_, _, base, residual),) = self._each([setting])
+        ((_, _, base, residual),) = self._each([setting], self._whole)
         strength = setting.strengths(self.task, base, self.distances[:, 0].to(base.device))
         return combine(base, residual, strength)
 
@@ -226,36 +226,46 @@ class Sweep:
         others = own.to(torch.uint8).argsort(dim=1, stable=True)[:, :k]
         return Neighbors(found.distances.gather(1, others), found.ids.gather(1, others))
 
-    def _each(self, settings: Sequence[ResMemParams]) -> Iterator[tuple[list[int], list[float], Tensor, Tensor]]:
+    def _each(
+        self, settings: Sequence[ResMemParams], table: Table
+    ) -> Iterator[tuple[list[int], list[float], Tensor, Tensor]]:
         """Settings that differ in strength alone: their indices and strengths, the base and the residual sum."""
         everything = range(len(settings))
         for temperature, at_temperature in _grouped(everything, lambda index: settings[index].softmax_temperature):
-            base = self.task.predict(self._outputs, temperature)
+            base = table.base(temperature)
             for sigma, at_sigma in _grouped(at_temperature, lambda index: settings[index].sigma):
                 by_k = sorted(_grouped(at_sigma, lambda index: settings[index].k))
-                residuals = self._residuals(temperature, sigma, [k for k, _ in by_k])
+                residuals = self._residuals(table, base, temperature, sigma, [k for k, _ in by_k])
                 for (_, indices), residual in zip(by_k, residuals, strict=True):
                     yield indices, [settings[index].strength for index in indices], base, residual.to(base.device)
 
-    def _residuals(self, softmax_temperature: float, sigma: float, ks: Sequence[int]) -> Iterator[Tensor]:
+    def _residuals(
+        self, table: Table, base: Tensor, softmax_temperature: float, sigma: float, ks: Sequence[int]
+    ) -> Iterator[Tensor]:
         """The weighted residual sums `(V, C)` for ascending k, each from the one before and the neighbours between."""
         nearest = self.distances.amin(dim=1, keepdim=True)  # places in between may be empty
         width = max(sigma, torch.finfo(self.distances.dtype).tiny)
         weights = torch.exp((nearest - self.distances[:, : ks[-1]]) / width)
         weights = weights.where(self.distances[:, : ks[-1]].isfinite(), 0).to(self._positions.device)
-        sums, total, start = torch.zeros(()), torch.zeros(()), 0
+        sums, tails, total, start = torch.zeros(()), torch.zeros(()), torch.zeros(()), 0
         for k in ks:
             part = weights[:, start:k]
-            added = self._values.residual_sum(self._positions[:, start:k], part, softmax_temperature)
+            added, tail = table.residual_sum(slice(start, k), part, softmax_temperature)
             # Not in place: what was yielded stays.
             sums, total = (added, part.sum(dim=1)) if start == 0 else (sums + added, total + part.sum(dim=1))
-            yield sums / total.clamp_min(1.0)[:, None]  # the nearest has weight 1
+            whole = total.clamp_min(1.0)  # the nearest has weight 1
+            if tail is None:
+                yield sums / whole[:, None]
+            else:
+                tails = tails.to(tail.device) + tail
+                yield whole_residual(sums / whole[:, None], tails / whole, base)
             start = k
 
     def _judge(self, base: Tensor, residual: Tensor, strengths: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
         """Scores and losses of the rows, each `(S, V)`, and the sums of what was lost, `(S,)`."""
         if type(self.task) is Multiclass:
-            right, losses = multiclass_sweep(base, residual, strengths, self._targets)
+            table = self._narrow
+            right, losses = multiclass_sweep(base, residual, strengths, table.targets, table.has_rest)
             return right.float(), losses, self._lost(right)
         predictions = [combine(base, residual, strength) for strength in strengths]
         scores = torch.stack([self.task.score(prediction, self._targets) for prediction in predictions])

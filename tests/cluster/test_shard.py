@@ -5,6 +5,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +14,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from lightning_resmem import InputError, LocalMemory, Multiclass, ResMemParams, StorageError
+from lightning_resmem import InputError, LocalMemory, Multiclass, ResMemParams, SparseConfig, StorageError
 from lightning_resmem.cluster.config import PoolConfig
 from lightning_resmem.cluster.durable import withdrawal
 from lightning_resmem.cluster.journal import Entry, Journal
+from lightning_resmem.cluster.merging import total
 from lightning_resmem.cluster.shard import RowsLostError, Shard
+from lightning_resmem.functional import neighbor_weights
 
 ROWS, WIDTH, CLASSES = 60, 4, 3
 
@@ -76,12 +79,11 @@ def check(shard: Shard, rows: dict[str, torch.Tensor], kept: list[int], known: i
     assert distances.tolist() == expected.distances.tolist()
     assert shard.ids(known).tolist() == kept
     weights = torch.full((5, 7), 1 / 7)
-    for sums, wanted in zip(
-        shard.weighted_sums((found, weights.numpy()), 1.3, known),
-        memory.weighted_sums(expected.ids, weights, 1.3),
-        strict=True,
-    ):
-        torch.testing.assert_close(torch.from_numpy(sums), wanted, rtol=0, atol=1e-6)
+    wanted = memory.weighted_sums(expected.ids, weights, 1.3)
+    answer = shard.weighted_sums((found, weights.numpy()), 1.3, known)
+    assert answer is not None
+    torch.testing.assert_close(torch.from_numpy(answer[0]), torch.stack(wanted[:2]), rtol=0, atol=1e-6)
+    assert (len(answer), wanted.tail) == (1, None)  # nothing was cut
 
 
 def test_what_was_acknowledged_is_there_after_a_restart(url: str, rows: dict[str, torch.Tensor]) -> None:
@@ -103,6 +105,25 @@ def test_what_was_acknowledged_is_there_after_a_restart(url: str, rows: dict[str
     assert again.weighted_sums((rows["ids"][:2, None].numpy(), rows["outputs"][:2, :1].numpy()), 1.0, 4) is None
     again.apply("e", "add", part(rows, 5, 60), 4)
     check(Shard(config(url), 0, 0), rows, list(range(5, 60)), 5)
+
+
+def test_shards_whose_values_are_cut_answer_as_one_memory(tmp_path: Path, rows: dict[str, torch.Tensor]) -> None:
+    options = {"task": Multiclass(), "values": SparseConfig(2)}
+    one = LocalMemory(params=ResMemParams(k=9, sigma=0.8, softmax_temperature=1.3), **options)
+    one.add(**rows)
+    neighbors = one.search(rows["embeddings"][:5] + 0.1, 9)
+    held = neighbors.ids.numpy(), neighbor_weights(neighbors.distances, 0.8).numpy()
+    answers: list[object] = [None]  # a shard without rows
+    for places in (slice(0, 25), slice(25, 60)):
+        part = LocalMemory(params=ResMemParams(), **options)
+        part.add(**{name: tensor[places] for name, tensor in rows.items()})
+        shard = Shard(replace(config(str(tmp_path / f"{places.start}")), values=SparseConfig(2)), 0, 0)
+        stored = part.stored(slice(None)) | {"num_outputs": torch.tensor(CLASSES)}
+        shard.apply("a", "add", safetensors.torch.save(stored), 0)
+        answers.append(shard.weighted_sums(held, 1.3, 1))
+    sums, wanted = total(answers, 5, CLASSES, torch.device("cpu")), one.sums(neighbors)
+    assert (wanted.tail > 0.01).all()
+    torch.testing.assert_close(sums, wanted, rtol=0, atol=1e-6)
 
 
 def test_a_repeated_request_is_made_once(url: str, rows: dict[str, torch.Tensor]) -> None:

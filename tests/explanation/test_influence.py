@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_resmem import InputError, LocalMemory, ResMemParams, explain, influence, usefulness
+from lightning_resmem import InputError, LocalMemory, ResMemParams, SparseConfig, explain, influence, usefulness
 from lightning_resmem.params import Gate
 from tests import oracle
 from tests.explanation.filled import PARAMS, TASK_NAMES, error, filled, part
@@ -31,6 +31,33 @@ def test_influence_is_what_the_oracle_adds(task):
         np.testing.assert_allclose(found.contributions, added, atol=1e-6)
         np.testing.assert_array_equal(found.label, targets[position])
         assert influence(memory, int(ids[position]), queries, top=1).queries.tolist() == wanted[:1]
+
+
+def test_values_that_are_cut_need_the_queries_outputs():
+    _, keys, outputs, targets, ids = filled()
+    memory = LocalMemory(params=PARAMS, values=SparseConfig(2))
+    memory.add(keys, outputs, targets, ids)
+    queries, query_outputs, labels = part("multiclass", 40, seed=7)
+    with pytest.raises(InputError, match=r"outputs is missing"):
+        influence(memory, int(ids[17]), queries)
+    kept, tails = oracle.cut(outputs, 2, PARAMS.softmax_temperature)
+    base = oracle.softmax(query_outputs, PARAMS.softmax_temperature)
+    residuals = oracle.labels(targets, base.shape[1])[17] - kept[17] - tails[17] * base
+    behind = explain(memory, queries, query_outputs, top=PARAMS.k)
+    total = behind.predictions.base + behind.contributions.sum(dim=1)
+    torch.testing.assert_close(total, behind.predictions.resmem)
+    found = influence(memory, int(ids[17]), queries, query_outputs, top=40)
+    assert len(found.queries) > 1
+    for query, weight, contribution in zip(found.queries.tolist(), found.weights, found.contributions, strict=True):
+        np.testing.assert_allclose(contribution, PARAMS.strength * float(weight) * residuals[query], atol=1e-3)
+        (place,) = (behind.neighbors.ids[query] == found.id).nonzero()[:, 0].tolist()
+        torch.testing.assert_close(contribution, behind.contributions[query, place])
+
+    useful = usefulness(memory, queries, query_outputs, labels)
+    gains = behind.contributions.gather(2, labels[:, None, None].expand(-1, PARAMS.k, 1))[..., 0].double()
+    scores = torch.zeros(60, dtype=torch.float64)
+    scores.index_add_(0, torch.searchsorted(ids, behind.neighbors.ids.flatten()), gains.flatten())
+    torch.testing.assert_close(useful.scores[useful.ids.argsort()], scores, rtol=0, atol=1e-5)
 
 
 def test_influence_on_far_queries_is_none():

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_resmem import GridTuner, LocalMemory, ResMemParams
+from lightning_resmem import GridTuner, LocalMemory, ResMemParams, SparseConfig
+from lightning_resmem.memory import answers
 from lightning_resmem.memory.answers import Neighbors, evenly_spaced, typical_distance
 from tests import oracle
+from tests.made import Made
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float64])
@@ -86,3 +88,18 @@ def test_the_mean_of_the_largest_distances_is_finite() -> None:
     most = torch.finfo(torch.float32).max
     neighbors = Neighbors(torch.full((2, 11), most), torch.arange(2, 13).expand(2, 11))
     assert typical_distance(torch.arange(2), neighbors) == pytest.approx(most)
+
+
+@pytest.mark.parametrize("values", ["dense", SparseConfig(4)])
+def test_predictions_are_combined_in_blocks_of_rows(values: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, classes, block = 60, 200, 8
+    memory = LocalMemory(params=ResMemParams(k=3, sigma=0.5), values=values)
+    memory.add(torch.randn(5, 3), torch.randn(5, classes), torch.randint(classes, (5,)))
+    embeddings, outputs = torch.randn(queries, 3), torch.randn(queries, classes)
+    whole = memory.predictions(embeddings, outputs).resmem
+    monkeypatch.setattr(answers, "_BLOCK_ENTRIES", block * classes)
+    with Made() as made:
+        found = memory.predict(embeddings, outputs)
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-7)
+    assert made.elements[-1] == queries * classes  # the answer
+    assert made.elements[-2] <= block * classes

@@ -83,8 +83,8 @@ class DenseValues(Values):
     def like(self) -> "DenseValues":
         return DenseValues(self.task, self._num_outputs, self._dtype)
 
-    def residual_sum(self, positions: Tensor, weights: Tensor, softmax_temperature: float) -> Tensor:
-        return functional.weighted_residual(positions, weights, self._derived(softmax_temperature))
+    def residual_sum(self, positions: Tensor, weights: Tensor, softmax_temperature: float) -> tuple[Tensor, None]:
+        return functional.weighted_residual(positions, weights, self._derived(softmax_temperature)), None
 
     def changed(self) -> None:
         self._residuals = None

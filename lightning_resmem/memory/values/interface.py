@@ -60,8 +60,15 @@ class Values(ABC):
         """Values of the same kind and width without rows."""
 
     @abstractmethod
-    def residual_sum(self, positions: Tensor, weights: Tensor, softmax_temperature: float) -> Tensor:
-        """Weighted sum of the residuals at `positions` `(B, k)` (-1 is missing): shape `(B, C)`."""
+    def residual_sum(
+        self, positions: Tensor, weights: Tensor, softmax_temperature: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Weighted sum of the residuals at `positions` `(B, k)` (-1 is missing), as far as they are kept.
+
+        Returns:
+            The sum `(B, C)`, and the weighted mass of base predictions that it lacks, `(B,)`, or None if it lacks
+            none: see `functional.whole_residual`.
+        """
 
     def describe(self) -> dict[str, Any]:
         """What the manifest says about the values besides their tensors."""

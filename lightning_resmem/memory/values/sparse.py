@@ -45,11 +45,12 @@ class SparseConfig:
 class SparseValues(Values):
     """The label, the `m` largest base probabilities and the mass of the others, 76 bytes a row for `m = 16`.
 
-    The tail is spread evenly over the classes that were not kept, so a residual still sums to 0. At
-    `softmax_temperature = 1` a row's probabilities are then wrong by at most the tail mass in total variation. At
-    another temperature `T` the kept probabilities `p` become `p^(1/T)`, exactly, while the tail, whose shape is not
-    known, is taken as even: the total variation is at most the largest tail mass at `T` that fits what is stored,
-    `error_bound(T)`. A weighted sum of residuals is off by at most the weighted mean of its rows' bounds.
+    Where a residual is read for a query, the tail has the shape of the query's own base prediction, whose neighbour the
+    row is, so a residual still sums to 0. At `softmax_temperature = 1` a row's probabilities are then wrong by at most
+    the tail mass in total variation. At another temperature `T` the kept probabilities `p` become `p^(1/T)`, exactly,
+    while the mass of the tail, whose shape is not known, becomes that of an even one: the total variation is at most
+    the largest tail mass at `T` that fits what is stored, `error_bound(T)`. A weighted sum of residuals is off by at
+    most the weighted mean of its rows' bounds.
 
     Args:
         task: `Multiclass()`.
@@ -90,10 +91,20 @@ class SparseValues(Values):
 
     @property
     def outputs(self) -> Tensor:
-        """Log-probabilities `(N, C)` with an even tail: for a few selected rows, not for all of a large memory."""
+        """Log-probabilities `(N, C)`, the tail spread evenly: of a few selected rows, not of all of a large memory."""
         even = (self._log_tail.finish() - math.log(max(1, self._others))).clamp_min(_LOWEST)
         dense = even[:, None].repeat(1, self._num_outputs)
         return dense.scatter_(1, self._classes.finish().long(), self._logs.finish().float())
+
+    @property
+    def classes(self) -> Tensor:
+        """The classes whose probabilities are kept, shape `(N, m)`, the most probable first."""
+        return self._classes.finish()
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether there are more classes than are kept of a row."""
+        return self._others > 0
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "top_m": self._top_m}
@@ -110,23 +121,29 @@ class SparseValues(Values):
             stored |= {name: torch.cat(parts) for name, parts in zip(names, reduced, strict=True)}
         return stored
 
-    def residual_sum(self, positions: Tensor, weights: Tensor, softmax_temperature: float) -> Tensor:
+    def residual_sum(
+        self, positions: Tensor, weights: Tensor, softmax_temperature: float
+    ) -> tuple[Tensor, Tensor | None]:
         weights = weights.float().masked_fill(positions < 0, 0)
         positions = positions.clamp_min(0)
-        sums = weights.new_zeros(len(positions), self._num_outputs)
+        sums, tails = weights.new_zeros(len(positions), self._num_outputs), weights.new_zeros(len(positions))
         block = max(1, _ENTRIES // max(1, positions.shape[1] * self._top_m))
         for start in range(0, len(positions), block):
             rows, share = positions[start : start + block], weights[start : start + block]
-            probabilities, even = self._probabilities(rows, softmax_temperature)  # (b, k, m), (b, k)
+            probabilities, tail = self._probabilities(rows, softmax_temperature)  # (b, k, m), (b, k)
+            kept = share[:, :, None] * probabilities
             total = sums[start : start + block]
-            total -= (share * even).sum(dim=1, keepdim=True)
-            kept = share[:, :, None] * (probabilities - even[:, :, None])
-            total.scatter_add_(1, self._classes.finish()[rows].long().flatten(1), -kept.flatten(1))
+            total.scatter_add_(1, self.classes[rows].long().flatten(1), -kept.flatten(1))
             total.scatter_add_(1, self.targets[rows], share)
-        return sums
+            tails[start : start + block] = (share * tail).sum(dim=1)
+        return sums, tails if self.is_cut else None
+
+    def probabilities(self, softmax_temperature: float) -> tuple[Tensor, Tensor]:
+        """Probabilities of the kept classes `(N, m)` and of all others together `(N,)`: of a few selected rows."""
+        return self._probabilities(torch.arange(len(self), device=self.targets.device), softmax_temperature)
 
     def error_bound(self, softmax_temperature: float = 1.0) -> Tensor:
-        """How far each row's base probabilities can be off, as total variation.
+        """How far each row's base probabilities can be off, as total variation, whatever the query's are.
 
         Args:
             softmax_temperature: `T`.
@@ -161,9 +178,9 @@ class SparseValues(Values):
         return classes.to(small), top.clamp_min(_LOWEST).to(torch.float16), log_tail
 
     def _probabilities(self, positions: Tensor, softmax_temperature: float) -> tuple[Tensor, Tensor]:
-        """Probabilities of the kept classes `(..., m)` and of every other class `(...)`, for rows `(...)`."""
+        """Probabilities of the kept classes `(..., m)` and of all others together `(...)`, for rows `(...)`."""
         log_others = math.log(max(1, self._others))
         logs = self._logs.finish()[positions].float() / softmax_temperature
-        even = (self._log_tail.finish()[positions] - log_others) / softmax_temperature
-        total = torch.logaddexp(torch.logsumexp(logs, dim=-1), even + log_others)
-        return torch.exp(logs - total[..., None]), torch.exp(even - total)
+        tail = (self._log_tail.finish()[positions] - log_others) / softmax_temperature + log_others
+        total = torch.logaddexp(torch.logsumexp(logs, dim=-1), tail)
+        return torch.exp(logs - total[..., None]), torch.exp(tail - total)
