@@ -172,7 +172,8 @@ class ResMemCallback(Callback):
             val_loaders = None if self._tuner is None else validation_loaders(trainer)
         loaders, limit_batches = self._rows(trainer)
         head = self._memorizer(trainer).rehearse(trainer, pl_module, loaders, val_loaders, limit_batches, self._metrics)
-        self._first_loss = None if head is None else FirstLoss(pl_module, head, self._reader)
+        task = self._memory.task if loaders is trainer.train_dataloader else None
+        self._first_loss = None if head is None else FirstLoss(pl_module, head, self._reader, task)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

@@ -154,10 +154,10 @@ class Memorizer:
         val_parts = self._plan(reading, val_loaders) if self._tunes_on(val_loaders) else []
         for note in (part.note for part in (*parts, *val_parts) if part.note):
             rank_zero_warn(f"ResMem: {note}", category=ResMemWarning)
-        check = Storable(self.memory.task)
+        check = Storable()
         with reading.ranks.together("rehearsing the memory pass on a few rows"):
             chunks = reading.rehearse(parts, check)
-            usable = next((rows for rows in (chunk.usable() for chunk in chunks) if len(rows.ids)), None)
+            usable = next((rows for rows in map(reading.labels.usable, chunks) if len(rows.ids)), None)
             if usable is not None:
                 self._try(usable, all_rows, metrics)
         with reading.ranks.together("rehearsing tuning on a few validation rows"):
@@ -248,7 +248,7 @@ class Memorizer:
         with reading.ranks.together("rehearsing the memory pass on two rows"):
             sample = reading.sample(parts)
             if sample is not None:
-                Storable(memory.task)(sample)
+                Storable()(sample)
             if all_rows and sample is not None:
                 shape = sample.embeddings.shape[1], sample.outputs.shape[1]
                 needed = memory.estimate_bytes(all_rows, *shape)
@@ -318,7 +318,7 @@ class Memorizer:
             return tuner.tune_leave_one_out(self.memory, gather=ranks.gather, rank=ranks.rank, num_ranks=ranks.size)
 
     def _reading(self, trainer: L.Trainer, model: L.LightningModule) -> Pass:
-        return Pass(trainer, model, self.reader, self.show_progress)
+        return Pass(trainer, model, self.reader, self.memory.task, self.show_progress)
 
     def _plan(self, reading: Pass, loaders: Any, limit_batches: int | None = None) -> list[Part]:
         ranks = reading.ranks

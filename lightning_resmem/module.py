@@ -36,6 +36,7 @@ from lightning_resmem.model.batches import (
 )
 from lightning_resmem.model.fingerprint import describe_weights
 from lightning_resmem.model.head import Captured, HeadTap
+from lightning_resmem.model.ignored import ignored_labels
 from lightning_resmem.model.modes import evaluation_mode, uncompiled
 from lightning_resmem.reporting.wandb_report import download_memory
 from lightning_resmem.trainer.base import configure, set_up
@@ -321,7 +322,7 @@ class ResMemModule(L.LightningModule):
         if stage is not None:
             self.evaluations = ()
             loaders = evaluation_loaders(self.trainer)
-            board = Scoreboard(self.memory, stage, loaders, self.device, self._metrics)
+            board = Scoreboard(self.memory, stage, loaders, self.device, self._metrics, ignored_labels(self.base))
         self._watch.start_run("ResMemModule runs")
         self._run = Run(self._watch, board, Ranks(self.trainer))
 

@@ -21,6 +21,7 @@ from lightning_resmem.metrics.scoreboard import Scoreboard
 from lightning_resmem.model.batches import BatchReader
 from lightning_resmem.model.fingerprint import check_fingerprint
 from lightning_resmem.model.head import Captured, HeadTap
+from lightning_resmem.model.ignored import ignored_labels
 from lightning_resmem.model.modes import eager
 
 
@@ -87,7 +88,8 @@ class Routing:
         self._was_asked = False
         self._board: Scoreboard | None = None
         if prefix is not None:
-            self._board = Scoreboard(memory, prefix, evaluation_loaders(trainer), model.device, metrics)
+            loaders, ignored = evaluation_loaders(trainer), ignored_labels(model)
+            self._board = Scoreboard(memory, prefix, loaders, model.device, metrics, ignored)
         assert trainer.state.fn is not None
         # The steps may count in buffers; the next run compares these, too.
         self._weights = WeightsWatch(model, memory, buffers=False)

@@ -1,6 +1,7 @@
 """What a residual is, by task: classification with one label, with several, and regression."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from typing import ClassVar
 
 import torch
@@ -43,6 +44,17 @@ _SINGLE_OUTPUT = (
 )
 
 
+_MEAN_AND_VARIANCE = (
+    " If the head makes a mean and a variance, as gaussian_nll_loss wants them, make it two: self.mean = "
+    'nn.Linear(...) and self.variance = nn.Linear(...), with head="mean".'
+)
+
+
+def _is_half(targets: Tensor, num_outputs: int) -> bool:
+    """Whether there are two outputs for each number of a target."""
+    return targets.ndim > 0 and 2 * targets[:1].numel() == num_outputs
+
+
 class Task(ABC):
     """Turns the head's outputs and the targets into predictions and residuals.
 
@@ -61,6 +73,16 @@ class Task(ABC):
     @abstractmethod
     def check_targets(self, targets: Tensor, num_outputs: int, ids: Tensor | None = None) -> Tensor:
         """Return the targets in the dtype and shape they are stored in, or raise an error that names the bad rows."""
+
+    def ignored(self, targets: Tensor, num_outputs: int, labels: Collection[int]) -> Tensor | None:
+        """Which rows `(N,)` have one of the labels that a loss ignores; None where a target is no label.
+
+        Args:
+            targets: As they come.
+            num_outputs: `C`: what is a class, in [0, C), is not ignored.
+            labels: That the loss ignores, such as -100.
+        """
+        return None
 
     @abstractmethod
     def predict(self, outputs: Tensor, softmax_temperature: float = 1.0) -> Tensor:
@@ -131,10 +153,18 @@ class Multiclass(Task):
                     f"with one output. {_SINGLE_OUTPUT}"
                     if num_outputs == 1
                     else f"with {num_outputs} outputs. Map the labels to 0..{num_outputs - 1}, or drop ignored rows "
-                    "with a memory_dataloader."
+                    "with a memory_dataloader. (A Trainer's pass leaves them out by itself if the label is -100, or if "
+                    f"the model holds its loss: self.loss = nn.CrossEntropyLoss(ignore_index={int(targets[bad][0])}).)"
                 )
             )
         return targets
+
+    def ignored(self, targets: Tensor, num_outputs: int, labels: Collection[int]) -> Tensor | None:
+        if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool or not targets.ndim:
+            return None
+        rows = targets.to(torch.int64).reshape(len(targets), -1)
+        no_class = [label for label in labels if not 0 <= label < num_outputs]
+        return torch.isin(rows, rows.new_tensor(no_class)).all(dim=1)
 
     def predict(self, outputs: Tensor, softmax_temperature: float = 1.0) -> Tensor:
         return functional.probabilities(outputs, softmax_temperature)
@@ -225,7 +255,7 @@ class Regression(Task):
         if targets.ndim != 2 or targets.shape[1] != num_outputs:
             raise InputError(
                 f"targets has shape {tuple(targets.shape)}, expected (N, {num_outputs}), a value for every output, "
-                "for task=Regression()."
+                f"for task=Regression().{_MEAN_AND_VARIANCE if _is_half(targets, num_outputs) else ''}"
             )
         targets = targets if targets.dtype == torch.float64 else targets.float()
         check_finite("targets", targets, ids)

@@ -355,3 +355,18 @@ def test_check_finite_accepts_finite_numbers_whose_sum_overflows(dtype):
 
 def test_check_finite_accepts_no_rows():
     check_finite("outputs", torch.empty(0, 3))
+
+
+@pytest.mark.parametrize("targets", [torch.zeros(3), torch.zeros(3, 1)])
+def test_a_mean_and_a_variance_are_two_heads(targets):
+    assert "make it two: self.mean = nn.Linear(...) and self.variance" in refusal(Regression(), targets, 2)
+    assert "variance" not in refusal(Regression(), targets, 3)
+
+
+def test_labels_that_a_loss_ignores():
+    targets = torch.tensor([0, -100, 255, 2])
+    assert Multiclass().ignored(targets, 3, {-100, 2}).tolist() == [False, True, False, False]  # 2 is a class
+    assert Multiclass().ignored(targets[:, None], 3, {-100, 255}).tolist() == [False, True, True, False]
+    assert Multiclass().ignored(targets.float(), 3, {-100}) is None
+    assert Multilabel().ignored(targets, 3, {-100}) is None
+    assert Regression().ignored(targets, 3, {-100}) is None  # a number like others

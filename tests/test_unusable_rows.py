@@ -1,4 +1,4 @@
-"""Rows that are NaN or infinite: out of the memory and of tuning, answered by the base, and counted."""
+"""Rows that are NaN or infinite, or whose label the loss ignores: out of the memory and of tuning, and counted."""
 
 import warnings
 
@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_resmem import InputError, LocalMemory, Regression, ResMemCallback, ResMemWarning, memorize
+from lightning_resmem import GridTuner, InputError, LocalMemory, Regression, ResMemCallback, ResMemWarning, memorize
 from lightning_resmem.reporting.summary import evaluation_summary
-from tests.models import CallsSelf, Numbers, make, memory_for, rows, trainer
+from tests.models import CallsSelf, Numbers, Spy, make, memory_for, rows, trainer
 
 
 def loader(inputs, targets, *bad):
@@ -144,3 +144,97 @@ def test_the_first_rows_may_be_bad(tmp_path):
     warned = warned_by(lambda: trainer(tmp_path, callback, limit_val_batches=0).fit(model, loader(*rows(300, 1), 0, 1)))
     assert len(warned) == 1
     assert callback.memory.ids.tolist() == list(range(2, 300))
+
+
+class Ignores(CallsSelf):
+    """Its loss, a module, ignores a label of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.criterion = nn.CrossEntropyLoss(ignore_index=255)
+
+    def loss(self, outputs, targets):
+        return self.criterion(outputs, targets)
+
+
+def relabelled(data, label, *bad):
+    """A loader of which these rows have this label."""
+    inputs, targets = data
+    targets = targets.clone()
+    targets[list(bad)] = label
+    return DataLoader(TensorDataset(inputs, targets), batch_size=16)
+
+
+@pytest.mark.parametrize(("kind", "label"), [(CallsSelf, -100), (Ignores, 255)])
+def test_rows_whose_label_the_loss_ignores(kind, label, tmp_path):
+    """Also the first ones, and more of them than may be NaN."""
+    train, val, test = rows(100, 1), rows(40, 2), rows(50, 3)
+    ignored = (0, 1, *range(60, 80), 99)
+    kept = [row for row in range(100) if row not in ignored]
+    model, callback = make(kind), ResMemCallback(tuner=GridTuner(k=[5], refinements=0))
+    run = trainer(tmp_path, callback)
+    warned = warned_by(lambda: run.fit(model, relabelled(train, label, *ignored), relabelled(val, label, 7)))
+    assert warned == [
+        "ResMem: 23 of 100 training rows are left out, as the loss ignores their label: "
+        "rows 0, 1, 60, 61, 62 and 18 more of TensorDataset.",
+        "ResMem: 1 of 40 validation rows are left out, as the loss ignores their label: rows 7 of TensorDataset.",
+    ]
+    assert callback.memory.ids.tolist() == kept
+    assert callback.tuning.rows == 39
+
+    others = [row for row in range(50) if row not in (3, 40)]
+    run.test(model, DataLoader(TensorDataset(test[0][others], test[1][others]), batch_size=16), verbose=False)
+    expected = callback.evaluation
+    run.test(model, relabelled(test, label, 3, 40), verbose=False)
+    found = callback.evaluation
+    assert (found.rows, found.ignored, found.left_out) == (48, 2, 0)
+    assert found.scores == pytest.approx(expected.scores, nan_ok=True)
+    lines = [str(line) for line in evaluation_summary(found, callback.memory.stats())]
+    assert "2 rows whose label the loss ignores: not scored" in lines
+    combined = callback.module
+    trainer(tmp_path).test(combined, relabelled(test, label, 3, 40), verbose=False)
+    assert (combined.evaluations[0].rows, combined.evaluations[0].ignored) == (48, 2)
+
+
+@pytest.mark.parametrize("label", [-1, 4, 255])
+def test_other_labels_that_are_no_class_are_refused_by_dataset_and_position(label, tmp_path):
+    loaders = [DataLoader(TensorDataset(*rows(60, 1)), batch_size=16), relabelled(rows(60, 2), label, 40, 41)]
+    said = rf"In TensorDataset \(loader 2 of 2\): targets holds {label} in rows 40, 41, outside \[0, 4\)"
+    with pytest.raises(InputError, match=rf"{said}.*ignore_index={label}\)"):
+        memorize(trainer(tmp_path), make(CallsSelf), loaders, memory=memory_for(CallsSelf))
+    with pytest.raises(InputError, match=rf"In TensorDataset: targets holds {label} in rows 9, "):
+        memorize(
+            trainer(tmp_path),
+            make(CallsSelf),
+            DataLoader(TensorDataset(*rows(60, 1))),
+            relabelled(rows(60, 2), label, 9),
+        )
+    with pytest.raises(InputError, match=r"in rows 1, .*\(The head that was found is 'head': if another .* head=\.\)"):
+        memorize(trainer(tmp_path), make(CallsSelf), relabelled(rows(60, 2), label, 1))
+
+
+def test_labels_that_are_no_class_in_the_first_step(tmp_path):
+    """Beyond the rows that are read before training."""
+
+    class Masks(CallsSelf):
+        def loss(self, outputs, targets):
+            return nn.functional.cross_entropy(outputs, targets, ignore_index=-1)
+
+    steps = []
+    spy = Spy("on_train_batch_end", lambda *_: steps.append(1))
+    with pytest.raises(InputError, match=r"first training step: targets holds -1 in rows 10, 15, .*ignore_index=-1"):
+        trainer(tmp_path, spy, ResMemCallback(memory_for(Masks))).fit(make(Masks), relabelled(rows(60, 1), -1, 10, 15))
+    assert not steps
+    labelled = DataLoader(TensorDataset(*rows(60, 1)), batch_size=16)  # others are memorized
+    callback = ResMemCallback(memory_for(Masks), memory_dataloader=labelled)
+    trainer(tmp_path, callback).fit(make(Masks), relabelled(rows(60, 1), -1, 10, 15))
+    assert len(callback.memory) == 60
+
+
+def test_a_label_that_is_a_class_is_memorized(tmp_path):
+    """Another of the model's losses may ignore it."""
+    model = make(Ignores)
+    model.criterion.ignore_index = 0
+    inputs, targets = rows(60, 1)
+    memory = memorize(trainer(tmp_path), model, loader(inputs, targets), memory=memory_for(Ignores)).memory
+    assert len(memory) == 60

@@ -1,4 +1,4 @@
-"""Rows of a pass on their way to whoever wants them, without those that are NaN or infinite."""
+"""Rows of a pass on their way to whoever wants them, without those that are not finite or that the loss ignores."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_resmem.collection.parts import Part
 from lightning_resmem.collection.ranks import Ranks
 from lightning_resmem.errors import InputError, ResMemWarning
 from lightning_resmem.memory.checks import as_compared
+from lightning_resmem.model.ignored import ignored_labels
+from lightning_resmem.tasks import Task
 
 # Rows wait until there are so many bytes of them, so that a memory's checks are not paid for every batch.
 _CHUNK_BYTES = 4 * 2**20
@@ -42,27 +44,61 @@ class Chunk(NamedTuple):
                     found[name] = rows
         return found
 
+    def rows(self, kept: Tensor) -> "Chunk":
+        """The rows of a mask `(n,)`."""
+        return Chunk(*(column[kept.to(column.device)] for column in self))
+
     def usable(self) -> "Chunk":
         """The rows that are finite."""
         unusable = list(self.unusable().values())
         if not unusable:
             return self
-        kept = ~torch.stack([rows.to(self.ids.device) for rows in unusable]).any(dim=0)
-        return Chunk(*(column[kept.to(column.device)] for column in self))
+        return self.rows(~torch.stack([rows.to(self.ids.device) for rows in unusable]).any(dim=0))
+
+
+class Labels:
+    """What may stand as a target: rows whose label the loss ignores are left out, other labels are an error.
+
+    Args:
+        task: Of the memory.
+        model: Whose losses ignore labels.
+    """
+
+    def __init__(self, task: Task, model: nn.Module) -> None:
+        self._task, self._ignored = task, ignored_labels(model)
+
+    def kept(self, chunk: Chunk) -> Tensor | None:
+        """The rows that the loss does not ignore, a mask `(n,)`; None if these are all."""
+        ignored = self._task.ignored(chunk.targets, chunk.outputs.shape[1], self._ignored)
+        return None if ignored is None or not ignored.any() else ~ignored
+
+    def usable(self, chunk: Chunk) -> Chunk:
+        """The rows that are finite and have a label."""
+        kept = self.kept(chunk)
+        return (chunk if kept is None else chunk.rows(kept)).usable()
+
+    def check(self, chunk: Chunk, part: Part) -> None:
+        """Raise an error that names dataset and positions of targets, in usable rows of a part, that cannot be."""
+        try:
+            self._task.check_targets(chunk.targets.cpu(), chunk.outputs.shape[1], chunk.ids.cpu() - part.first_id)
+        except InputError as error:
+            raise InputError(f"In {part.dataset}: {error}" if part.dataset else str(error)) from error
 
 
 class Waiting:
-    """Joins small chunks into larger ones, and leaves out the rows that are not finite.
+    """Joins small chunks into larger ones, and leaves out the rows that are not finite or that the loss ignores.
 
     Attributes:
-        left_out: Their numbers, by column and dataset: ids relative to the dataset's first.
+        left_out: Numbers of those that are not finite, by column and dataset: ids relative to the dataset's first.
+        ignored: Numbers of those whose label is ignored, by dataset.
     """
 
-    def __init__(self, consume: Callable[[Chunk], None]) -> None:
-        self._consume = consume
+    def __init__(self, consume: Callable[[Chunk], None], labels: Labels) -> None:
+        self._consume, self._labels = consume, labels
         self._chunks: list[Chunk] = []
         self._bytes = 0
         self.left_out: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+        self.ignored: defaultdict[str, list[int]] = defaultdict(list)
 
     def add(self, chunk: Chunk, part: Part) -> None:
         """Take some rows of a part."""
@@ -87,6 +123,10 @@ class Waiting:
         step = max(1, _PART_BYTES * len(chunk.ids) // max(1, self._bytes))
         self._chunks.clear()
         self._bytes = 0
+        kept = self._labels.kept(chunk)
+        if kept is not None:
+            self.ignored[part.dataset] += (chunk.ids[~kept.to(chunk.ids.device)] - part.first_id).tolist()
+            chunk = chunk.rows(kept)
         named: set[int] = set()
         for column, rows in chunk.unusable().items():
             ids = [i for i in (chunk.ids[rows.to(chunk.ids.device)] - part.first_id).tolist() if i not in named]
@@ -94,30 +134,42 @@ class Waiting:
             if ids:
                 self.left_out[column, part.dataset] += ids
         usable = chunk.usable() if named else chunk
+        if len(usable.ids):
+            self._labels.check(usable, part)
         for start in range(0, len(usable.ids), step):
             # Copies: the model may use its output's memory again.
             self._consume(Chunk(*(column[start : start + step].clone() for column in usable)))
 
 
-def report_left_out(ranks: Ranks, left_out: dict[tuple[str, str], list[int]], total: int, kind: str) -> None:
-    """Name the rows that all ranks left out, in one warning.
+def report_left_out(ranks: Ranks, waiting: Waiting, total: int, kind: str) -> None:
+    """Name the rows that all ranks left out: in one warning those that are not finite, in another those ignored.
 
     Args:
         ranks: Each of which calls this.
-        left_out: From `Waiting`.
+        waiting: After the last row.
         total: Rows of this rank, with those that it left out.
         kind: Of the rows: "training rows".
 
     Raises:
-        InputError: If they are more than one in a hundred.
+        InputError: If those that are not finite are more than one in a hundred.
     """
     merged: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+    ignored: defaultdict[str, list[int]] = defaultdict(list)
     rows = 0
-    for of_rank in ranks.gather_objects((total, dict(left_out))):
+    for of_rank in ranks.gather_objects((total, dict(waiting.left_out), dict(waiting.ignored))):
         assert isinstance(of_rank, tuple)
         rows += of_rank[0]
         for key, ids in of_rank[1].items():
             merged[key] += ids
+        for dataset, ids in of_rank[2].items():
+            ignored[dataset] += ids
+    if ignored:
+        where = "; ".join(f"rows {_listed(ids)} of {dataset}" for dataset, ids in ignored.items())
+        rank_zero_warn(
+            f"ResMem: {sum(map(len, ignored.values())):,} of {rows:,} {kind} are left out, as the loss ignores their "
+            f"label: {where}.",
+            category=ResMemWarning,
+        )
     count = sum(map(len, merged.values()))
     if not count:
         return

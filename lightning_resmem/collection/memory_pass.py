@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_resmem.collection.chunks import Chunk, Waiting, report_left_out
+from lightning_resmem.collection.chunks import Chunk, Labels, Waiting, report_left_out
 from lightning_resmem.collection.parts import Part
 from lightning_resmem.collection.ranks import Ranks
 from lightning_resmem.collection.rehearsal import Sample, check_augmentation, check_order, naming
@@ -23,8 +23,9 @@ from lightning_resmem.errors import InputError
 from lightning_resmem.model.batches import TRANSFER_HOOKS, BatchReader, tensors_of
 from lightning_resmem.model.head import HeadTap
 from lightning_resmem.model.modes import evaluation_mode
-from lightning_resmem.model.returned import check_returned
+from lightning_resmem.model.returned import check_diverged, check_returned
 from lightning_resmem.progress import progress_bar
+from lightning_resmem.tasks import Regression, Task
 
 # A pass is timed over its first batches; one of more than so many seconds is announced.
 _TIMED_BATCHES = 5
@@ -38,7 +39,11 @@ class Pass:
         trainer: With its strategy set up (inside `fit`, or another of its entry points).
         model: On its device.
         reader: Reads batches, and names the head if it is not to be found.
+        task: Of the memory: what targets are.
         show_progress: Whether rank zero shows progress bars.
+
+    Attributes:
+        labels: Which targets rows may have.
     """
 
     def __init__(
@@ -46,9 +51,11 @@ class Pass:
         trainer: L.Trainer,
         model: L.LightningModule,
         reader: BatchReader,
+        task: Task,
         show_progress: bool = False,
     ) -> None:
         self._trainer, self._model, self._reader = trainer, model, reader
+        self._task, self.labels = task, Labels(task, model)
         self.ranks = Ranks(trainer)
         self.num_local_processes = trainer.num_devices
         self._transfers = _transfers(trainer)
@@ -67,7 +74,7 @@ class Pass:
         for part in parts:
             if part.sample is not None:
                 with self._evaluating(), self._capturing:
-                    return self._sample(part)[0].chunk
+                    return self._checked(self._sample(part)[0].chunk, part)
         return None
 
     def rehearse(self, parts: Sequence[Part], check: Callable[[Chunk], None], compare: bool = True) -> list[Chunk]:
@@ -96,12 +103,23 @@ class Pass:
             sample, source = self._sample(part)
             if compare:
                 check_augmentation(sample, self._samples(part, source)[0], part.dataset)
-            return sample.chunk
+            return self._checked(sample.chunk, part)
         if part.start is None or self._reader.gives_ids:
             return None
         samples = self._samples(part, part.start)
         check_order(samples, self._samples(part, part.start), part.dataset)
-        return samples[0].chunk if samples else None
+        return self._checked(samples[0].chunk, part) if samples else None
+
+    def _checked(self, chunk: Chunk, part: Part) -> Chunk:
+        check_diverged(torch.cat([chunk.outputs, chunk.embeddings], dim=1))
+        try:
+            self.labels.check(self.labels.usable(chunk), part)
+        except InputError as error:
+            if self._reader.head is not None or self.tap is None:
+                raise
+            hint = f"(The head that was found is {self.tap.head!r}: if another module makes the prediction, name it"
+            raise InputError(f"{error} {hint} with head=.)") from error
+        return chunk
 
     def _sample(self, part: Part) -> tuple[Sample, Iterable[Any]]:
         """A small batch with a row that is finite, if any of a few has one, and the loader that it is from."""
@@ -114,7 +132,7 @@ class Pass:
             except InputError as error:  # the head cannot be told by outputs that are NaN
                 failures.append(error)
             else:
-                if len(found[-1][0].chunk.usable().ids):
+                if len(self.labels.usable(found[-1][0].chunk).ids):
                     return found[-1]
         if not found:
             raise failures[0]
@@ -146,7 +164,7 @@ class Pass:
             parts = [replace(part, first_id=0) for part in parts]
         num_batches = sum(part.num_batches or 0 for part in parts)
         total = num_batches if all(part.num_batches is not None for part in parts) else None
-        waiting = Waiting(consume)
+        waiting = Waiting(consume, self.labels)
         with (
             self.ranks.together(doing) as check,
             self._evaluating(),
@@ -172,7 +190,7 @@ class Pass:
                     )
                 waiting.flush(part)
                 rows += read
-        report_left_out(self.ranks, waiting.left_out, rows, doing.removeprefix("collecting "))
+        report_left_out(self.ranks, waiting, rows, doing.removeprefix("collecting "))
         return rows
 
     def _moved(self, batch: Any) -> Any:
@@ -201,7 +219,8 @@ class Pass:
             returned = self._reader.run(model, batch)
             captured = self.tap.take()
         if index == 0:
-            check_returned(model, self.tap.head, *captured, returned, self._reader.returns_outputs(model))
+            returns_outputs, is_regression = self._reader.returns_outputs(model), isinstance(self._task, Regression)
+            check_returned(model, self.tap.head, *captured, returned, returns_outputs, is_regression)
         targets = self._reader.targets(batch)
         count = len(captured.embedding)
         if not targets.ndim or len(targets) != count:

@@ -11,8 +11,6 @@ from torch import Tensor
 from lightning_resmem.collection.chunks import Chunk
 from lightning_resmem.collection.samplers import WAY_OUT
 from lightning_resmem.errors import InputError, ResMemWarning
-from lightning_resmem.model.returned import check_diverged
-from lightning_resmem.tasks import Task
 
 _TOLERANCE = 1e-3  # of keys: two forwards on a GPU differ in the last digits
 
@@ -65,21 +63,13 @@ def check_order(samples: Sequence[Sample], again: Sequence[Sample], dataset: str
 
 
 class Storable:
-    """Checks that a few rows can be stored, and beside those that it was given first.
+    """Checks that a few rows can be stored beside those that it was given first."""
 
-    Args:
-        task: Of the memory.
-    """
-
-    def __init__(self, task: Task) -> None:
-        self._task = task
+    def __init__(self) -> None:
         self._first: Chunk | None = None
 
     def __call__(self, chunk: Chunk) -> None:
         """Raise an error if rows of one loader cannot."""
-        check_diverged(torch.cat([chunk.outputs, chunk.embeddings], dim=1))
-        usable = chunk.usable()
-        self._task.check_targets(usable.targets.cpu(), usable.outputs.shape[1], usable.ids)
         self._first = self._first or chunk
         for name, rows, others in zip(("embeddings", "outputs"), chunk, self._first, strict=False):
             if rows.shape[1] != others.shape[1]:

@@ -59,6 +59,7 @@ class Evaluation:
             them if they are `higher_is_better = False`.
         left_out: Rows beside those counted whose embedding, output or target is NaN or infinite: the base alone
             answered them, and they are not scored.
+        ignored: Rows beside those counted whose label the model's loss ignores, such as -100: they are not scored.
     """
 
     prefix: str
@@ -73,6 +74,7 @@ class Evaluation:
     neighborhoods: Neighborhoods
     less_is_better: tuple[str, ...] = LESS_IS_BETTER
     left_out: int = 0
+    ignored: int = 0
 
     def gain_in(self, name: str) -> float:
         """How much better resmem is than the base in a score: above 0 if it is better, whatever the score.

@@ -19,6 +19,7 @@ __all__ = [
     "brier_scores",
     "f1_counts",
     "far_from_uniform",
+    "has_rare_labels",
     "is_right",
     "labels",
     "macro_f1",
@@ -283,6 +284,21 @@ def far_from_uniform(counts: Tensor) -> bool:
     chance = others + 4 * math.sqrt(2 * others)  # chi-squared of equal classes, and four standard deviations
     chi_squared = float((sizes - mean).square().sum() / mean)
     return chi_squared > chance and (chi_squared - others) / float(sizes.sum()) > _UNEVEN**2
+
+
+def has_rare_labels(counts: Tensor, rows: int) -> bool:
+    """Whether one of several labels is so rare, or so frequent, that accuracy and F1 are two things.
+
+    Args:
+        counts: Rows that have each label, shape `(C,)`.
+        rows: How many there are.
+
+    Examples:
+        >>> has_rare_labels(torch.tensor([50, 10]), rows=100), has_rare_labels(torch.tensor([50, 45]), rows=100)
+        (True, False)
+    """
+    counts = counts.cpu()
+    return any(far_from_uniform(pair) for pair in torch.stack([counts, rows - counts], dim=1))
 
 
 def absolute_errors(predictions: Tensor, targets: Tensor) -> Tensor:

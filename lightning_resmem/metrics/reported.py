@@ -14,7 +14,8 @@ from lightning_resmem.tasks import Multilabel, Regression, Task
 UserMetrics = Metric | Sequence[Metric] | Mapping[str, Metric] | MetricCollection
 
 # Names of scores that `PredictionMetrics` adds to those of `own_metrics`.
-COMMON = ("f1", "ece")
+F1 = "f1"
+COMMON = (F1, "ece")
 _TOP_K = 5
 # Of the scores that are ours, by name: those of which less is better.
 LESS_IS_BETTER = ("mse", "mae", "nll", "brier", "ece")

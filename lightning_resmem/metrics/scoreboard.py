@@ -1,7 +1,7 @@
 """Scores a stage's batches, and makes its `Evaluation`: padding, several dataloaders, ranks without rows."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from lightning_resmem.metrics.evaluation import Evaluation
 from lightning_resmem.metrics.flips import FirstFlips, first_flips
 from lightning_resmem.metrics.reported import UserMetrics
 from lightning_resmem.metrics.side_by_side import ResMemMetrics
+from lightning_resmem.model.ignored import IGNORE_INDEX
 from lightning_resmem.tasks import Regression, Task
 
 # Entries of a prediction that wait to be counted together: an update has a price of its own, and so has a large tensor.
@@ -34,6 +35,7 @@ class Scoreboard:
         loaders: The stage's dataloaders.
         device: Where the ranks can add up the sums.
         metrics: The user's own metrics; see `ResMemMetrics`.
+        ignored: Labels that the model's loss ignores: such rows are not scored.
     """
 
     def __init__(
@@ -43,11 +45,12 @@ class Scoreboard:
         loaders: Sequence[Any],
         device: torch.device | str = "cpu",
         metrics: UserMetrics | None = None,
+        ignored: Collection[int] = (IGNORE_INDEX,),
     ) -> None:
         # MPS has no float64; its tensors are near the CPU's.
         device = torch.device("cpu" if torch.device(device).type == "mps" else device)
         # Made beforehand, so that a rank without rows takes part in the sum over ranks.
-        self._parts = [_Part(memory.task, memory.num_outputs, loader, device, metrics) for loader in loaders]
+        self._parts = [_Part(memory.task, memory.num_outputs, loader, device, metrics, ignored) for loader in loaders]
         self._prefix = prefix
 
     def update(self, answer: Answer, targets: Tensor, dataloader_idx: int = 0) -> None:
@@ -85,14 +88,20 @@ class _Part:
     """The rows of one dataloader."""
 
     def __init__(
-        self, task: Task, num_outputs: int, loader: Any, device: torch.device, metrics: UserMetrics | None
+        self,
+        task: Task,
+        num_outputs: int,
+        loader: Any,
+        device: torch.device,
+        metrics: UserMetrics | None,
+        ignored: Collection[int],
     ) -> None:
-        self._task, self._device = task, device
+        self._task, self._device, self._ignored = task, device, ignored
         self._metrics = ResMemMetrics(task, num_outputs, metrics).to(device)
         self._flips = FirstFlips(task)
         self._positions, self._rows_left = row_positions(loader), num_unpadded_rows(loader)
         self._waiting: list[tuple[Answer, Tensor]] = []
-        self._num_waiting = self._num_read = self._num_left_out = 0
+        self._num_waiting = self._num_read = self._num_left_out = self._num_ignored = 0
 
     def update(self, answer: Answer, targets: Tensor) -> None:
         rows = len(targets) if self._rows_left is None else min(len(targets), self._rows_left)
@@ -122,8 +131,12 @@ class _Part:
         usable = answer.is_combined
         if target.is_floating_point():
             usable = usable & torch.isfinite(target.reshape(len(target), -1)).all(dim=1)
+        self._num_left_out += int((~usable).sum())
+        ignored = self._task.ignored(target, answer.outputs.shape[1], self._ignored)
+        if ignored is not None:
+            self._num_ignored += int((ignored & usable).sum())
+            usable = usable & ~ignored
         if not usable.all():
-            self._num_left_out += int((~usable).sum())
             answer, target, numbers = answer.rows(usable), target[usable], numbers[usable]
         target = self._task.check_targets(target, answer.predictions.base.shape[1])
         self._metrics.update(answer.predictions, target, answer.neighbors.distances[:, 0].contiguous(), answer.outputs)
@@ -145,8 +158,13 @@ class _Part:
             reliability={name: ReliabilityBins(*_on_cpu(of.reliability.compute())) for name, of in reliability.items()},
             neighborhoods=Neighborhoods(*_on_cpu(metrics.neighborhoods.compute())),
             less_is_better=tuple(sorted(metrics.less_is_better)),
-            left_out=sum(count for count in ranks.gather_objects(self._num_left_out) if isinstance(count, int)),
+            left_out=_sum(self._num_left_out, ranks),
+            ignored=_sum(self._num_ignored, ranks),
         )
+
+
+def _sum(count: int, ranks: Ranks) -> int:
+    return sum(of_rank for of_rank in ranks.gather_objects(count) if isinstance(of_rank, int))
 
 
 def _on_cpu(parts: Iterable[Tensor]) -> Iterable[Tensor]:

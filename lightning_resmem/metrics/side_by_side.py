@@ -14,6 +14,7 @@ from lightning_resmem.metrics.binned import NeighborhoodAccuracy, Reliability
 from lightning_resmem.metrics.reported import (
     BALANCED,
     COMMON,
+    F1,
     LESS_IS_BETTER,
     UserMetrics,
     as_collection,
@@ -21,7 +22,7 @@ from lightning_resmem.metrics.reported import (
     own_metrics,
 )
 from lightning_resmem.metrics.sums import ClassCounts, MeanScores, NegativeFlipRate, PositiveFlipRate
-from lightning_resmem.tasks import Multiclass, Regression, Task
+from lightning_resmem.tasks import Multiclass, Multilabel, Regression, Task
 
 
 class ResMemMetrics(WrapperMetric):
@@ -121,11 +122,15 @@ class ResMemMetrics(WrapperMetric):
     def is_shown(self, name: str) -> bool:
         """Whether runs log a score by themselves: what tells at a glance if the memory helped, and your own metrics.
 
-        Balanced accuracies are where classes are far from uniform; after `compute`, on all ranks.
+        Balanced accuracies are where classes are far from uniform, F1 where some of several labels are rare; after
+        `compute`, on all ranks.
         """
         score, _, prediction = name.rpartition("_")
         if score == BALANCED and score in self.base.names:
             return functional.far_from_uniform(self.base.counts.compute()[2])
+        if score == F1 and score in self.base.names and isinstance(self.task, Multilabel):
+            rows = int(self.scores.compute()["rows"])
+            return functional.has_rare_labels(self.base.counts.compute()[2], rows)
         if score in self.base.names:
             return score in ("nll", "ece", "r2") and prediction != "knn"
         return score != "gain" and name != "gain"
@@ -190,7 +195,7 @@ class PredictionMetrics(nn.Module):
             counts = self.counts.compute()
             if BALANCED in self.names:
                 scores = {BALANCED: functional.balanced_accuracy(counts), **scores}
-            scores["f1"] = functional.macro_f1(counts)
+            scores[F1] = functional.macro_f1(counts)
             scores["ece"] = self.reliability.compute().calibration_error
         if self._users is None:
             return scores

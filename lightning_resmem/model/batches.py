@@ -53,7 +53,10 @@ class BatchReader:
         Raises:
             InputError: If the batch has none that can be told from its inputs.
         """
-        targets = self.targets_fn(batch) if self.targets_fn is not None else _default_targets(batch)
+        if self.targets_fn is not None:
+            targets = self.targets_fn(batch)
+        else:
+            targets = _default_targets(batch, self.forward_fn is None)
         try:
             return torch.as_tensor(targets)
         except (TypeError, ValueError, RuntimeError, KeyError):
@@ -127,7 +130,7 @@ class BatchReader:
         if self.forward_fn is not None:
             return self.forward_fn(model, batch)
         if has_forward(model):
-            args, kwargs = _inputs(model, batch)
+            args, kwargs = _inputs(model, batch, self.targets_fn is None)
             try:
                 return model(*args, **kwargs)
             except Exception as error:
@@ -256,7 +259,8 @@ def _entries(batch: Any) -> Mapping[str, Any] | None:
     return None
 
 
-def _default_targets(batch: Any) -> Any:
+def _default_targets(batch: Any, tells_inputs: bool) -> Any:
+    """The targets of a batch; `tells_inputs` is for the message: whether its inputs have to be told by default, too."""
     entries = _entries(batch)
     for key in _TARGET_KEYS:
         if entries is not None and key in entries:
@@ -270,10 +274,23 @@ def _default_targets(batch: Any) -> Any:
         if len(batch) == 2:
             return batch[1]
         found += f" of {len(batch)}"
+    way_out = "targets_fn=lambda batch: batch[...]"
+    if entries is None and isinstance(batch, (tuple, list)) and len(batch) > 2:
+        targets_fn, forward_fn = _functions(1)
+        way_out = f"{targets_fn} and {forward_fn}{_PLACES}" if tells_inputs else f"{targets_fn}{_PLACES}"
     raise InputError(
-        f"A batch is {found}, so its targets cannot be told: give targets_fn=lambda batch: batch[...]. Understood by "
-        f"default are (inputs, targets) pairs and dicts with one of the keys {', '.join(_TARGET_KEYS)}."
+        f"A batch is {found}, so its targets cannot be told: give {way_out}. Understood by default are (inputs, "
+        f"targets) pairs and dicts with one of the keys {', '.join(_TARGET_KEYS)}."
     )
+
+
+_PLACES = ", with the places that they have in your batches"
+
+
+def _functions(inputs: int) -> tuple[str, str]:
+    """A targets_fn and a forward_fn, to be copied, for batches of so many inputs, targets, and perhaps more."""
+    given = ", ".join(f"batch[{place}]" for place in range(inputs))
+    return f"targets_fn=lambda batch: batch[{inputs}]", f"forward_fn=lambda model, batch: model({given})"
 
 
 @functools.lru_cache(maxsize=64)
@@ -288,8 +305,8 @@ def _parameters(function: Callable[..., Any], is_method: bool) -> tuple[list[str
     return [p.name for p in named], required, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def _inputs(model: L.LightningModule, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of `forward` for a batch."""
+def _inputs(model: L.LightningModule, batch: Any, tells_targets: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of `forward` for a batch; `tells_targets` as `tells_inputs` above."""
     function = getattr(model.forward, "__func__", None)
     named, required, takes_any = _parameters(function or model.forward, function is not None)
     if required == ["batch"]:
@@ -312,9 +329,11 @@ def _inputs(model: L.LightningModule, batch: Any) -> tuple[tuple[Any, ...], dict
     if isinstance(batch, (tuple, list)):
         if len(batch) in (1, 2):
             return (batch[0],), {}
+        targets_fn, forward_fn = _functions(max(1, min(len(required), len(batch) - 1)))
+        targets_fn = f" and {targets_fn}" if tells_targets and len(batch) else ""
         raise InputError(
             f"A batch is a {type(batch).__name__} of {len(batch)}, so the model's inputs cannot be told: give "
-            "forward_fn=lambda model, batch: model(batch[0])."
+            f"{forward_fn}{targets_fn}{_PLACES}."
         )
     return (batch,), {}
 

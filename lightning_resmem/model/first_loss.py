@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,97 +11,167 @@ from torch import Tensor, nn
 
 from lightning_resmem.errors import HeadError, InputError
 from lightning_resmem.model.batches import BatchReader
-from lightning_resmem.model.names import submodule
+from lightning_resmem.model.ignored import ignored_labels
+from lightning_resmem.model.loss_graph import CLASSES, DISTANCES, compared, compared_by_hand
+from lightning_resmem.model.names import named_modules, submodule
+from lightning_resmem.model.relation import OFF, Relation, relation
+from lightning_resmem.model.returned import same
+from lightning_resmem.tasks import Multiclass, Task
 
-_DISTANCES = ("MseLossBackward0", "L1LossBackward0", "SmoothL1LossBackward0", "HuberLossBackward0")
-_CLASSES = ("NllLossBackward0",)
-# Nodes of the graph that are looked at: a loss is near its end.
-_NODES = 1000
-# Rows that tell a line from chance, and how far they may be off it, in standard deviations.
-_LEAST_ROWS, _OFF = 4, 1e-2
+# Rows that tell a line from chance.
+_LEAST_ROWS = 4
 # Rows that tell a mapping of labels from chance.
 _LEAST_LABELS = 8
+
+_Pairs = Sequence[tuple[Tensor, Tensor]]
 
 
 class FirstLoss:
     """Looks at one training step, and changes nothing of it.
 
     What follows the head, or what is done to targets, in the steps alone shows nowhere else before training. It is read
-    from the graph of the loss; where that holds no loss of PyTorch's own on the targets of the batch, nothing is said.
+    from the graph of the loss; where that compares nothing with the targets of the batch that can be told, nothing is
+    said.
 
     Args:
         model: That is trained.
         head: Name of its head.
         reader: Reads targets.
+        task: Of the memory, if the batches that are trained on are memorized: says what their labels may be.
     """
 
-    def __init__(self, model: nn.Module, head: str, reader: BatchReader) -> None:
+    def __init__(self, model: nn.Module, head: str, reader: BatchReader, task: Task | None = None) -> None:
         self._head, self._name, self._reader = submodule(model, "head", head), head, reader
+        self._model, self._task = model, task
         self._batch: Any = None
-        self._outputs: list[Tensor] = []
-        self._hook: Any = None
+        self._outputs: list[tuple[Tensor, Any]] = []  # with the nodes that made them
+        self._others: list[tuple[str, Tensor]] = []
+        self._hooks = ExitStack()
+        self._watches = False
 
     def watch(self, batch: Any) -> None:
         """Before the step on a batch."""
-        self._batch = batch
-        self._hook = self._head.register_forward_hook(lambda _module, _args, output: self._outputs.append(output))
+        self._batch, self._watches = batch, True
+        keep = self._head.register_forward_hook(lambda _module, _args, output: self._keep(output))
+        self._hooks.callback(keep.remove)
+        if self._reader.head is None:  # it was found, and may be the wrong one
+            for name, module in named_modules(self._model).items():
+                if isinstance(module, nn.Linear) and module is not self._head:
+                    self._hooks.callback(module.register_forward_hook(self._keeper(name)).remove)
+
+    def _keep(self, output: Any) -> None:
+        if isinstance(output, Tensor):
+            self._outputs.append((output, output.grad_fn))
+
+    def _keeper(self, name: str) -> Any:
+        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.ndim == 2:
+                self._others.append((name, output.detach()))
+
+        return keep
 
     def close(self) -> None:
         """After the step; calling it again does nothing."""
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = self._batch = None
-        self._outputs = []
+        self._hooks.close()
+        self._batch, self._watches = None, False
+        self._outputs, self._others = [], []
 
     def check(self, loss: Tensor) -> None:
         """Look at the loss of the step, before its backward.
 
         Raises:
-            InputError: If its targets, or what is compared with them, are in other units than those memorized.
-            HeadError: If its classes are not those of the head.
+            InputError: If its targets, or what is compared with them, are in other units than those memorized, or hold
+                labels that are no class.
+            HeadError: If its classes are not those of the head, or the output of another module is compared.
         """
-        if self._hook is None:  # a second loss of the step
+        if not self._watches:  # a second loss of the step
             return
-        outputs, batch = self._outputs, self._batch
+        outputs, others, batch = self._outputs, self._others, self._batch
         self.close()
         try:
             targets = self._reader.targets(batch).detach()
         except InputError:  # the rehearsal has said so where it matters
             return
-        if len(outputs) == 1 and isinstance(outputs[0], Tensor) and outputs[0].ndim == 2:
-            output = outputs[0].detach()
-            self._check_units(output, targets, list(_compared(loss, _DISTANCES)))
-            classes = list(_compared(loss, _CLASSES))
-            self._check_classes(output, targets, classes)
-            self._check_labels(output, targets, classes)
+        if len(outputs) != 1 or outputs[0][0].ndim != 2:
+            return
+        output, end = outputs[0][0].detach(), outputs[0][1]
+        distances, classes = list(compared(loss, DISTANCES)), list(compared(loss, CLASSES))
+        self._check_classes(output, targets, classes)
+        self._check_head(output, targets, [*distances, *classes], others)
+        self._check_units(output, targets, [*distances, *compared_by_hand(loss, output, end, targets)])
+        self._check_labels(output, targets, classes)
+        self._check_range(output, targets)
 
-    def _check_units(self, output: Tensor, targets: Tensor, compared: list[tuple[Tensor, Tensor]]) -> None:
-        found = None
-        for seen, wanted in compared:
+    def _check_head(self, output: Tensor, targets: Tensor, pairs: _Pairs, others: list[tuple[str, Tensor]]) -> None:
+        """Whether the loss is given the output of another module, and not the head's at all."""
+        on_targets = [seen for seen, wanted in pairs if wanted.numel() == targets.numel() and _equal(wanted, targets)]
+        if not on_targets or any(same(output, seen) for seen in on_targets):
+            return
+        for name, other in others:
+            if any(same(other, seen) for seen in on_targets):
+                raise HeadError(
+                    f"The head {self._name!r} is not what is trained on the targets: the loss of the first training "
+                    f"step compares the output of {name!r} with them. Name that one: head={name!r}, and if the model's "
+                    "forward does not call it, give forward_fn=lambda model, batch: ... that does."
+                )
+
+    def _check_units(self, output: Tensor, targets: Tensor, pairs: _Pairs) -> None:
+        found: InputError | None = None
+        for seen, wanted in pairs:
             sizes = {seen.numel(), wanted.numel(), targets.numel(), output.numel()}
             if len(sizes) > 1 or len(output) < _LEAST_ROWS:
                 continue
-            line, target_line = _line(output, seen), _line(targets, wanted)
-            if line is None or target_line is None:
+            ours, theirs = relation(output, seen), relation(targets, wanted)
+            if ours is None or theirs is None or (ours.is_curve & theirs.is_curve).any():
                 continue
-            (a, b), (c, d) = line, target_line
-            spread = targets.double().reshape(output.shape).std(dim=0)
-            differ = ((a / c - 1).abs() > _OFF) | ((b - d).abs() > _OFF * (c * spread).abs())
-            if not differ.any():
+            error = self._mapped(output, seen, targets, wanted, ours, theirs) or self._rescaled(ours, theirs, targets)
+            if error is None:
                 return  # an auxiliary loss may be in other units
-            place = int(differ.nonzero()[0])
-            found = found or [float(part[place]) for part in (a, b, c, d)]
+            found = found or error
         if found is not None:
-            raise InputError(
-                f"The head {self._name!r} and the targets are in different units: the loss of the first training step "
-                "compares {:.4g} * output + {:.4g} with {:.4g} * target + {:.4g}. ".format(*found)
-                + "A memory would take the head's outputs for predictions of the targets, and be wrong. Standardise "
-                "targets in the dataset, or make what rescales the outputs a part of the head and name it with head=, "
-                "or give a targets_fn that returns the targets as the loss is given them."
-            )
+            raise found
 
-    def _check_classes(self, output: Tensor, targets: Tensor, compared: list[tuple[Tensor, Tensor]]) -> None:
-        widths = {seen.shape[1] for seen, wanted in compared if seen.ndim == 2 and torch.equal(wanted, targets)}
+    def _mapped(
+        self, output: Tensor, seen: Tensor, targets: Tensor, wanted: Tensor, ours: Relation, theirs: Relation
+    ) -> InputError | None:
+        """What is wrong where a curve lies between what is compared and what is memorized."""
+        if theirs.is_curve.any():
+            return InputError(
+                f"The head {self._name!r} is trained on other targets than those of the batch: "
+                f"{_example(targets, wanted, theirs.is_curve)} in the loss of the first training step. A memory would "
+                "hold the targets of the batch, and be wrong. Map the targets in the dataset, or give "
+                "targets_fn=lambda batch: ... that returns them as the loss is given them."
+            )
+        if ours.is_curve.any():
+            return InputError(
+                f"Something follows the head {self._name!r} in the steps: its output "
+                f"{_example(output, seen, ours.is_curve)} in the loss of the first training step. A memory would take "
+                "the head's outputs for predictions of the targets, and be wrong. Make what follows it a part of the "
+                'head, self.head = nn.Sequential(self.fc, nn.Sigmoid()) with head="head", or give a targets_fn that '
+                "returns the targets in the units of the head."
+            )
+        return None
+
+    def _rescaled(self, ours: Relation, theirs: Relation, targets: Tensor) -> InputError | None:
+        """What is wrong where a line lies between them."""
+        (a, b, _), (c, d, _) = ours, theirs
+        spread = targets.double().reshape(len(targets), -1).std(dim=0)
+        differ = ((a / c - 1).abs() > OFF) | ((b - d).abs() > OFF * (c * spread).abs())
+        if not differ.any():
+            return None
+        place = int(differ.nonzero()[0])
+        return InputError(
+            f"The head {self._name!r} and the targets are in different units: the loss of the first training step "
+            "compares {:.4g} * output + {:.4g} with {:.4g} * target + {:.4g}. ".format(
+                *(float(part[place]) for part in (a, b, c, d))
+            )
+            + "A memory would take the head's outputs for predictions of the targets, and be wrong. Standardise "
+            "targets in the dataset, or make what rescales the outputs a part of the head and name it with head=, "
+            "or give a targets_fn that returns the targets as the loss is given them."
+        )
+
+    def _check_classes(self, output: Tensor, targets: Tensor, pairs: _Pairs) -> None:
+        widths = {seen.shape[1] for seen, wanted in pairs if seen.ndim == 2 and torch.equal(wanted, targets)}
         if widths and output.shape[1] not in widths:
             raise HeadError(
                 f"The head {self._name!r} makes outputs of width {output.shape[1]}, but the loss of the first training "
@@ -109,9 +180,9 @@ class FirstLoss:
                 "give forward_fn=lambda model, batch: model.head(model(batch[0]))."
             )
 
-    def _check_labels(self, output: Tensor, targets: Tensor, compared: list[tuple[Tensor, Tensor]]) -> None:
+    def _check_labels(self, output: Tensor, targets: Tensor, pairs: _Pairs) -> None:
         found = None
-        for seen, wanted in compared:
+        for seen, wanted in pairs:
             if seen.shape != output.shape or wanted.shape != targets.shape or targets.is_floating_point():
                 continue
             if torch.equal(wanted, targets):
@@ -129,31 +200,26 @@ class FirstLoss:
                 "Map the labels in the dataset, or give a targets_fn that returns them as the loss is given them."
             )
 
-
-def _compared(loss: Tensor, kinds: tuple[str, ...]) -> Iterator[tuple[Tensor, Tensor]]:
-    """What losses of these kinds compare in the graph of `loss`: predictions and targets."""
-    waiting, met = [loss.grad_fn], set[Any]()
-    while waiting and len(met) < _NODES:
-        node = waiting.pop(0)
-        if node is None or node in met:
-            continue
-        met.add(node)
-        if node.name() in kinds:
-            try:
-                yield node._saved_self, node._saved_target  # type: ignore[attr-defined]
-            except RuntimeError:  # changed in place since
-                continue
-        else:
-            waiting += [previous for previous, _ in node.next_functions]
+    def _check_range(self, output: Tensor, targets: Tensor) -> None:
+        """Labels of all rows of the batch: fewer were read before training."""
+        if not isinstance(self._task, Multiclass) or targets.shape != output.shape[:1] or targets.is_floating_point():
+            return
+        ignored = self._task.ignored(targets, output.shape[1], ignored_labels(self._model))
+        rows = torch.arange(len(targets), device=targets.device)
+        kept = rows if ignored is None else rows[~ignored]
+        try:
+            self._task.check_targets(targets[kept], output.shape[1], kept)
+        except InputError as error:
+            raise InputError(f"In the batch of the first training step: {error}") from error
 
 
-def _line(given: Tensor, seen: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The slopes and shifts `(C,)` by which `seen` follows from `given`, `(B, C)`; None if it does not."""
-    given = given.double().reshape(len(given), -1)
-    seen = seen.detach().double().reshape(given.shape)
-    x, y = given - given.mean(dim=0), seen - seen.mean(dim=0)
-    slope = (x * y).sum(dim=0) / x.square().sum(dim=0)
-    follows = (slope * x - y).abs().amax(dim=0) < _OFF * y.std(dim=0)
-    if not follows.all() or not slope.all():  # NaN where nothing varies: not so
-        return None
-    return slope, seen.mean(dim=0) - slope * given.mean(dim=0)
+def _equal(wanted: Tensor, targets: Tensor) -> bool:
+    return torch.equal(wanted.reshape(-1).double(), targets.to(wanted.device).reshape(-1).double())
+
+
+def _example(given: Tensor, seen: Tensor, is_curve: Tensor) -> str:
+    """One number and what it became, in a column of those: the largest, where there is most to see."""
+    place = int(is_curve.nonzero()[0])
+    column = given.reshape(len(given), -1)[:, place]
+    row = int(column.abs().argmax())
+    return f"{float(column[row]):.4g} is {float(seen.detach().reshape(len(seen), -1)[row, place]):.4g}"

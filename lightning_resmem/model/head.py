@@ -113,9 +113,11 @@ class HeadTap:
             return cls(model, next(iter(matching)), embedding)
         check_diverged(last_output)
         if matching:
+            # Auxiliary outputs, or a variance, are returned after the prediction.
+            first = next(name for r in returned for name, output in matching.items() if same(output, r))
             raise HeadError(
-                f"The head is ambiguous: the model returns the outputs of {quoted(matching)}. Choose one of them: "
-                f"head={next(reversed(matching))!r}."
+                f"The head is ambiguous: the model returns the outputs of {quoted(matching)}. Choose the one that "
+                f"makes the prediction, such as the first that is returned: head={first!r}."
             )
         outputs = dict(executed)
         raise HeadError(

@@ -14,8 +14,9 @@ from lightning_resmem.model.names import named_modules
 
 _WAY_OUT = (
     "Residuals are of what the head returns, and that is what ResMem replaces, so what follows it may only be softmax, "
-    "log_softmax or sigmoid. Make the rest a part of the head, self.head = nn.Sequential(self.fc, Rescale()) with "
-    'head="head", or do it outside of the model: standardise targets in the dataset.'
+    "log_softmax or sigmoid, and of regression nothing. Make the rest a part of the head, self.head = "
+    'nn.Sequential(self.fc, Rescale()) with head="head", or do it outside of the model: standardise targets in the '
+    "dataset."
 )
 
 
@@ -34,21 +35,35 @@ def tensors(result: Any) -> Iterator[Tensor]:
             yield from tensors(getattr(result, field.name))
 
 
-def same(output: Tensor, returned: Tensor) -> bool:
-    """Whether the model returned this output, or its softmax, log_softmax or sigmoid, perhaps squeezed."""
+def same(output: Tensor, returned: Tensor, compare_numbers: bool = False) -> bool:
+    """Whether the model returned this output, or its softmax, log_softmax or sigmoid, perhaps squeezed.
+
+    With `compare_numbers` these are something else.
+    """
     if output.numel() != returned.numel() or not output.numel() or output.ndim == 0 or not returned.is_floating_point():
         return False
     returned = returned.detach().reshape(output.shape)
     if torch.equal(output, returned):
         return True
-    wide, seen = output.double(), returned.double()
-    forms = (wide, wide.log_softmax(-1), wide.softmax(-1), wide.sigmoid())
-    tolerance = 1e-5 if {output.dtype, returned.dtype} <= {torch.float32, torch.float64} else 2e-2
-    return any(torch.allclose(form, seen, rtol=tolerance, atol=tolerance, equal_nan=True) for form in forms)
+    wide = output.double()
+    forms = (wide,) if compare_numbers else (wide, wide.log_softmax(-1), wide.softmax(-1), wide.sigmoid())
+    return any(_close(form, returned, output.dtype) for form in forms)
+
+
+def _close(form: Tensor, returned: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a model returned these numbers, computed from outputs in a dtype."""
+    tolerance = 1e-5 if {dtype, returned.dtype} <= {torch.float32, torch.float64} else 2e-2
+    return torch.allclose(form, returned.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def check_returned(
-    model: nn.Module, head: str, embedding: Tensor, output: Tensor, returned: Any, compare_widths: bool = True
+    model: nn.Module,
+    head: str,
+    embedding: Tensor,
+    output: Tensor,
+    returned: Any,
+    compare_widths: bool = True,
+    compare_numbers: bool = False,
 ) -> None:
     """Raise an error if what a model returned for a batch is not what its head returned.
 
@@ -61,10 +76,11 @@ def check_returned(
         output: What came out of it, shape `(B, C)`.
         returned: What the model returned for this batch.
         compare_widths: Whether a matrix of another width than the head's cannot be right either.
+        compare_numbers: Whether they are numbers, as in regression, of which softmax and so on are others.
     """
     found = [t for t in tensors(returned) if t.is_floating_point() and t.ndim and len(t) == len(output)]
     found = [tensor.detach().to(output.device) for tensor in found]  # parts of a model may be on other devices
-    if any(same(output, tensor) for tensor in found):
+    if any(same(output, tensor, compare_numbers) for tensor in found):
         return
     found = [tensor for tensor in found if not _equal(tensor, embedding)]
     for tensor in found:
@@ -122,6 +138,10 @@ def _relation(output: Tensor, returned: Tensor) -> str:
         if slope and float((slope * wide + shift - seen).abs().max()) < close:
             shifted = f" plus {shift:.4g}" if abs(shift) > close else ""
             return f"multiplied by {slope:.4g}{shifted}"
+    for name in ("sigmoid", "softplus", "exp", "relu", "tanh"):
+        form = torch.nn.functional.softplus(wide) if name == "softplus" else getattr(torch, name)(wide)
+        if _close(form, seen, output.dtype):
+            return f"{name} follows the head"
     added = seen - wide
     if len(added) > 1 and float((added - added[0]).abs().max()) < close:
         return "with a constant added to each of its outputs (such as class priors, or a mean)"

@@ -181,7 +181,8 @@ def memory_numbers(
             }
         )
         if tuning.balanced is not None and tuning.balanced.uneven:
-            numbers["tuning_balanced_acc_base"], numbers["tuning_balanced_acc_resmem"], *_ = tuning.balanced
+            score = f"tuning_{tuning.balanced.score}"
+            numbers[f"{score}_base"], numbers[f"{score}_resmem"], *_ = tuning.balanced
         lost = chosen_flip_rate(tuning)
         if lost is not None:
             numbers["tuning_negative_flip_rate"] = lost

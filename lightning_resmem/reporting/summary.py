@@ -48,12 +48,14 @@ def evaluation_summary(evaluation: Evaluation, stats: dict[str, Any]) -> list[Ta
     if evaluation.left_out:
         kind = counted(evaluation.left_out, "row")
         lines.append(f"{kind} with NaN or infinite values: answered by the base alone, not scored")
+    if evaluation.ignored:
+        lines.append(f"{counted(evaluation.ignored, 'row')} whose label the loss ignores: not scored")
     if "positive_flip_rate" in evaluation.scores:
         right, wrong = evaluation.scores["positive_flip_rate"], evaluation.scores["negative_flip_rate"]
         lines.append(_flips(right, wrong))
-    if "balanced_acc_base" in evaluation.shown and evaluation.gain >= 0 > evaluation.gain_in("balanced_acc"):
-        way_out = 'GridTuner(objective="balanced_accuracy") keeps it'
-        lines.append(f"balanced accuracy falls while accuracy does not: {way_out}")
+    for stem, objective in (("balanced_acc", "balanced_accuracy"), ("f1", "f1")):
+        if f"{stem}_base" in evaluation.shown and evaluation.gain >= 0 > evaluation.gain_in(stem):
+            lines.append(f'{_long(stem)} falls while accuracy does not: GridTuner(objective="{objective}") keeps it')
     return [table, *map(Text, lines), Text(_describe(stats))]
 
 
@@ -74,9 +76,9 @@ def memory_summary(stats: dict[str, Any], seconds: float, tuning: TuningResult |
     gain = f"{tuning.gain:+.4f} ± {tuning.gain_error:.4f}"
     table.add_row(Text(_long(tuning.score_name)), f"{tuning.base_score:.4f}", f"{tuning.score:.4f}", gain)
     if tuning.balanced is not None and tuning.balanced.uneven:
-        base, choice, error, _ = tuning.balanced
+        base, choice, error, *_ = tuning.balanced
         gain = f"{choice - base:+.4f} ± {error:.4f}"
-        table.add_row(_long("balanced_acc"), f"{base:.4f}", f"{choice:.4f}", gain)
+        table.add_row(_long(tuning.balanced.score), f"{base:.4f}", f"{choice:.4f}", gain)
     chosen = (
         f"k={params.k}, sigma={params.sigma:.4g}, softmax_temperature={params.softmax_temperature:g}, "
         f"strength={params.strength:g}"

@@ -1,4 +1,4 @@
-"""Balanced accuracy of a choice, and whether classes are so far from uniform that it has to be looked at."""
+"""Balanced accuracy of a choice, of several labels a row macro F1, and whether rare classes call for a look at it."""
 
 import math
 from typing import NamedTuple
@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.memory.interface import ResidualMemory
-from lightning_resmem.metrics.functional import far_from_uniform, is_right
+from lightning_resmem.metrics.functional import f1_counts, far_from_uniform, has_rare_labels, is_right, labels
+from lightning_resmem.metrics.reported import BALANCED, F1
 from lightning_resmem.params import ResMemParams
-from lightning_resmem.tasks import Multiclass
+from lightning_resmem.tasks import Multiclass, Multilabel
 from lightning_resmem.tuning.sweep import Gather, Rows, Sweep
 
 # Rows of the memory whose classes are counted, and outputs that are read with them at most.
@@ -17,20 +18,32 @@ _ROWS, _ENTRIES = 4096, 2**24
 
 
 class BalancedScore(NamedTuple):
-    """Balanced accuracy (macro recall: every class counts the same) on the tuning rows.
+    """Balanced accuracy (macro recall: every class counts the same) on the tuning rows; of several labels, macro F1.
 
     Attributes:
         base: Of the base alone.
         choice: Of the choice.
         error: Standard error of `choice - base`, from the differences of the rows of each class.
-        uneven: Whether the classes of the tuning rows or of the memory's are far from uniform, or the sampler of the
-            training rows draws them with weights that are.
+        uneven: Whether the classes of the tuning rows or of the memory's are far from uniform (of several labels: some
+            are rare), or the sampler of the training rows draws them with weights that are.
+        score: `"balanced_acc"`, or `"f1"`.
     """
 
     base: float
     choice: float
     error: float
     uneven: bool
+    score: str = BALANCED
+
+    @property
+    def words(self) -> str:
+        """What it is."""
+        return "macro F1" if self.score == F1 else "balanced accuracy"
+
+    @property
+    def objective(self) -> str:
+        """That of a tuner which keeps it."""
+        return "f1" if self.score == F1 else "balanced_accuracy"
 
     @property
     def falls(self) -> bool:
@@ -41,7 +54,7 @@ class BalancedScore(NamedTuple):
 def measure_balance(
     memory: ResidualMemory, rows: Rows, sweep: Sweep, params: ResMemParams, gather: Gather
 ) -> BalancedScore | None:
-    """Balanced accuracy of base and choice over the rows of all ranks; None in tasks without one label a row.
+    """Balanced accuracy, or macro F1, of base and choice over the rows of all ranks; None in regression.
 
     Args:
         memory: Filled.
@@ -50,6 +63,8 @@ def measure_balance(
         params: The choice, with its gate.
         gather: Concatenates a tensor `(n, ...)` over all ranks.
     """
+    if isinstance(memory.task, Multilabel):
+        return _measure_f1(memory, rows, sweep, params, gather)
     if not isinstance(memory.task, Multiclass):
         return None
     targets, classes = rows.targets, rows.outputs.shape[1]
@@ -67,6 +82,25 @@ def measure_balance(
         math.sqrt(max(0.0, float(variances.sum()))) / len(labelled),
         far_from_uniform(counts[0]) or far_from_uniform(_memorized_classes(memory, classes)),
     )
+
+
+def _measure_f1(
+    memory: ResidualMemory, rows: Rows, sweep: Sweep, params: ResMemParams, gather: Gather
+) -> BalancedScore:
+    targets = rows.targets
+    before = labels(memory.task.predict(rows.outputs), targets)
+    after = before if params.strength == 0 else labels(sweep.predict(params), targets).to(before.device)
+    both = torch.stack([f1_counts(said, targets, targets.shape[1]) for said in (before, after)])
+    counts = gather(both.cpu()[None]).sum(dim=0).to(before.device)  # (2, 3, C)
+    sizes = (counts[:, 1] + counts[:, 2]).double()
+    scores = 2 * counts[:, 0] / sizes  # (2, C); NaN for labels that nobody has or predicts
+    # What each row adds to the scores, of which the error is made: to first order.
+    truth, said = (targets >= 0.5).double(), torch.stack([before, after]).double()
+    added = ((2 * said * truth - scores[:, None] * (said + truth)) / sizes[:, None]).nanmean(dim=2)  # (2, V)
+    variance = gather((added[1] - added[0]).nan_to_num().square().sum().cpu()[None]).sum()
+    count = int(gather(torch.tensor([len(targets)])).sum())
+    base, choice = scores.nanmean(dim=1).tolist()
+    return BalancedScore(base, choice, math.sqrt(float(variance)), has_rare_labels(counts[0, 2], count), F1)
 
 
 def _memorized_classes(memory: ResidualMemory, classes: int) -> Tensor:

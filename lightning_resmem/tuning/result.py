@@ -29,8 +29,8 @@ class TuningResult:
         best_objective: Its value for the choice.
         refined: How many of the settings lie between those of the grid, around its best one.
         leave_one_out: Whether the rows were those of the memory itself.
-        balanced: Balanced accuracy of base and choice for `Multiclass`, else None. Where classes are far from uniform
-            the summary has it.
+        balanced: Balanced accuracy of base and choice for `Multiclass`, macro F1 for `Multilabel`, else None. Where
+            classes are far from uniform, or labels rare, the summary has it.
         notes: What else there is to say, as sentences without a full stop.
     """
 
@@ -60,7 +60,7 @@ class TuningResult:
         compared = f"{self.score_name} {self.base_score:.4f} -> {self.score:.4f}"
         balanced = ""
         if self.balanced is not None and self.balanced.uneven:
-            balanced = f", balanced accuracy {self.balanced.base:.4f} -> {self.balanced.choice:.4f}"
+            balanced = f", {self.balanced.words} {self.balanced.base:.4f} -> {self.balanced.choice:.4f}"
         kind = "row of the memory, left out of it" if self.leave_one_out else "validation row"
         if self.rows != 1:
             kind = "rows of the memory, each left out of it" if self.leave_one_out else "validation rows"
@@ -73,7 +73,8 @@ class TuningResult:
             )
         params = self.params
         refined = f", {self.refined} of them around the best of the grid" if self.refined else ""
-        named = self.objective in ("accuracy", "mse") or (balanced and self.objective == "balanced_accuracy")
+        named = self.objective in ("accuracy", "mse")
+        named = named or (balanced != "" and self.balanced is not None and self.objective == self.balanced.objective)
         other = "" if named else f", {self.objective} {self.base_objective:.4f} -> {self.best_objective:.4f}"
         return (
             f"chose k={params.k}, sigma={params.sigma:.4g}, softmax_temperature={params.softmax_temperature:.4g}, "

@@ -238,10 +238,10 @@ class GridTuner(Tuner):
         if self.gate and choice.place:
             result = with_gate(result, sweep, self.max_negative_flip_rate)
         result = replace(result, balanced=measure_balance(memory, rows, sweep, result.params, gather))
-        if _unbalances(result):
+        if result.balanced is not None and _unbalances(result):
             note = (
-                "balanced accuracy, in which every class counts the same, falls while accuracy does not: "
-                'GridTuner(objective="balanced_accuracy") keeps it'
+                f"{result.balanced.words}, in which every class counts the same, falls while accuracy does not: "
+                f'GridTuner(objective="{result.balanced.objective}") keeps it'
             )
             result = replace(result, notes=(*result.notes, note))
         _warn(result, measure_residuals(memory, rows, gather), 0 if result.leave_one_out else sweep.known_rows())
@@ -295,7 +295,7 @@ def _warn(result: TuningResult, residuals: Residuals, known: int) -> None:
 
 def _unbalances(result: TuningResult) -> bool:
     """Whether rare classes pay for the gain of frequent ones, and another objective would not let them."""
-    if result.balanced is None or result.objective == "balanced_accuracy":
+    if result.balanced is None or result.objective == result.balanced.objective:
         return False
     return result.balanced.falls and result.gain >= 0
 

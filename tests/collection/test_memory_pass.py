@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
 
-from lightning_resmem import HeadError, InputError, LocalMemory, ResMemCallback, ResMemParams, memorize
+from lightning_resmem import HeadError, InputError, LocalMemory, Multiclass, ResMemCallback, ResMemParams, memorize
 from lightning_resmem.collection.loaders import plan
 from lightning_resmem.collection.memory_pass import Pass
 from lightning_resmem.model.batches import BatchReader
@@ -239,10 +239,10 @@ def nan_in(data, *rows):
             r"16 embeddings and targets of shape \(1,\)|2 embeddings and targets of shape \(1,\)",
         ),
         (
-            lambda d: d.loader((d.train[0], d.train[1].where(d.train[0][:, 0] != d.train[0][50, 0], -100))),
+            lambda d: d.loader((d.train[0], d.train[1].where(d.train[0][:, 0] != d.train[0][50, 0], -1))),
             {},
             InputError,
-            "-100 in rows 50",
+            "-1 in rows 50",
         ),
         (lambda d: d.loader(d.train), {"ids_fn": lambda batch: torch.zeros(len(batch[1]))}, InputError, "ids"),
         (
@@ -286,7 +286,7 @@ def test_a_pass_needs_no_more_memory_for_more_rows(tmp_path):
 
     class Forgets(CallsSelf):
         def on_predict_start(self):
-            reading = Pass(self.trainer, self, BatchReader())
+            reading = Pass(self.trainer, self, BatchReader(), Multiclass())
             loader = DataLoader(TensorDataset(inputs, targets), batch_size=128)
             with Peak() as peak:
                 self.rows = reading.run(

@@ -57,6 +57,36 @@ def test_the_output_that_is_worse_is_named():
         look_at_base(filled(Regression(), outputs, targets))
 
 
+@pytest.mark.parametrize("noise", [0.05, 0.3, 0.7])
+def test_targets_in_other_units_that_the_base_follows(noise):
+    """Better than a constant all the same."""
+    targets = torch.randn(400, 1)
+    follows = targets + noise * torch.randn(400, 1)
+    follows *= follows.mul(targets).sum() / follows.square().sum()  # as least squares would have it
+    quiet(Regression(), follows, targets)
+    quiet(Regression(), 0.8 * follows, targets)  # weight decay
+    for outputs in (follows / 2, 1.6 * follows):
+        with pytest.warns(ResMemWarning, match=r"follows the targets \(correlation .* does so much better"):
+            look_at_base(filled(Regression(), outputs, targets))
+    with pytest.warns(ResMemWarning, match=r", but (1|1\.\d+|0\.9\d+) \* output -0\.[78]\d* does so"):
+        look_at_base(filled(Regression(), follows + 0.8, targets))
+    with pytest.warns(ResMemWarning, match=r"output 1 of the base follows the targets"):
+        look_at_base(filled(Regression(), torch.cat([follows, follows / 2], dim=1), targets.expand(-1, 2)))
+
+
+def test_targets_along_a_curve():
+    for targets, mapped in (
+        (torch.randn(400, 1), lambda y: y.sign() * y.abs().sqrt()),
+        (torch.rand(400, 1) ** 3 * 2, torch.sqrt),
+    ):
+        outputs = mapped(targets) + 0.05 * torch.randn(400, 1)
+        with pytest.warns(ResMemWarning, match=r"follows the targets along a curve \(correlation 0.9"):
+            look_at_base(filled(Regression(), outputs, targets))
+    counts = torch.poisson(torch.exp(torch.randn(400, 1)))
+    with pytest.warns(ResMemWarning, match="follows the targets"):
+        look_at_base(filled(Regression(), counts.log1p(), counts))
+
+
 @pytest.mark.parametrize("values", ["dense", SparseConfig(top_m=2)], ids=["dense", "sparse"])
 def test_worse_than_the_most_frequent_class(values):
     targets = torch.where(torch.rand(200) < 0.5, torch.zeros(200, dtype=torch.int64), labels())
@@ -108,7 +138,7 @@ class Standardised(Numbers):
         return (batch[1] - 50) / 9
 
     def loss(self, outputs, targets):  # of their own: the first step tells nothing of it
-        return (outputs - targets).abs().pow(1.5).mean()
+        return sum((outputs[:, i] - targets[:, i]).abs().pow(1.5).mean() for i in range(2))
 
 
 def test_after_fit_it_is_said(tmp_path):

@@ -129,6 +129,15 @@ def test_copies_share_nothing():
     same(metrics.compute(), before)
 
 
+def test_f1_is_shown_where_one_of_several_labels_is_rare():
+    for share, shown in ((0.02, True), (0.5, False)):
+        metrics = ResMemMetrics(Multilabel(), 2)
+        targets = (torch.arange(200)[:, None] < torch.tensor([100, 200 * share])).float()
+        metrics.update(Predictions(targets, targets, targets), targets, torch.zeros(200))
+        metrics.compute()
+        assert [metrics.is_shown(f"f1_{name}") for name in ("base", "knn", "resmem")] == [shown] * 3
+
+
 def test_what_is_shown_at_a_glance():
     shown = {}
     for task in (Multiclass(), Multilabel(), Regression()):

@@ -1,6 +1,7 @@
 """Targets and inputs of all kinds of batches, and models that are run through their steps without a trace."""
 
 import dataclasses
+import re
 from collections import UserDict, namedtuple
 
 import lightning.pytorch as L
@@ -82,6 +83,23 @@ def test_targets(batch):
 def test_targets_that_cannot_be_told(batch, found):
     with pytest.raises(InputError, match=f"A batch is {found}, so its targets cannot be told: give targets_fn="):
         BatchReader().targets(batch)
+
+
+def test_batches_of_three_are_told_both_ways_out_at_once():
+    """Whichever is asked for first, and no more than what is not given."""
+    targets = "targets_fn=lambda batch: batch[1]"
+    inputs = "forward_fn=lambda model, batch: model(batch[0])"
+    two_inputs = "forward_fn=lambda model, batch: model(batch[0], batch[1])"
+    with pytest.raises(InputError, match=re.escape(f"give {targets} and {inputs}, with the places")):
+        BatchReader().targets((X, Y, X))
+    with pytest.raises(InputError, match=re.escape(f"give {inputs} and {targets}, with the places")):
+        BatchReader().run(module(one), (X, Y, X))
+    with pytest.raises(InputError, match=re.escape(f"give {two_inputs} and targets_fn=lambda batch: batch[2], with")):
+        BatchReader().run(module(two), (X, X, Y))
+    with pytest.raises(InputError, match=re.escape(f"give {targets}, with the places")):
+        BatchReader(forward_fn=lambda model, batch: None).targets((X, Y, X))
+    with pytest.raises(InputError, match=re.escape(f"give {inputs}, with the places")):
+        BatchReader(targets_fn=lambda batch: batch[1]).run(module(one), (X, Y, X))
 
 
 @pytest.mark.parametrize("targets", [None, "text", ["a", "b"], [[0], [1, 2]], {}], ids=str)

@@ -6,6 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_resmem import HeadError, InputError, LocalMemory, ResMemCallback, ResMemParams
+from lightning_resmem.model.batches import BatchReader
+from lightning_resmem.model.first_loss import FirstLoss
 from lightning_resmem.tasks import Regression
 from tests.models import (
     CallsSelf,
@@ -53,11 +55,11 @@ class Noise(Numbers):
         return F.mse_loss(outputs, targets + torch.randn_like(targets))
 
 
-class ByHand(Numbers):
-    """No loss of PyTorch's own, of which nothing can be told."""
+class ByColumns(Numbers):
+    """A loss of its own, of which nothing can be told."""
 
     def loss(self, outputs, targets):
-        return ((outputs / 2 - targets) ** 2).mean()
+        return sum(((outputs[:, i] / 2 - targets[:, i]) ** 2).mean() for i in range(2))
 
 
 class Auxiliary(Numbers):
@@ -123,7 +125,7 @@ def test_the_ways_out_give_the_right_numbers(tmp_path):
     assert logged["test_score"] == pytest.approx(0, abs=1e-8)  # the nearest row is the row itself
 
 
-@pytest.mark.parametrize("kind", [Numbers, SameUnits, Noise, ByHand, Auxiliary, Adjusted, SelfSupervised])
+@pytest.mark.parametrize("kind", [Numbers, SameUnits, Noise, ByColumns, Auxiliary, Adjusted, SelfSupervised])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_others_are_trained_as_without_us(kind, precision, tmp_path):
     found = []
@@ -210,3 +212,80 @@ def test_labels_that_are_no_others_are_trained_on(kind, tmp_path):
     callback = ResMemCallback(memory_for(kind))
     trainer(tmp_path, callback).fit(make(kind), datamodule=Data())
     assert len(callback.memory) == 120
+
+
+def look(loss, kind=Numbers, rows=32, head="head", **model):
+    """What is said of a step with this loss of outputs and targets."""
+    model, data = make(kind), Data(kind.task)
+    model.loss = loss
+    watching = FirstLoss(model, head, BatchReader())
+    batch = data.train[0][:rows], data.train[1][:rows]
+    try:
+        watching.watch(batch)
+        watching.check(model.training_step(batch, 0))
+        return None
+    except (InputError, HeadError) as error:
+        return str(error)
+    finally:
+        watching.close()
+        assert hooks_on(model) == 0
+
+
+def mapped(y):
+    return y.sign() * y.abs().sqrt()
+
+
+HAND_WRITTEN = {
+    "square": lambda difference: (difference**2).mean(),
+    "method": lambda difference: difference.square().sum(),
+    "product": lambda difference: (difference * difference).mean(),
+    "absolute": lambda difference: difference.abs().mean(),
+    "norm": lambda difference: torch.linalg.vector_norm(difference, dim=1).mean(),
+    "weighted": lambda difference: (torch.rand(len(difference), 1) * difference.square()).sum() / 7,
+}
+
+
+@pytest.mark.parametrize("hand", HAND_WRITTEN.values(), ids=HAND_WRITTEN)
+def test_losses_that_are_written_by_hand(hand):
+    assert look(lambda outputs, targets: hand(outputs - targets)) is None
+    assert look(lambda outputs, targets: hand(3 * (targets - outputs))) is None
+    assert look(lambda outputs, targets: hand(outputs - targets - torch.randn_like(targets))) is None
+    assert " with 0.5 * target + " in look(lambda outputs, targets: hand(outputs - targets / 2))
+    assert "compares 9 * output + 5 with 1 * target + " in look(lambda o, t: hand(o * SCALE + MEAN - t))
+    assert "compares 9 * output + 5 with 1 * target + " in look(lambda o, t: hand(t - o * SCALE - MEAN))
+    for difference in (lambda o, t: o - torch.log1p(t), lambda o, t: mapped(t) - o):
+        said = look(lambda outputs, targets: hand(difference(outputs, targets)))  # noqa: B023
+        assert "is trained on other targets than those of the batch: 3 is 1." in said
+        assert "targets_fn=lambda batch: ..." in said
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss])
+def test_targets_and_outputs_that_a_step_maps(loss):
+    said = look(lambda outputs, targets: loss(outputs, torch.log1p(targets)))
+    assert "trained on other targets than those of the batch: 3 is 1.386 in the loss of the first" in said
+    assert "give targets_fn=lambda batch: ... that returns them" in said
+    said = look(lambda outputs, targets: loss(outputs.exp(), targets))
+    assert "Something follows the head 'head' in the steps: its output " in said
+    assert 'self.head = nn.Sequential(self.fc, nn.Sigmoid()) with head="head"' in said
+    assert look(lambda outputs, targets: loss(outputs.relu(), targets)) is None  # a clamp keeps the units
+    assert look(lambda outputs, targets: loss(outputs.exp(), targets.log1p())) is None  # both: nobody knows
+    assert look(lambda outputs, targets: loss(outputs, targets) + loss(outputs, mapped(targets))) is None
+
+
+class TwoHeads(CallsSelf):
+    """Runs the auxiliary head last, and has no forward that would tell."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.main = nn.Linear(5, 4), nn.Linear(5, 4)
+
+    def outputs(self, batch):
+        hidden = self.body(batch[0])
+        main, self.auxiliary = self.main(hidden), self.head(hidden)
+        return main
+
+
+def test_the_head_whose_output_the_loss_gets_is_named():
+    said = look(F.cross_entropy, TwoHeads)
+    assert "compares the output of 'main' with them. Name that one: head='main'" in said
+    assert look(F.cross_entropy, TwoHeads, head="main") is None

@@ -200,8 +200,10 @@ class TwoHeads(MLP):
 
 def test_two_heads_are_ambiguous():
     model = TwoHeads()
-    with pytest.raises(HeadError, match=r"returns the outputs of 'fc', 'coarse'\. Choose .*head='coarse'"):
+    with pytest.raises(HeadError, match=r"returns the outputs of 'fc', 'coarse'\. Choose .*first .*head='fc'"):
         HeadTap.find(model, lambda: model(torch.randn(4, 6)))
+    with pytest.raises(HeadError, match=r"Choose .*first .*head='coarse'"):  # whichever is called last
+        HeadTap.find(model, lambda: tuple(model(torch.randn(4, 6)).values())[::-1])
     assert hooks(model) == 0
 
 

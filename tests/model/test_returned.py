@@ -57,6 +57,30 @@ def test_one_output_may_be_squeezed(returned, embedding):
     check_returned(nn.Linear(6, 1), "fc", embedding, output, returned(output))
 
 
+@pytest.mark.parametrize("follows", [torch.sigmoid, nn.functional.softplus, torch.exp, torch.relu])
+def test_of_numbers_nothing_may_follow(follows, embedding, output):
+    name = follows.__name__
+    with pytest.raises(HeadError, match=rf"{name} follows the head\. .*and of regression nothing\. Make .* a part of"):
+        check_returned(nn.Linear(6, 3), "fc", embedding, output, follows(output), compare_numbers=True)
+    check_returned(nn.Linear(6, 3), "fc", embedding, output, (follows(output), output), compare_numbers=True)
+
+
+def test_a_regression_whose_head_is_followed_by_a_sigmoid(tmp_path):
+    class Squashed(Numbers):
+        def forward(self, x):
+            return super().forward(x).sigmoid()
+
+    class Whole(Numbers):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Sequential(self.head, nn.Sigmoid())
+
+    with pytest.raises(HeadError, match=r"head 'head' does: sigmoid follows the head.*nn\.Sequential\(self\.fc"):
+        memorize(trainer(tmp_path), make(Squashed), Data("regression"), memory=memory_for(Squashed))
+    combined = memorize(trainer(tmp_path), make(Whole), Data("regression"), memory=memory_for(Whole), head="head")
+    assert len(combined.memory) == 120
+
+
 FOLLOWS = {
     "scaled": (lambda o: 16 * o, "multiplied by 16. "),
     "scaled and shifted": (lambda o: 3.5 * o - 2, "multiplied by 3.5 plus -2. "),

@@ -138,6 +138,8 @@ def test_balanced_accuracy_stands_beside_accuracy():
     found = BalancedScore(base=0.584, choice=0.528, error=0.012, uneven=True)
     text = printed(memory_summary(STATS, 1.0, dataclasses.replace(tuned(), balanced=found)))
     assert re.search(r"balanced accuracy .* 0.5840 .* 0.5280 .* -0.0560 ± 0.0120", text)
+    several = dataclasses.replace(tuned(), balanced=found._replace(score="f1"))
+    assert re.search(r"macro F1 .* 0.5840 .* 0.5280 .* -0.0560 ± 0.0120", printed(memory_summary(STATS, 1.0, several)))
     near = dataclasses.replace(tuned(), balanced=found._replace(uneven=False))
     assert "balanced" not in printed(memory_summary(STATS, 1.0, near))
 
