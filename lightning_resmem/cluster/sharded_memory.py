@@ -114,6 +114,7 @@ class ShardedMemory(ResidualMemory):
         self.agree([[state["number"] for state in replicas] for replicas in states], None)
         self._shards.take_refused()  # not counted below
         firsts = [replicas[0] for replicas in states]
+        self._shards.learn_fillings([state["filling"] for state in firsts])
         self._shard_rows = [state["rows"] for state in firsts]
         self._rows, self._built = sum(self._shard_rows), True
         self._last_id = max(state["last_id"] for state in firsts)
@@ -192,6 +193,11 @@ class ShardedMemory(ResidualMemory):
     def _send(self, operation: str, rows: dict[str, Tensor], extra: dict[str, Tensor] | None = None) -> None:
         self._shards.send(operation, rows, extra)
         self._built = False
+
+    def _edit(self, operation: str, rows: dict[str, Tensor]) -> None:
+        """Change rows in all shards, or in none: waits for them."""
+        self._send(operation, rows)
+        self._shards.flush()
 
     def _drop_refused(self) -> None:
         """Count the chunks no more that the shards did not take."""
