@@ -1,5 +1,6 @@
 """The rows of a shard: changes that are taken back, and callers that know of other rows."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lightning_resmem import StaleMemoryError, StorageError
 from lightning_resmem.cluster.durable import withdrawal
 from lightning_resmem.cluster.shard import Shard
 from tests.cluster.test_shard import Peer, check, config, ids, part
+from tests.disks import ext4, mounted
 
 
 def test_rows_are_taken_back_once_and_not_taken_later(url: str, rows: dict[str, torch.Tensor]) -> None:
@@ -85,6 +87,19 @@ def test_an_edit_that_others_have_built_upon_cannot_be_taken_back(
         shard.build("exact", None, 2)
     with pytest.raises(StorageError, match="another process has changed or built them since"):
         shard.apply(withdrawal("b"), "restore", ids(5), 2)
+
+
+@pytest.mark.slow
+def test_an_edit_that_was_acknowledged_survives_a_power_cut(tmp_path: Path, rows: dict[str, torch.Tensor]) -> None:
+    with ext4(tmp_path) as (disk, image):
+        shard = Shard(config(str(disk / "pool")), 0, 0)
+        shard.apply("a", "add", part(rows, 0, 40), 0)
+        shard.build("exact", None, 1)
+        shard.apply("b", "add", part(rows, 40, 60), 1)
+        shard.apply("c", "remove", ids(5, 45), 2)
+        shutil.copyfile(image, tmp_path / "copy")
+    with mounted(tmp_path / "disk again", "-o", "loop", str(tmp_path / "copy")) as disk:
+        check(Shard(config(str(disk / "pool")), 0, 0), rows, [i for i in range(60) if i not in (5, 45)], 3)
 
 
 def test_a_replica_that_has_copied_an_edit_takes_it_back(

@@ -18,11 +18,16 @@ def sync(stream: BinaryIO) -> None:
     os.fsync(stream.fileno())
 
 
+def sync_file(file: Path) -> None:
+    """Wait until a file that is closed is on the disk."""
+    with file.open("r+b") as stream:
+        sync(stream)
+
+
 def write_by(write_file: Callable[[Path], None], file: Path) -> str:
     """Let another library write a file to the disk; returns its checksum."""
     write_file(file)
-    with file.open("r+b") as stream:
-        sync(stream)
+    sync_file(file)
     return sha256(file)
 
 
