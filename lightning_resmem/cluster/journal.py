@@ -4,7 +4,7 @@ import hashlib
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -194,14 +194,6 @@ class Journal:
         self._fs.invalidate_cache(self._root)
         return [str(path).rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(self._root, detail=False)]
 
-    @contextmanager
-    def _failing(self, doing: str) -> Iterator[None]:
-        try:
-            yield
-        except StorageError:
-            raise
-        except Exception as error:  # every file system has errors of its own
-            raise StorageError(
-                f"storage_path {self.url} cannot be {doing} ({type(error).__name__}: {error}). Check the free space "
-                "and the permissions there, or give a RayMemory another storage_path."
-            ) from error
+    def _failing(self, doing: str) -> AbstractContextManager[None]:
+        way_out = "Check the free space and the permissions there, or give a RayMemory another storage_path."
+        return files.failing(f"storage_path {self.url} cannot be {doing}", way_out)
