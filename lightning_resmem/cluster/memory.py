@@ -160,6 +160,11 @@ class RayMemory(ShardedMemory):
         ids, changes = checked_changes(self.task, ids, embeddings, outputs, targets, self._shape)
         self._edit("update", {"ids": ids, **changes})
 
+    def _edit(self, operation: str, rows: dict[str, Tensor]) -> None:
+        """Change rows in all shards, or in none: waits for them."""
+        self._send(operation, rows)
+        self._shards.flush()
+
     # -- answers
 
     def search(self, queries: Tensor, k: int) -> Neighbors:

@@ -194,11 +194,6 @@ class ShardedMemory(ResidualMemory):
         self._shards.send(operation, rows, extra)
         self._built = False
 
-    def _edit(self, operation: str, rows: dict[str, Tensor]) -> None:
-        """Change rows in all shards, or in none: waits for them."""
-        self._send(operation, rows)
-        self._shards.flush()
-
     def _drop_refused(self) -> None:
         """Count the chunks no more that the shards did not take."""
         for ids in reversed(self._shards.take_refused()):
