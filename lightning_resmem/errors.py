@@ -20,7 +20,7 @@ class EmptyMemoryError(ResMemError, RuntimeError):
 
 
 class StaleMemoryError(ResMemError, RuntimeError):
-    """A memory was used with other weights than those it was filled with."""
+    """A memory was used with other weights than those it was filled with, or holds other rows than it did."""
 
 
 class StorageError(ResMemError, RuntimeError):

@@ -263,6 +263,19 @@ class Numbers(CallsSelf):
     score = loss
 
 
+class Flat(CallsSelf):
+    """One number for each row, in outputs of shape `(N,)`."""
+
+    task = "regression"
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(5, 1)
+
+    def forward(self, x):
+        return super().forward(x).squeeze(1)
+
+
 class NormAndDropout(CallsSelf):
     def __init__(self) -> None:
         super().__init__()

@@ -40,7 +40,7 @@ def build(pool: Pool, index: str | FaissIndex, show_progress: bool) -> list[list
     trained = _train(pool, states, config) if isinstance(config, FaissIndex) else None
     built: list[list[Any]] = [[None] * pool.config.replicas for _ in pool.actors]
     waiting = {
-        actor.build.remote(config, trained, pool.known[shard][replica]): (shard, replica)
+        actor.build.remote(config, trained, pool.known[shard][replica], pool.fillings[shard]): (shard, replica)
         for shard, replicas in enumerate(pool.actors)
         for replica, actor in enumerate(replicas)
     }

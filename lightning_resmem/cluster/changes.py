@@ -1,4 +1,4 @@
-"""Changes on their way to the shards: kept by all that they concern, or rows that are taken back from all."""
+"""Changes on their way to the shards: kept by all that they concern, or taken back from all."""
 
 import logging
 import time
@@ -16,7 +16,14 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("lightning_resmem")
 
-# How long a shard may take to take rows back before the error is raised for which it has to.
+# Changes of rows that all shards make or none: what the error says of them, and what is to be done.
+_REPEATABLE = {
+    "add": ("added", "add it again"),
+    "remove": ("removed", "remove it again"),
+    "update": ("updated", "update it again"),
+}
+
+# How long a shard may take to take a change back before the error is raised for which it has to.
 _TAKE_BACK_SECONDS = 10.0
 
 
@@ -43,7 +50,7 @@ class Changes:
     def __init__(self, num_shards: int) -> None:
         self._num_shards = num_shards
         self._underway: deque[Change] = deque()
-        self._withdrawn: list[tuple[Write, bytes]] = []  # what has to be taken back, and the ids of its rows
+        self._withdrawn: list[tuple[Write, bytes]] = []  # what has to be taken back, and the ids of rows to remove
         self._refused: list[Tensor] = []
 
     def __bool__(self) -> bool:
@@ -66,7 +73,7 @@ class Changes:
             underway: Bytes that need not be waited for.
 
         Raises:
-            ResMemError: If a change is not kept, or rows cannot be taken back: that is tried again by the next call.
+            ResMemError: If a change is not kept, or cannot be taken back: that is tried again by the next call.
         """
         self._take_back(pool, pool.timeout)
         failure: Exception | None = None
@@ -80,7 +87,7 @@ class Changes:
             try:
                 self._take_back(pool, min(pool.timeout, _TAKE_BACK_SECONDS))
             except Exception as error:  # tried again by the next call
-                _log.warning("Rows that were refused are not yet taken back from all shards. %s", error)
+                _log.warning("A change that was refused is not yet taken back from all shards. %s", error)
             raise failure
 
     def _settle_one(self, pool: "Pool", change: Change, deadline: float) -> Exception | None:
@@ -95,14 +102,15 @@ class Changes:
                 if not isinstance(error, ShardUnavailableError):
                     continue
             made.append(write)  # or may be made yet, by a shard that does not answer
-        if failure is None or change.operation != "add":
+        if failure is None or change.operation not in _REPEATABLE:
             return failure
-        self._refused.append(change.ids)
+        if change.operation == "add":
+            self._refused.append(change.ids)
         parts = split(change.ids, self._num_shards)
         for write in made:
             ids = change.ids[parts[write.shard]].cpu().contiguous()
             self._withdrawn.append((write, safetensors.torch.save({"ids": ids})))
-        return _of_chunk(failure, change.ids)
+        return _of_rows(failure, change)
 
     def _take_back(self, pool: "Pool", seconds: float) -> None:
         sent = [(pool.withdraw(write, ids), (write, ids)) for write, ids in self._withdrawn]
@@ -118,14 +126,15 @@ class Changes:
             raise failure
 
 
-def _of_chunk(failure: Exception, ids: Tensor) -> Exception:
+def _of_rows(failure: Exception, change: Change) -> Exception:
     """The error, which says what became of the rows."""
     if not isinstance(failure, ResMemError):
         return failure
+    ids, (done, again) = change.ids, _REPEATABLE[change.operation]
     first = ", ".join(str(id) for id in ids[:5].tolist())
     error = type(failure)(
         f"{failure} The chunk of {len(ids)} rows with the ids {first}{', ...' if len(ids) > 5 else ''} was not "
-        "added: add it again."
+        f"{done}: {again}."
     )
     error.__cause__ = failure
     return error

@@ -48,6 +48,7 @@ class ShardClient:
         self.name: str | None = None
         self.leads = True
         self._pool: Pool | None = None
+        self._fillings: list[str | None] = [None] * config.num_shards  # as the pool's, which may have to be found again
         self._changes = Changes(config.num_shards)
 
     def rehearse(self) -> None:
@@ -70,16 +71,17 @@ class ShardClient:
         places = config.num_shards * config.replicas
         address = reach(self.address, hosts, cpus=places * config.cpus_per_shard)
         if self._pool is None and self.name is not None:
-            self._pool = Pool.find(self.name, config.namespace, config.request_timeout_s)
+            self.use(Pool.find(self.name, config.namespace, config.request_timeout_s))
         elif self._pool is None:
             token = f"{config.name or 'resmem'}-{uuid.uuid4().hex[:8]}"
             root = config.storage_path or default_storage()
             name = config.name or token
             made = replace(config, name=name, storage_path=f"{root.rstrip('/')}/{token}", detached=bool(config.name))
-            self._pool, self.name = Pool.create(made, config.request_timeout_s), name
+            pool = Pool.create(made, config.request_timeout_s)
+            self.use(pool)
             if not made.detached:
                 # Actors end with this process in any case; what they keep on disk would stay.
-                close = weakref.finalize(self, Pool.close, self._pool)
+                close = weakref.finalize(self, Pool.close, pool)
                 atexit.register(close)  # before Ray's own, which was registered when it was imported
         assert self.name is not None
         return address, self.name, os.environ.get("RAY_AUTH_MODE", "disabled")
@@ -107,8 +109,9 @@ class ShardClient:
         return True
 
     def use(self, pool: "Pool") -> None:
-        """Use a pool that was found."""
+        """Use a pool that was found or made."""
         self.name, self._pool = pool.config.name, pool
+        pool.fillings = self._fillings
 
     @property
     def is_open(self) -> bool:
@@ -142,6 +145,10 @@ class ShardClient:
                 self.pool.close()
             self._pool, self.name = None, None
 
+    def learn_fillings(self, fillings: Sequence[str]) -> None:
+        """Take in which rows each shard has; from here on others are refused."""
+        self._fillings[:] = fillings
+
     # -- changes
 
     def send(self, operation: str, rows: dict[str, Tensor], extra: dict[str, Tensor] | None = None) -> None:
@@ -160,6 +167,8 @@ class ShardClient:
         writes: list[Write] = []
         for shard in range(self.config.num_shards):
             writes += self.pool.write(shard, operation, data)
+            if operation == "clear":
+                self._fillings[shard] = writes[-1].key
         self._changes.sent(operation, torch.empty(0, dtype=torch.int64), writes)
 
     def flush(self) -> None:
@@ -176,8 +185,9 @@ class ShardClient:
         return self._changes.take_refused()
 
     def forget(self) -> None:
-        """Wait for nothing that is on its way."""
+        """Wait for nothing that is on its way, and know nothing of the rows."""
         self._changes = Changes(self.config.num_shards)
+        self._fillings[:] = [None] * self.config.num_shards
 
     def known(self) -> list[list[int]]:
         """The last change that each replica of each shard has acknowledged."""

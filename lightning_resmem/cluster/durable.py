@@ -2,19 +2,23 @@
 
 import socket
 import time
-import uuid
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from lightning_resmem.cluster.config import PoolConfig
 from lightning_resmem.cluster.journal import Entry, Journal
-from lightning_resmem.errors import InputError, ResMemError, StorageError
+from lightning_resmem.errors import InputError, ResMemError, StaleMemoryError, StorageError
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.params import ResMemParams
 
 _WITHDRAWN = ".withdrawn"
+
+# Which rows these are, as long as they were never cleared.
+_FIRST_FILLING = "first"
 
 # What cannot be read is tried again no sooner than this, and no sooner than so many times the seconds that it took.
 _RETRY_SECONDS, _RETRY_FACTOR = 1.0, 10.0
@@ -24,8 +28,15 @@ class RowsLostError(ResMemError):
     """A shard was started again without the rows that it had acknowledged."""
 
 
+class Undo(NamedTuple):
+    """What takes back the last change, an edit: its key, and the rows as they were, as `LocalMemory` stores them."""
+
+    key: str
+    rows: dict[str, Tensor]
+
+
 def withdrawal(key: str) -> str:
-    """The key of the change that takes back the rows of another."""
+    """The key of the change that takes back another."""
     return f"{key}{_WITHDRAWN}"
 
 
@@ -40,6 +51,7 @@ class DurableMemory:
         memory: The rows.
         number: Of the last change.
         keys: Of all changes.
+        undo: Of the last change, if it has removed or updated rows and nothing was built since.
         restarts: How often it was made before.
     """
 
@@ -47,6 +59,7 @@ class DurableMemory:
         self._config, self._journal = config, Journal(url)
         self._failure = ""  # why nothing can be answered
         self.number, self.keys, self.memory = 0, set[str](), self.empty()
+        self.undo: Undo | None = None
         self.restarts, self._is_started, self._next_try = 0, False, 0.0
         self._load()
 
@@ -58,6 +71,21 @@ class DurableMemory:
             raise RowsLostError(
                 f"it was started again on {socket.gethostname()}, where {self._journal.url} does not hold its rows "
                 f"(change {self.number} of {known})"
+            )
+
+    @property
+    def filling(self) -> str:
+        """Which rows these are: another word whenever all were cleared, the same for all replicas."""
+        return self.memory.provenance.get("filling", _FIRST_FILLING)
+
+    def check_filling(self, filling: str | None) -> None:
+        """Raise an error if a caller knows of other rows than these; None if it knows of none."""
+        if filling not in (None, self.filling):
+            name = self._config.name
+            raise StaleMemoryError(
+                f"Another process, or another copy of this memory, has cleared the pool {name!r} since this one was "
+                f"built, and may have filled it with other rows: RayMemory.connect({name!r}) gives the memory as it is "
+                "now, clear() starts with other rows."
             )
 
     def lacks(self, known: int) -> bool:
@@ -76,8 +104,8 @@ class DurableMemory:
         if operation == "clear":  # makes good whatever was lost
             self._failure, self.number = "", max(self.number, known, self._journal.last())
         self.check(known)
-        if operation == "withdraw" and key.removesuffix(_WITHDRAWN) in self.keys:
-            operation = "remove"
+        if operation in ("withdraw", "restore"):
+            operation = self._withdrawing(key.removesuffix(_WITHDRAWN), operation)
         entry = Entry(self.number + 1, operation, key, data)
         try:
             self._make(entry)
@@ -94,26 +122,29 @@ class DurableMemory:
 
     def build(self, index: str | FaissIndex, trained: bytes | None) -> None:
         """Build the index, and keep all rows in the form they are loaded from."""
+        self.undo = None
         if len(self.memory):
             self.memory.build_with(index, trained)
             if self._journal.base() < self.number:
                 self._journal.write_base(self.number, self.memory.save)
 
-    def replace(self, memory: LocalMemory, known: int, keys: set[str]) -> None:
+    def replace(self, memory: LocalMemory, known: int, keys: set[str], undo: Undo | None) -> None:
         """Take the rows of another replica, and keep them in place of all that was kept here.
 
         Args:
             memory: The rows.
             known: The last change that callers know of; the number of this one is larger.
             keys: Of all changes of these rows.
+            undo: Of the last one.
         """
         self._journal.start()
         number = max(self._journal.last(), known) + 1
         if len(memory):
             self._journal.write_base(number, memory.save)
         else:
-            self._journal.write(Entry(number, "clear", uuid.uuid4().hex, safetensors.torch.save({})))
-        self.memory, self.number, self.keys, self._failure = memory, number, keys, ""
+            filling = memory.provenance["filling"]
+            self._journal.write(Entry(number, "clear", filling, safetensors.torch.save({})))
+        self.memory, self.number, self.keys, self.undo, self._failure = memory, number, keys, undo, ""
 
     def remove(self) -> None:
         """Delete what was kept."""
@@ -129,21 +160,39 @@ class DurableMemory:
 
     def _make(self, entry: Entry) -> None:
         memory, operation, tensors = self.memory, entry.operation, safetensors.torch.load(entry.data)
+        undo = None
         if operation == "add":
             memory.add_stored(tensors, int(tensors.pop("num_outputs")))
-        elif operation == "remove":
-            memory.remove(tensors["ids"])
+        elif operation in ("remove", "update"):
+            undo = Undo(entry.key, memory.stored_of(tensors["ids"]))
+            getattr(memory, operation)(**tensors)
+        elif operation == "restore":
+            assert self.undo is not None
+            memory.put_back(self.undo.rows)
         elif operation == "withdraw":
-            pass  # the rows have not arrived, and their key is now that of a change that was made
-        elif operation == "update":
-            memory.update(**tensors)
+            pass  # the change has not arrived, and its key is now that of one that was made
         elif operation == "describe":
             # Kept and given back, never read: what the params and the provenance of the whole memory are.
-            memory.provenance = {"about": tensors["about"].numpy().tobytes().decode()}
+            memory.provenance["about"] = tensors["about"].numpy().tobytes().decode()
         elif operation == "clear":
             self.memory = self.empty()
+            self.memory.provenance["filling"] = entry.key
         else:
             raise InputError(f"operation={operation!r} is not known.")
+        self.undo = undo
+
+    def _withdrawing(self, key: str, operation: str) -> str:
+        """What takes back the change of a key: an `add` (`withdraw`) or an edit (`restore`)."""
+        if key not in self.keys:
+            return "withdraw"
+        if operation == "withdraw":
+            return "remove"
+        if self.undo is None or self.undo.key != key:
+            raise StorageError(
+                f"{self._journal.url}: rows that were edited cannot be taken back, as another process has changed or "
+                "built them since. clear() and fill the memory again, or load one that was saved."
+            )
+        return operation
 
     def _made(self, entry: Entry) -> None:
         self.number = entry.number
@@ -164,7 +213,7 @@ class DurableMemory:
 
     def _restore(self) -> None:
         number = self.number = self._journal.base()
-        self.keys, self.memory = set(), self.empty()
+        self.keys, self.memory, self.undo = set(), self.empty(), None
         if number:
             with self._journal.reading_base() as directory:
                 self.memory = LocalMemory.load(directory, self._device())

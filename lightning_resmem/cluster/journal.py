@@ -4,7 +4,7 @@ import hashlib
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,12 +12,15 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from lightning_resmem.errors import StorageError
-from lightning_resmem.memory.storage import disk
+from lightning_resmem.memory.storage import directory as directories
+from lightning_resmem.memory.storage import disk, files
 
 # The checksum is missing in entries that were written before there was one.
 _ENTRY = re.compile(r"(\d{10})-([a-z_]+)-([0-9a-z.]+)(?:-([0-9a-f]{16}))?\.safetensors")
 _BASE = re.compile(r"base-(\d{10})")
 _STARTED = re.compile(r"started-\d+")
+# Changes that are worth nothing without all before them.
+_EDITS = ("remove", "update", "restore", "withdraw")
 
 
 class Entry(NamedTuple):
@@ -41,6 +44,9 @@ class Journal:
     Files and bases appear under their names when they are complete, so whatever a process that is killed leaves behind
     is either there in whole or ignored. Changes are numbered without gaps, and each has a checksum.
 
+    Bases and changes survive a power cut, too, when they are written; rows that were added, when the next base or edit
+    is. There are many of those, and waiting for the disk with each takes longer than all else that is done with it.
+
     Args:
         url: A path, or a URL such as `s3://bucket/directory`.
     """
@@ -48,11 +54,16 @@ class Journal:
     def __init__(self, url: str) -> None:
         self.url = url
         self._fs, self._root = fsspec.core.url_to_fs(url)
+        self._is_local = isinstance(self._fs, LocalFileSystem)
+        self._unsynced: list[str] = []  # files of this process that may not be on the disk
 
     def start(self) -> int:
         """Make the directory, and count how often that was done before."""
         with self._failing("made"):
-            self._fs.makedirs(self._root, exist_ok=True)
+            if self._is_local:
+                directories.make(directories.missing(Path(self._root)))
+            else:
+                self._fs.makedirs(self._root, exist_ok=True)
             starts = sum(bool(_STARTED.fullmatch(name)) for name in self._names())
             self._fs.pipe_file(f"{self._root}/started-{starts}", b"")
             return starts
@@ -60,10 +71,17 @@ class Journal:
     def write(self, entry: Entry) -> None:
         """Keep a change; one named `clear` is all that is kept."""
         name = f"{entry.number:010d}-{entry.operation}-{entry.key}-{entry.checksum}.safetensors"
+        is_synced = self._is_local and entry.operation != "add"
         with self._failing("written to"):
             self._check_there()
             self._fs.pipe_file(f"{self._root}/{name}.partial", entry.data)
+            if is_synced:
+                self._sync(f"{name}.partial", needs_others=entry.operation in _EDITS)
             self._fs.mv(f"{self._root}/{name}.partial", f"{self._root}/{name}")
+            if is_synced:
+                files.sync_directory(Path(self._root))
+            elif self._is_local:
+                self._unsynced.append(name)
             if entry.operation == "clear":
                 self._drop(entry.number, but=name)
 
@@ -95,7 +113,7 @@ class Journal:
     def reading_base(self) -> Iterator[Path]:
         """A local directory with the newest base."""
         name = f"{self._root}/base-{self.base():010d}"
-        if isinstance(self._fs, LocalFileSystem):
+        if self._is_local:
             yield Path(name)
             return
         with tempfile.TemporaryDirectory(prefix="resmem-") as directory:
@@ -113,7 +131,7 @@ class Journal:
         name = f"{self._root}/base-{number:010d}"
         with self._failing("written to"):
             self._check_there()
-            if isinstance(self._fs, LocalFileSystem):
+            if self._is_local:
                 save(Path(name))
             else:
                 with tempfile.TemporaryDirectory(prefix="resmem-") as directory:
@@ -152,8 +170,16 @@ class Journal:
             raise StorageError(f"{self.url}/{name[0]} is damaged: it is not what was written (its checksum is wrong).")
         return entry
 
+    def _sync(self, name: str, needs_others: bool) -> None:
+        """Wait until a file is on the disk, and those before it."""
+        while needs_others and self._unsynced:
+            files.sync_file(Path(self._root, self._unsynced[-1]))
+            self._unsynced.pop()
+        files.sync_file(Path(self._root, name))
+
     def _drop(self, number: int, but: str) -> None:
         """Delete what is not newer than a number, but one file or directory, and what is half written."""
+        self._unsynced.clear()
         for name in self._names():
             found = _ENTRY.fullmatch(name) or _BASE.fullmatch(name)
             if ".partial" in name or (found is not None and int(found[1]) <= number and name != but):
@@ -168,14 +194,6 @@ class Journal:
         self._fs.invalidate_cache(self._root)
         return [str(path).rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(self._root, detail=False)]
 
-    @contextmanager
-    def _failing(self, doing: str) -> Iterator[None]:
-        try:
-            yield
-        except StorageError:
-            raise
-        except Exception as error:  # every file system has errors of its own
-            raise StorageError(
-                f"storage_path {self.url} cannot be {doing} ({type(error).__name__}: {error}). Check the free space "
-                "and the permissions there, or give a RayMemory another storage_path."
-            ) from error
+    def _failing(self, doing: str) -> AbstractContextManager[None]:
+        way_out = "Check the free space and the permissions there, or give a RayMemory another storage_path."
+        return files.failing(f"storage_path {self.url} cannot be {doing}", way_out)

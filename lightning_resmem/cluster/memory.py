@@ -144,7 +144,7 @@ class RayMemory(ShardedMemory):
     def remove(self, ids: Tensor) -> None:
         ids = as_ids(ids).cpu()
         self._check_known(ids)
-        self._send("remove", {"ids": ids})
+        self._edit("remove", {"ids": ids})
         self._rows -= len(ids.unique())
 
     def update(
@@ -158,7 +158,12 @@ class RayMemory(ShardedMemory):
         if self._shape is None:
             return
         ids, changes = checked_changes(self.task, ids, embeddings, outputs, targets, self._shape)
-        self._send("update", {"ids": ids, **changes})
+        self._edit("update", {"ids": ids, **changes})
+
+    def _edit(self, operation: str, rows: dict[str, Tensor]) -> None:
+        """Change rows in all shards, or in none: waits for them."""
+        self._send(operation, rows)
+        self._shards.flush()
 
     # -- answers
 
@@ -238,14 +243,15 @@ class RayMemory(ShardedMemory):
         """
         disk.as_path(directory)  # refused before the memory is built
         self.build()
-        files = to_files(self._shards, [torch.from_numpy(part.copy()) for part in self._ask("ids")])
+        owned = [torch.from_numpy(part.copy()) for part in self._ask("ids")]
+        files = to_files(self._shards, owned)
         index, _ = self._shards.ask_one(self._filled_shard(), "index")
         described = manifest(
             self.task,
             self.params,
             self.tunable,
             self.provenance,
-            len(self),
+            sum(len(ids) for ids in owned),  # other processes may have added some
             index if isinstance(index, FaissIndex) else "exact",
             self._empty_values(),
         )

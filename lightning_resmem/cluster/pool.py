@@ -43,6 +43,8 @@ class Pool:
         self.config, self.actors, self.timeout = config, actors, timeout
         # The last change that each replica has acknowledged to this process.
         self.known = [[0] * config.replicas for _ in actors]
+        # Which rows each shard has, as far as this process knows: see `DurableMemory.filling`.
+        self.fillings: list[str | None] = [None] * len(actors)
         self.liveness = Liveness(config, actors, self.known)
         self._job = ray.get_runtime_context().get_job_id()
 
@@ -156,13 +158,14 @@ class Pool:
         return [self._send(shard, replica, key, operation, held, len(data)) for replica in range(self.config.replicas)]
 
     def withdraw(self, write: Write, ids: bytes) -> Write:
-        """Have a replica take back the rows that it was sent, and not take them if they arrive later.
+        """Have a replica take back a change that it was sent, and not make it if it arrives later.
 
         Args:
             write: What was sent.
             ids: Of its rows, as a safetensors file.
         """
-        return self._send(write.shard, write.replica, withdrawal(write.key), "withdraw", ids, len(ids))
+        operation = "withdraw" if write.operation == "add" else "restore"
+        return self._send(write.shard, write.replica, withdrawal(write.key), operation, ids, len(ids))
 
     def confirm(self, write: Write, deadline: float | None = None) -> None:
         """Wait until a change is made and kept.
@@ -191,7 +194,8 @@ class Pool:
 
     def _send(self, shard: int, replica: int, key: str, operation: str, data: Any, size: int) -> Write:
         actor, known = self.actors[shard][replica], self.known[shard][replica]
-        return Write(actor.apply.remote(key, operation, data, known), shard, replica, key, operation, data, size)
+        ref = actor.apply.remote(key, operation, data, known, self.fillings[shard])
+        return Write(ref, shard, replica, key, operation, data, size)
 
     def mend(self) -> None:
         """Have replicas that have lost their rows copy those of another, and wait for that.

@@ -124,7 +124,8 @@ class Request:
         method = getattr(self._pool.actors[shard][replica], self._method)
         arguments = self._arguments[shard]
         assert arguments is not None
-        ref = method.options(max_task_retries=retries).remote(*arguments, self._pool.known[shard][replica])
+        known = self._pool.known[shard][replica], self._pool.fillings[shard]
+        ref = method.options(max_task_retries=retries).remote(*arguments, *known)
         self._pending[ref] = shard, replica
         if retries:
             self._patient.add(ref)

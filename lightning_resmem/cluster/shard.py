@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.cluster.config import PoolConfig
-from lightning_resmem.cluster.durable import DurableMemory, RowsLostError
+from lightning_resmem.cluster.durable import DurableMemory, RowsLostError, Undo
 from lightning_resmem.cluster.meters import Meters
 from lightning_resmem.memory.capacity import available_bytes
 from lightning_resmem.memory.local import LocalMemory
@@ -59,33 +59,41 @@ class Shard:
 
     # -- changes
 
-    def apply(self, key: str, operation: str, data: bytes, known: int) -> int:
+    def apply(self, key: str, operation: str, data: bytes, known: int, filling: str | None = None) -> int:
         """Make a change, unless a change of that key was made.
 
         Args:
             key: Unique to the change.
-            operation: `add`, `withdraw` (of an `add`), `remove`, `update`, `describe` or `clear`.
+            operation: `add`, `withdraw` (of an `add`), `remove`, `update`, `restore` (of either), `describe` or
+                `clear`.
             data: Its tensors, as a safetensors file.
             known: The last change that the caller knows of.
+            filling: Which rows the caller knows of.
 
         Returns:
             The number of the last change.
 
         Raises:
             InputError: As `LocalMemory` does; nothing is changed then.
+            StaleMemoryError: If there are others now; nothing is changed then.
             StorageError: If the change cannot be kept; it is undone then.
         """
         with self._lock.writing():
             self._rows.recover(known)
+            if operation != "clear":
+                self._rows.check_filling(filling)
             return self._rows.change(key, operation, data, known)
 
-    def build(self, index: str | FaissIndex, trained: bytes | None, known: int) -> dict[str, Any]:
+    def build(
+        self, index: str | FaissIndex, trained: bytes | None, known: int, filling: str | None = None
+    ) -> dict[str, Any]:
         """Build the index, and keep all rows under `storage_path` in the form they are loaded from.
 
         Args:
             index: What to build.
             trained: What `train` returned, if the index has to be trained.
             known: The last change that the caller knows of.
+            filling: Which rows the caller knows of.
 
         Returns:
             As `state`.
@@ -93,6 +101,7 @@ class Shard:
         with self._lock.writing():
             self._rows.recover(known)
             self._rows.check(known)
+            self._rows.check_filling(filling)
             self._rows.build(index, trained)
             return self._state()
 
@@ -111,13 +120,13 @@ class Shard:
         with self._lock.writing():
             self._rows.remove()
 
-    # -- questions
+    # -- questions; who asks says what it knows, the last change and which rows
 
     @ray.method(concurrency_group=SEARCHES)
-    def search(self, held: tuple[Array], k: int, known: int) -> tuple[Array, Array]:
+    def search(self, held: tuple[Array], k: int, known: int, filling: str | None = None) -> tuple[Array, Array]:
         """The nearest rows of this shard to queries `(B, D)`: distances and ids, both `(B, min(k, rows))`."""
         [queries] = held
-        with self._reading(known) as memory:
+        with self._reading(known, filling) as memory:
             started = time.perf_counter()
             if not len(memory):
                 return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
@@ -128,7 +137,7 @@ class Shard:
 
     @ray.method(concurrency_group=SEARCHES)
     def weighted_sums(
-        self, held: tuple[Array, Array], softmax_temperature: float, known: int
+        self, held: tuple[Array, Array], softmax_temperature: float, known: int, filling: str | None = None
     ) -> tuple[Array, ...] | None:
         """This shard's part of the residual and the label sum over rows of these ids and weights, both `(B, k)`.
 
@@ -137,32 +146,32 @@ class Shard:
             `(B,)`; None if it has no rows.
         """
         ids, weights = held
-        with self._reading(known) as memory:
+        with self._reading(known, filling) as memory:
             if not len(memory):
                 return None
             sums = memory.weighted_sums(_tensor(ids), _tensor(weights), softmax_temperature)
             tail = () if sums.tail is None else (sums.tail.numpy(),)
             return np.stack([sums.residual.numpy(), sums.labels.numpy()]), *tail
 
-    def fetch(self, ids: Array, known: int) -> bytes:
+    def fetch(self, ids: Array, known: int, filling: str | None = None) -> bytes:
         """Rows by their ids, as they are stored."""
-        with self._reading(known) as memory:
+        with self._reading(known, filling) as memory:
             return _packed(memory.stored(memory.places(_tensor(ids))))
 
-    def stored(self, start: int, stop: int, names: Sequence[str], known: int) -> bytes:
+    def stored(self, start: int, stop: int, names: Sequence[str], known: int, filling: str | None = None) -> bytes:
         """Rows as they are stored, in the order of their ids; only the tensors of these names, if any is given."""
-        with self._reading(known) as memory:
+        with self._reading(known, filling) as memory:
             rows = memory.stored(slice(start, stop))
             return _packed({name: rows[name] for name in names} if names else rows)
 
-    def ids(self, known: int) -> Array:
+    def ids(self, known: int, filling: str | None = None) -> Array:
         """Ids of all rows, ascending."""
-        with self._reading(known) as memory:
+        with self._reading(known, filling) as memory:
             return memory.stored(slice(None))["ids"].cpu().numpy() if len(memory) else np.empty(0, np.int64)
 
-    def has(self, ids: Array, known: int) -> Array:
+    def has(self, ids: Array, known: int, filling: str | None = None) -> Array:
         """Which of the ids belong to rows of this shard, `(n,)`."""
-        with self._reading(known) as memory:
+        with self._reading(known, filling) as memory:
             return memory.has(_tensor(ids)).cpu().numpy()
 
     def sample(self, count: int) -> Array:
@@ -182,15 +191,15 @@ class Shard:
         """An index trained on keys `(n, D)` from all shards, without rows."""
         return faiss_search.train(_tensor(np.concatenate([keys for keys in samples if len(keys)])), config)
 
-    def index(self, known: int) -> tuple[str | FaissIndex, bytes | None]:
+    def index(self, known: int, filling: str | None = None) -> tuple[str | FaissIndex, bytes | None]:
         """What `build` was called with."""
-        with self._reading(known) as memory:
+        with self._reading(known, filling) as memory:
             return memory.wanted_index
 
-    def changes(self) -> tuple[int, set[str]]:
-        """The number of the last change, and the keys of all."""
+    def changes(self) -> tuple[int, set[str], Undo | None]:
+        """The number of the last change, the keys of all, and what takes back the last one."""
         with self._asking(1):
-            return self._rows.number, set(self._rows.keys)
+            return self._rows.number, set(self._rows.keys), self._rows.undo
 
     def state(self) -> dict[str, Any]:
         """What a pool has to know: see `_state`."""
@@ -226,7 +235,7 @@ class Shard:
     # -- details
 
     def _state(self) -> dict[str, Any]:
-        """Rows, shape, number of changes, description, device and free bytes."""
+        """Rows, shape, number of changes, description, which rows, device and free bytes."""
         memory = self._rows.memory
         stats = memory.stats()
         return {
@@ -235,6 +244,7 @@ class Shard:
             "built": memory.is_built,
             "number": self._rows.number,
             "about": memory.provenance.get("about", ""),
+            "filling": self._rows.filling,
             "device": str(memory.device),
             "free_bytes": available_bytes() or 0,
         }
@@ -243,19 +253,19 @@ class Shard:
         if not self._rows.lacks(known):
             return self._rows.number
         number: int
-        number, keys = ray.get(peer.changes.remote(), timeout=_COPY_SECONDS)
+        number, keys, undo = ray.get(peer.changes.remote(), timeout=_COPY_SECONDS)
         state, memory = ray.get(peer.state.remote(), timeout=_COPY_SECONDS), self._rows.empty()
         for start in range(0, state["rows"], _COPIED_ROWS):
             stored = ray.get(peer.stored.remote(start, start + _COPIED_ROWS, (), number), timeout=_COPY_SECONDS)
             memory.add_stored(safetensors.torch.load(stored), state["outputs"])
-        memory.provenance = {"about": state["about"]}
+        memory.provenance = {"about": state["about"], "filling": state["filling"]}
         if len(memory):
             memory.build_with(*ray.get(peer.index.remote(number), timeout=_COPY_SECONDS))
         with self._lock.writing():
             if ray.get(peer.changes.remote(), timeout=_COPY_SECONDS)[0] != number:
                 raise RowsLostError("the other replica changed while it was copied")
             if self._rows.lacks(known):  # it may have found its own meanwhile
-                self._rows.replace(memory, known, keys)
+                self._rows.replace(memory, known, keys, undo)
             return self._rows.number
 
     @contextmanager
@@ -269,10 +279,11 @@ class Shard:
             yield
 
     @contextmanager
-    def _reading(self, known: int) -> Iterator[LocalMemory]:
-        """The memory, built, while nobody changes it."""
+    def _reading(self, known: int, filling: str | None = None) -> Iterator[LocalMemory]:
+        """The memory, built, while nobody changes it; raises an error if the caller knows of other rows."""
         while True:
             with self._asking(known):
+                self._rows.check_filling(filling)
                 memory = self._rows.memory
                 if memory.is_built or not len(memory):
                     yield memory

@@ -114,6 +114,7 @@ class ShardedMemory(ResidualMemory):
         self.agree([[state["number"] for state in replicas] for replicas in states], None)
         self._shards.take_refused()  # not counted below
         firsts = [replicas[0] for replicas in states]
+        self._shards.learn_fillings([state["filling"] for state in firsts])
         self._shard_rows = [state["rows"] for state in firsts]
         self._rows, self._built = sum(self._shard_rows), True
         self._last_id = max(state["last_id"] for state in firsts)

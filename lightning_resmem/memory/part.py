@@ -24,8 +24,8 @@ class PartMemory(ResidualMemory):
     """Rows in this process, what state they are in, and ways to hand them over as they are stored.
 
     `wanted_index`, `is_built` and `last_id` say what state it is in, and `values_config` what it keeps; `build_with`
-    builds another index; `has` and `places` find rows by their ids; `stored` and `add_stored` hand rows over;
-    `weighted_sums` takes weights that were made elsewhere.
+    builds another index; `has` and `places` find rows by their ids; `stored` and `add_stored` hand rows over,
+    `stored_of` and `put_back` undo an edit; `weighted_sums` takes weights that were made elsewhere.
 
     Args:
         task: What a residual is; `Multiclass()` by default.
@@ -133,6 +133,28 @@ class PartMemory(ResidualMemory):
         """
         self._rows.settle()
         return {name: tensor[places] for name, tensor in self._rows.tensors().items()}
+
+    @exclusive
+    def stored_of(self, ids: Tensor) -> dict[str, Tensor]:
+        """Rows of these ids as `stored` returns them, in any order; looks at no index.
+
+        Args:
+            ids: Shape `(n,)`.
+
+        Raises:
+            InputError: If an id is not in the memory.
+        """
+        places = self._rows.ids.all_positions(ids.unique().to(self.device))
+        return {name: tensor[places] for name, tensor in self._rows.tensors().items()} if len(self) else {}
+
+    @exclusive
+    def put_back(self, rows: Mapping[str, Tensor]) -> None:
+        """Have rows as they were when `stored_of` returned them, whether they were removed or changed since."""
+        self._rows.settle()
+        places = self._rows.ids.positions(rows["ids"])
+        self._rows.drop(places[places >= 0])
+        assert self._rows.shape is not None
+        self.add_stored(rows, self._rows.shape[1])
 
     @exclusive
     def add_stored(self, rows: Mapping[str, Tensor], num_outputs: int) -> None:

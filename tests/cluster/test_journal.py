@@ -1,5 +1,6 @@
 """A shard's journal, on the local disk and on another file system that fsspec knows."""
 
+import os
 import random
 import re
 import uuid
@@ -69,6 +70,32 @@ def test_clearing_leaves_only_that(url: str) -> None:
     journal.write(entry(4))
     assert journal.base() == 0
     assert [found.operation for found in journal.entries()] == ["clear", "add"]
+
+
+def test_what_was_acknowledged_is_brought_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.split("-")[0])
+        fsync(descriptor)
+
+    journal = Journal(str(tmp_path / "pool" / "shard"))
+    journal.start()
+    monkeypatch.setattr(os, "fsync", noted)
+    for number, operation, names in (
+        (1, "add", []),
+        (2, "add", []),
+        (3, "describe", ["0000000003", "shard"]),
+        (4, "remove", ["0000000002", "0000000001", "0000000004", "shard"]),
+        (5, "update", ["0000000005", "shard"]),
+        (6, "add", []),
+        (7, "clear", ["0000000007", "shard"]),
+        (8, "restore", ["0000000008", "shard"]),
+    ):
+        synced.clear()
+        journal.write(entry(number, operation))
+        assert synced == names
 
 
 def test_what_is_half_written_is_not_there(tmp_path: Path) -> None:

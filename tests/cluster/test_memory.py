@@ -3,12 +3,13 @@
 import copy
 import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
@@ -22,9 +23,11 @@ from lightning_resmem import (
     Multilabel,
     RayMemory,
     Regression,
+    ResMemModule,
     ResMemParams,
     ShardUnavailableError,
     SparseConfig,
+    StaleMemoryError,
     StorageError,
     explain,
     influence,
@@ -55,6 +58,11 @@ def pools(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         config = replace(largest.shards.pool.config, num_shards=count)
         made[str(count)].shards.use(Pool(config, largest.shards.pool.actors[:count], SECONDS))
     kinds = {"index": FaissIndex("IVF4,Flat", nprobe=4), "values": SparseConfig(CLASSES), "key_dtype": torch.bfloat16}
+    made["replicated"] = RayMemory(2, **options)
+    config = replace(largest.shards.pool.config, num_shards=2, replicas=2)
+    actors = largest.shards.pool.actors
+    made["replicated"].shards.config = config
+    made["replicated"].shards.use(Pool(config, [actors[0] + actors[1], actors[2] + actors[3]], SECONDS))
     made["other"] = RayMemory(2, **options, **kinds)
     made["other"].shards.open()
     yield made
@@ -309,17 +317,51 @@ def test_a_chunk_that_one_shard_cannot_keep_is_in_none_and_can_be_added_again(tw
         two.shards.flush()
     assert len(two) == 200
     away.rename(storage)
-    deadline = time.monotonic() + SECONDS
-    while True:  # it looks for its storage now and then
-        try:
-            assert torch.equal(two.ids, data.ids[first].sort().values)
-            break
-        except ShardUnavailableError:
-            assert time.monotonic() < deadline
+    assert torch.equal(answers_again(two, lambda: two.ids), data.ids[first].sort().values)
     data.check(two, 1e-5, first)
     data.add_to(two, second)
     assert len(two) == ROWS
     data.check(two, 1e-5)
+
+
+def answers_again(memory: RayMemory, ask: Callable[[], Any]) -> Any:
+    """What is asked for, when a shard has looked for its storage, which it does now and then."""
+    deadline = time.monotonic() + SECONDS
+    while True:
+        try:
+            return ask()
+        except ShardUnavailableError:
+            assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize("name", ["2", "replicated"])
+def test_an_edit_that_one_shard_cannot_keep_is_made_in_none_and_can_be_repeated(
+    name: str, pools: dict[str, RayMemory], data: Data
+) -> None:
+    memory = cleared(pools[name])
+    data.add_to(memory, torch.arange(ROWS))
+    memory.build()
+    predicted = memory.predict(data.queries, data.query_outputs)
+    storage = Path(memory.shards.pool.config.storage_path) / "shard-0001-0"  # with replicas, the second of shard 0
+    gone, changed = data.ids[:100], {"embeddings": torch.randn(80, WIDTH), "targets": torch.zeros(80).long()}
+    for words, edit in (
+        ("removed: remove", lambda: memory.remove(gone)),
+        ("updated: update", lambda: memory.update(data.ids[90:170], **changed)),
+    ):
+        away = storage.rename(storage.with_name("away"))
+        with pytest.raises(StorageError, match=rf"vanished.* rows with the ids .* was not {words} it again"):
+            edit()
+        assert len(memory) == ROWS
+        away.rename(storage)
+        assert torch.equal(answers_again(memory, lambda: memory.ids), data.ids.sort().values)
+        assert torch.equal(memory.predict(data.queries, data.query_outputs), predicted)
+        data.check(memory, 1e-5)
+    memory.update(data.ids[90:170], **changed)
+    data.keys[90:170], data.targets[90:170] = changed.values()
+    data.check(memory, 1e-5)
+    memory.remove(gone)
+    assert len(memory) == ROWS - 100
+    data.check(memory, 1e-5, torch.arange(100, ROWS))
 
 
 def test_an_id_that_two_chunks_have_is_found_by_build(two: RayMemory, data: Data) -> None:
@@ -351,6 +393,48 @@ def test_copies_ask_the_same_shards(pools: dict[str, RayMemory], data: Data) -> 
     memory.build()
     for twin in (copy.deepcopy(memory), pickle.loads(pickle.dumps(memory))):
         data.check(twin, 1e-5)
+
+
+class Head(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x)
+
+
+def test_rows_that_another_driver_has_replaced_are_not_answered_from(
+    pools: dict[str, RayMemory], data: Data, tmp_path: Path
+) -> None:
+    memory = cleared(pools["5"])
+    data.add_to(memory, torch.arange(ROWS))
+    module = ResMemModule(Head(), memory)
+    other = pickle.loads(pickle.dumps(memory))
+    other.remove(data.ids[:1])  # an edit is not another memory
+    assert torch.equal(memory.ids, data.ids[1:])
+    assert len(LocalMemory.load(memory.save(tmp_path / "edited"))) == ROWS - 1
+    module(data.queries)
+    other.clear()
+    data.add_to(other, torch.arange(ROWS // 2))
+    other.build()
+    row = torch.zeros(1, WIDTH), torch.zeros(1, CLASSES), torch.zeros(1).long()
+    for ask in (
+        lambda: module(data.queries),
+        lambda: memory.search(data.queries, 3),
+        lambda: memory.ids,
+        lambda: memory.fetch(data.ids[:1]),
+        lambda: memory.remove(data.ids[:1]),
+        lambda: memory.save(tmp_path / "memory"),
+        lambda: (memory.add(*row), memory.build()),
+    ):
+        with pytest.raises(StaleMemoryError, match=r"has cleared the pool .*RayMemory.connect"):
+            ask()
+    assert not (tmp_path / "memory").exists()
+    data.check(other, 1e-5, torch.arange(ROWS // 2))
+    memory.clear()
+    with pytest.raises(StaleMemoryError):
+        other.search(data.queries, 3)
 
 
 def test_many_callers_at_once(two: RayMemory, data: Data) -> None:

@@ -3,7 +3,6 @@
 import shutil
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +15,12 @@ import torch
 
 from lightning_resmem import InputError, LocalMemory, Multiclass, ResMemParams, SparseConfig, StorageError
 from lightning_resmem.cluster.config import PoolConfig
-from lightning_resmem.cluster.durable import withdrawal
 from lightning_resmem.cluster.journal import Entry, Journal
 from lightning_resmem.cluster.merging import total
 from lightning_resmem.cluster.shard import RowsLostError, Shard
 from lightning_resmem.functional import neighbor_weights
 
-ROWS, WIDTH, CLASSES = 60, 4, 3
-
-
-@pytest.fixture(params=["path", "memory"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "pool") if request.param == "path" else f"memory://{uuid.uuid4().hex}"
+CLASSES = 3
 
 
 def config(url: str, index: str = "exact") -> PoolConfig:
@@ -47,16 +40,6 @@ def config(url: str, index: str = "exact") -> PoolConfig:
         replicas=1,
         on_shard_loss="raise",
     )
-
-
-@pytest.fixture
-def rows() -> dict[str, torch.Tensor]:
-    return {
-        "embeddings": torch.randn(ROWS, WIDTH),
-        "outputs": torch.randn(ROWS, CLASSES),
-        "targets": torch.randint(CLASSES, (ROWS,)),
-        "ids": torch.arange(ROWS),
-    }
 
 
 def part(rows: dict[str, torch.Tensor], start: int, stop: int) -> bytes:
@@ -357,27 +340,3 @@ def test_a_change_that_was_kept_although_the_storage_said_otherwise_is_made(
         patched.setattr(Journal, "write", unsure)
         assert shard.apply("a", "add", part(rows, 0, 60), 0) == 1
     check(shard, rows, list(range(60)), 1)
-
-
-def test_rows_are_taken_back_once_and_not_taken_later(url: str, rows: dict[str, torch.Tensor]) -> None:
-    shard = Shard(config(url), 0, 0)
-    shard.apply("a", "add", part(rows, 0, 30), 0)
-    shard.apply("b", "add", part(rows, 30, 60), 1)
-    shard.build("exact", None, 2)
-    for _ in range(2):
-        assert shard.apply(withdrawal("b"), "withdraw", ids(*range(30, 60)), 2) == 3
-    for same in (shard, Shard(config(url), 0, 0)):
-        check(same, rows, list(range(30)), 3)
-        assert same.apply("b", "add", part(rows, 30, 60), 3) == 3  # sent before, arrived later
-    again = Shard(config(url), 0, 0)
-    again.apply("c", "add", part(rows, 30, 60), 3)
-    check(again, rows, list(range(60)), 4)
-
-
-def test_taking_back_what_never_arrived_removes_no_rows(url: str, rows: dict[str, torch.Tensor]) -> None:
-    shard = Shard(config(url), 0, 0)
-    shard.apply("a", "add", part(rows, 0, 60), 0)
-    assert shard.apply(withdrawal("b"), "withdraw", ids(3, 4), 1) == 2  # it was to add rows of ids that are there
-    for same in (shard, Shard(config(url), 0, 0)):
-        assert same.apply("b", "add", part(rows, 3, 5), 2) == 2
-        check(same, rows, list(range(60)), 2)

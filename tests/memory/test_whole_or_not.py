@@ -175,3 +175,24 @@ def test_keys_too_large_for_bfloat16() -> None:
     memory = LocalMemory(key_dtype=torch.bfloat16)
     with pytest.raises(InputError, match=r"key_dtype=torch.bfloat16; use torch.float32"):
         memory.add(torch.full((1, WIDTH), 3.4028e38), torch.ones(1, 2), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("edit", ["remove", "remove all", "update"])
+def test_rows_that_are_put_back_are_as_they_were(kind: str, edit: str) -> None:
+    memory = _memory(kind, _rows(kind, 40), _rows(kind, 0))
+    memory.build()
+    before, last = {name: rows.clone() for name, rows in memory.stored(slice(None)).items()}, memory.last_id
+    ids = torch.arange(80) if edit == "remove all" else torch.tensor([70, 3, 70, 12])
+    rows = memory.stored_of(ids)
+    if edit == "update":
+        embeddings, outputs, targets, _ = _rows(kind, 99, 3)
+        memory.update(ids.unique(), embeddings, outputs, targets)
+    else:
+        memory.remove(ids)
+    memory.put_back(rows)
+    assert memory.last_id == last
+    after = memory.stored(slice(None))
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    with pytest.raises(InputError, match="not in the memory"):
+        memory.stored_of(torch.tensor([3, 200]))

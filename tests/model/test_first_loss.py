@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from lightning_resmem import HeadError, InputError, LocalMemory, ResMemCallback, ResMemParams
@@ -13,6 +12,7 @@ from tests.models import (
     CallsSelf,
     Data,
     Embeds,
+    Flat,
     Numbers,
     Spy,
     hooks_on,
@@ -140,23 +140,14 @@ def test_others_are_trained_as_without_us(kind, precision, tmp_path):
 
 
 def test_a_squeezed_regression(tmp_path):
-    class Flat(CallsSelf):
-        task = "regression"
-
-        def __init__(self):
-            super().__init__()
-            self.head = nn.Linear(5, 1)
-
-        def forward(self, x):
-            return super().forward(x).squeeze(1)
-
+    class Scaled(Flat):
         def loss(self, outputs, targets):
             return F.smooth_l1_loss(self.factor * outputs, targets)
 
     data = Data()
     loader = data.loader((data.train[0], data.train[1].float()))
     for factor in (1, 2):
-        model = make(Flat)
+        model = make(Scaled)
         model.factor = factor
         run = trainer(tmp_path, ResMemCallback(LocalMemory(Regression())))
         if factor == 1:

@@ -10,7 +10,7 @@ from lightning_resmem import HeadError, LocalMemory, ResMemCallback, memorize
 from lightning_resmem.model.head import HeadTap
 from lightning_resmem.model.returned import check_returned
 from lightning_resmem.tasks import Regression
-from tests.models import CallsSelf, Data, NoForward, Numbers, make, memory_for, trainer
+from tests.models import CallsSelf, Data, Flat, NoForward, Numbers, make, memory_for, trainer
 
 
 @pytest.fixture
@@ -211,16 +211,6 @@ def test_in_every_precision_the_same_is_the_same(precision, form, tmp_path):
 
 
 def test_a_squeezed_regression_is_allowed_and_answered_in_its_shape(tmp_path):
-    class Flat(CallsSelf):
-        task = "regression"
-
-        def __init__(self):
-            super().__init__()
-            self.head = nn.Linear(5, 1)
-
-        def forward(self, x):
-            return super().forward(x).squeeze(1)
-
     torch.manual_seed(0)
     data, model = Data(), Flat()
     targets = data.train[1].float()

@@ -10,8 +10,8 @@ from lightning_resmem.errors import StorageError
 from lightning_resmem.memory.values.interface import Values
 from lightning_resmem.tasks import Multiclass, Multilabel, Task
 
-# Entries that are looked at at a time.
-_ENTRIES = 2**20
+# Entries that are looked at at a time: so few that torch does not share them among threads, which costs more here.
+_ENTRIES = 2**15
 
 
 def check_contents(path: str | os.PathLike[str], task: Task, values: Values, tensors: Mapping[str, Tensor]) -> None:
@@ -68,8 +68,5 @@ def _range(tensor: Tensor) -> tuple[float, float]:
 
 def _is_finite(tensor: Tensor) -> bool:
     # The sum is finite almost always, and one reduction is much cheaper than a mask of the tensor.
-    return all(
-        bool(block.sum(dtype=torch.float64 if block.dtype == torch.float64 else torch.float32).isfinite())
-        or bool(block.isfinite().all())
-        for block in _blocks(tensor)
-    )
+    total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+    return bool(total.isfinite()) or all(bool(block.isfinite().all()) for block in _blocks(tensor))

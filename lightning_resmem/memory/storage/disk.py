@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_resmem.errors import StorageError
 from lightning_resmem.memory.storage import directory as directories
-from lightning_resmem.memory.storage import files, remote, tensor_file
+from lightning_resmem.memory.storage import files, leftovers, remote, tensor_file
 from lightning_resmem.memory.storage import manifest as manifests
 from lightning_resmem.memory.storage.manifest import MANIFEST, damaged, entry
 from lightning_resmem.memory.storage.paths import Url, as_path
@@ -130,6 +130,7 @@ def _write_here(
                 directories.put_manifest(target, manifests.dumped(document))
             finally:
                 directories.tidy(target, ours, alone)
+            leftovers.remove(target)
     except OSError as error:
         raise StorageError(
             f"The memory could not be saved to {target}: {error}. Check the free space and the permissions there, "

@@ -4,12 +4,29 @@ import hashlib
 import os
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
 from lightning_resmem.errors import StorageError
+
+
+@contextmanager
+def failing(what: str, way_out: str) -> Iterator[None]:
+    """Have whatever goes wrong on a file system told as a `StorageError`: every one has errors of its own.
+
+    Args:
+        what: Cannot be done.
+        way_out: What to do about it.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        raise StorageError(f"{what} ({type(error).__name__}: {error}). {way_out}") from error
 
 
 def sync(stream: BinaryIO) -> None:
@@ -18,11 +35,16 @@ def sync(stream: BinaryIO) -> None:
     os.fsync(stream.fileno())
 
 
+def sync_file(file: Path) -> None:
+    """Wait until a file that is closed is on the disk."""
+    with file.open("r+b") as stream:
+        sync(stream)
+
+
 def write_by(write_file: Callable[[Path], None], file: Path) -> str:
     """Let another library write a file to the disk; returns its checksum."""
     write_file(file)
-    with file.open("r+b") as stream:
-        sync(stream)
+    sync_file(file)
     return sha256(file)
 
 

@@ -32,6 +32,11 @@ def is_ours(file: str) -> bool:
     return bool(_NAMED.fullmatch(file) or _UNFINISHED.fullmatch(file))
 
 
+def was_ours(file: str) -> bool:
+    """Whether a file of this name may be one of a memory of version 1: others have files of such names, too."""
+    return file == MANIFEST or bool(_PLAIN.fullmatch(file))
+
+
 def unfinished(name: str, token: str) -> str:
     """What the file of a tensor is called while it is written."""
     return f".{name}-{token}.partial"

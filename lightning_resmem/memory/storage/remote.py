@@ -1,11 +1,11 @@
 """Saved memories on file systems that fsspec knows: copied from a directory here, and to one, the manifest last."""
 
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from lightning_resmem.errors import StorageError
+from lightning_resmem.memory.storage import files
 from lightning_resmem.memory.storage import manifest as manifests
 from lightning_resmem.memory.storage.manifest import MANIFEST
 from lightning_resmem.memory.storage.paths import Url
@@ -118,14 +118,6 @@ def _files(place: Url) -> set[str]:
         return set()
 
 
-@contextmanager
-def _failing(place: Url, doing: str) -> Iterator[None]:
-    try:
-        yield
-    except StorageError:
-        raise
-    except Exception as error:  # every file system has errors of its own
-        raise StorageError(
-            f"{place} cannot be {doing} ({type(error).__name__}: {error}). Check the address and the permissions "
-            "there, or name another directory."
-        ) from error
+def _failing(place: Url, doing: str) -> AbstractContextManager[None]:
+    way_out = "Check the address and the permissions there, or name another directory."
+    return files.failing(f"{place} cannot be {doing}", way_out)

@@ -3,13 +3,14 @@
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
-from lightning_resmem import InputError, LocalMemory, ResMemParams, StorageError
+from lightning_resmem import InputError, LocalMemory, RayMemory, ResMemParams, StorageError
 from lightning_resmem.memory.storage import files
 from lightning_resmem.memory.values.sparse import SparseConfig
 from tests.saved_files import edited, file_of
@@ -61,6 +62,20 @@ def test_other_shape_shows_both_sides(saved: Path, mmap: bool) -> None:
     edited(saved, lambda manifest: manifest["tensors"]["keys"].update(sha256=files.sha256(file)))
     with pytest.raises(StorageError, match=r"shape \[3, 2\] and dtype float32, the manifest says \[200, 4\]"):
         LocalMemory.load(saved, mmap=mmap)
+
+
+@pytest.mark.parametrize(
+    "read", [LocalMemory.load, partial(LocalMemory.load, mmap=True), partial(RayMemory.load, num_shards=2)]
+)
+def test_a_file_that_was_cut_short_is_named(saved: Path, read: Callable[[Path], object]) -> None:
+    for name in ("keys", "ids", "outputs", "targets"):
+        file = file_of(saved, name)
+        whole = file.read_bytes()
+        for cut in (0, 4, 50, -100, -1):
+            file.write_bytes(whole[:cut])
+            with pytest.raises(StorageError, match=rf"{file.name} (is damaged|cannot be read)"):
+                read(saved)
+        file.write_bytes(whole)
 
 
 @pytest.mark.parametrize("name", ["keys", "ids", "outputs", "targets"])

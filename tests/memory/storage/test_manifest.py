@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lightning_resmem import LocalMemory, StorageError
+from lightning_resmem.memory.storage.disk import read_manifest
 from tests.saved_files import edited, file_of
 
 SAVED_BEFORE = Path(__file__).parents[2] / "data" / "saved_before"
@@ -86,6 +87,14 @@ def test_flipped_bits_of_the_files_are_noticed(
         else:
             with pytest.raises(StorageError, match="is damaged"):
                 LocalMemory.load(path)
+
+
+def test_a_manifest_that_was_cut_short_is_named(saved: Path) -> None:
+    whole = (saved / "manifest.json").read_bytes()
+    for length in range(len(whole) - 1):  # the last byte ends the line
+        (saved / "manifest.json").write_bytes(whole[:length])
+        with pytest.raises(StorageError, match=r"manifest.json (cannot be read|is damaged)"):
+            read_manifest(saved)
 
 
 @pytest.mark.parametrize(
