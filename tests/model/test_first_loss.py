@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from lightning_resmem import HeadError, InputError, LocalMemory, ResMemCallback, ResMemParams
