@@ -67,6 +67,11 @@ def _until_gone(alive: Callable[[], list]) -> list:
     return []
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow files first: the workers end together, with short ones."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _threads_for_torch() -> Iterator[None]:
     """Small tensors gain nothing from many threads, and those of several workers would only fight over the cores."""
