@@ -24,6 +24,7 @@ from lightning_resmem.errors import InputError, ResMemWarning, check_type
 from lightning_resmem.memory.answers import Predictions
 from lightning_resmem.memory.base_quality import look_at_base
 from lightning_resmem.memory.capacity import available_bytes, check_capacity, size
+from lightning_resmem.memory.following import build_near
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.metrics.side_by_side import ResMemMetrics
@@ -31,6 +32,7 @@ from lightning_resmem.model.batches import BatchReader, ForwardFn, IdsFn, Target
 from lightning_resmem.model.fingerprint import buffer_sums, describe_weights
 from lightning_resmem.model.head import HeadTap
 from lightning_resmem.model.modes import evaluating
+from lightning_resmem.model.placing import device_of
 from lightning_resmem.module import ResMemModule
 from lightning_resmem.progress import shows_progress, working
 from lightning_resmem.trainer.job import Job, run_job
@@ -206,8 +208,7 @@ class Memorizer:
             limit_batches: Read only so many batches of training rows on each rank.
             limit_val_batches: Read only so many batches of validation rows on each rank.
         """
-        started = time.monotonic()
-        reading, memory = self._reading(trainer, model), self.memory
+        started, reading, memory = time.monotonic(), self._reading(trainer, model), self.memory
         memory.clear()
         reading.ranks.share_buffers(model)
         try:
@@ -266,15 +267,14 @@ class Memorizer:
                 memory.gather(reading.ranks.group)
             if not len(memory):
                 raise InputError("The training loader yielded no rows to memorize: is its dataset empty?")
-            memory.build()
+            build_near(memory, device_of(model))
 
     def _describe(self, reading: Pass, model: L.LightningModule, before: dict[str, int]) -> None:
         """Note where the rows come from: all ranks the same."""
         # A rank without rows has not met the head.
         taps = reading.ranks.gather_objects(None if reading.tap is None else reading.tap.describe())
         names = next(found for found in taps if isinstance(found, dict))
-        if reading.tap is None:
-            reading.tap = HeadTap(model, **names)
+        reading.tap = reading.tap or HeadTap(model, **names)
         changed = {name for name, found in buffer_sums(model).items() if before.get(name) != found}
         # What the pass itself has changed (observers, counters) will not be what it was at any later time.
         ignored = set[str]().union(

@@ -19,16 +19,17 @@ from lightning_resmem.cluster.merging import PendingSearch, overview, total
 from lightning_resmem.cluster.sharded_memory import ShardedMemory
 from lightning_resmem.functional import neighbor_weights
 from lightning_resmem.memory.answers import Neighbors, Sums
-from lightning_resmem.memory.checks import as_ids, checked_changes, checked_rows, checked_search, repeated
+from lightning_resmem.memory.checks import as_compared, as_ids, checked_changes, checked_rows, checked_search, repeated
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.memory.storage import disk
 from lightning_resmem.memory.storage.saved import Saved, manifest, read_saved
+from lightning_resmem.memory.transfer import CPU, moved
 from lightning_resmem.memory.values.dense import DenseConfig
 from lightning_resmem.memory.values.interface import Values
 from lightning_resmem.memory.values.sparse import SparseConfig
 from lightning_resmem.params import ResMemParams
-from lightning_resmem.tasks import Multiclass, Task
+from lightning_resmem.tasks import Multiclass, Task, check_finite
 
 
 class RayMemory(ShardedMemory):
@@ -183,16 +184,17 @@ class RayMemory(ShardedMemory):
         self.build()
         assert self._shape is not None
         queries, k = checked_search(queries, self._shape[0], k, len(self))
-        held = in_store(queries.detach().float().cpu().numpy())
-        request = self._shards.ask("search", held, k, partial=self._is_partial)
+        [sent] = moved(CPU, as_compared(queries.detach()))
+        check_finite("queries", sent)
+        request = self._shards.ask("search", in_store(sent.float().numpy()), k, partial=self._is_partial)
         return PendingSearch(request, len(queries), k, queries.device)
 
     def sums(self, neighbors: Neighbors) -> Sums:
         self.build()
         with torch.no_grad():
             weights = neighbor_weights(neighbors.distances, self.params.sigma)
-        held = in_store(neighbors.ids.cpu().numpy(), weights.cpu().numpy())
-        answers = self._ask("weighted_sums", held, self.params.softmax_temperature)
+        ids, sent = moved(CPU, neighbors.ids, weights)
+        answers = self._ask("weighted_sums", in_store(ids.numpy(), sent.numpy()), self.params.softmax_temperature)
         return total(answers, len(weights), self.num_outputs, neighbors.distances.device)
 
     def fetch(self, ids: Tensor) -> Values:
