@@ -5,10 +5,12 @@ which costs more than most of what is asked. `simulated_gpu` notes each of them,
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_resmem import (
@@ -25,6 +27,8 @@ from lightning_resmem import (
 from lightning_resmem.memory.search.exact import ExactIndex
 from lightning_resmem.metrics.answer import Answer
 from lightning_resmem.metrics.scoreboard import Scoreboard
+from lightning_resmem.model.batches import BatchReader
+from lightning_resmem.routing import Routing
 from lightning_resmem.tuning.sweep import Rows, Sweep
 from tests.simulated_gpu import DEVICE, SimulatedGpu, simulated_gpu
 
@@ -190,3 +194,28 @@ def test_a_module_is_where_its_base_is(gpu: SimulatedGpu) -> None:
     assert memory.device == DEVICE
     module.to("cpu")
     assert module.device == torch.device("cpu")
+
+
+def test_a_routed_step_waits_once(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    net, memory = Net().eval(), MEMORIES["dense"]()
+    memory.provenance["head"] = "head"
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    trainer.state.fn = TrainerFn.TESTING
+    inputs = torch.randn(BATCH, WIDTH)
+    net.to(DEVICE)
+    memory.to(DEVICE)
+    routing = Routing(trainer, net, memory, BatchReader(), replace=True, prefix=None)
+    try:
+        for batch in inputs.to(DEVICE), -inputs.to(DEVICE):
+            gpu.waits.clear()
+            routing.start_batch()
+            with torch.no_grad():
+                routed = net(batch)
+            routing.end_batch((batch, None), 0)
+    finally:
+        routing.close()
+    assert len(gpu.waits) == 1, gpu.waits  # of the second batch: with the first the weights are looked at
+    with torch.no_grad():
+        embedding = torch.tanh(net.body(batch))
+        expected = Answer.of(memory, embedding, net.head(embedding)).combined(memory.task)
+    assert torch.equal(routed.cpu(), expected.cpu())
