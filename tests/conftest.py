@@ -33,6 +33,7 @@ _GRACE_SECONDS = 5.0
 
 # What Lightning, torch and OpenMP leave in the environment by design; undone, but no failure.
 _TOLERATED_ENVIRONMENT = {
+    "CUBLAS_WORKSPACE_CONFIG",
     "CUDA_DEVICE_ORDER",
     "CUDA_MODULE_LOADING",
     "KMP_DUPLICATE_LIB_OK",
@@ -47,8 +48,12 @@ _TOLERATED_ENVIRONMENT = {
     "PYTORCH_NVML_BASED_CUDA_CHECK",
     "RANK",
     "TORCHINDUCTOR_CACHE_DIR",
+    "TORCH_WARM_POOL",
     "TRITON_CACHE_DIR",
+    "TRITON_LIBDEVICE_PATH",
+    "TRITON_PTXAS_PATH",
     "WORLD_SIZE",
+    "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
 }
 
 # Helpers of the standard library and of torch.compile that live as long as the interpreter, by design; and workers that
