@@ -40,14 +40,14 @@ def beside(like: Tensor, numbers: Sequence[float]) -> Tensor:
         >>> beside(torch.zeros(3, dtype=torch.float64), [0.5, 2.0])
         tensor([0.5000, 2.0000], dtype=torch.float64)
     """
-    made = torch.tensor(numbers, dtype=like.dtype)
+    made = torch.tensor(numbers, dtype=like.dtype, device=CPU)
     return (made.pin_memory() if like.is_cuda else made).to(like.device, non_blocking=True)
 
 
 def _copied(tensor: Tensor, device: torch.device) -> Tensor:
     if not (tensor.is_cuda and device == CPU and 0 < tensor.nbytes <= _PINNED_BYTES):
         return tensor.to(device)
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, device=CPU, pin_memory=True)
     pinned.copy_(tensor, non_blocking=True)
     torch.cuda.current_stream(tensor.device).synchronize()
     return pinned

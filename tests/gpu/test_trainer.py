@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_resmem import LocalMemory, ResMemCallback, ResMemModule, ResMemParams
+from lightning_resmem.model.fingerprint import fingerprint
 from tests.models import CallsSelf, Data
 
 pytestmark = pytest.mark.gpu
@@ -72,6 +73,24 @@ def test_fit_test_explain_and_save(precision: str, tmp_path: Path) -> None:
     tester.callbacks.clear()
     [scores] = tester.test(loaded, data, verbose=False)
     assert scores["test/acc_resmem"] > scores["test/acc_base"]
+
+
+def test_a_module_moves_to_a_gpu_and_back() -> None:
+    model, data = CallsSelf(), Data()
+    inputs, targets = data.train
+    memory = LocalMemory(params=ResMemParams(k=3, sigma=0.5))
+    with torch.no_grad():
+        keys = model.body(inputs)
+        memory.add(keys, model.head(keys), targets)
+    memory.provenance["fingerprint"] = fingerprint(model)
+    module = ResMemModule(model, memory, head="head")
+    expected = module(inputs)
+    module.to("cuda")
+    assert module.device.type == memory.device.type == "cuda"
+    assert fingerprint(model) == memory.provenance["fingerprint"]
+    torch.testing.assert_close(module(inputs.to("cuda")).cpu(), expected, rtol=0, atol=1e-4)
+    module.to("cpu")
+    assert torch.equal(module(inputs), expected)
 
 
 def test_tuned_on_the_gpu(tmp_path: Path) -> None:
