@@ -208,7 +208,8 @@ class Memorizer:
             limit_batches: Read only so many batches of training rows on each rank.
             limit_val_batches: Read only so many batches of validation rows on each rank.
         """
-        started, reading, memory = time.monotonic(), self._reading(trainer, model), self.memory
+        started = time.monotonic()
+        reading, memory = self._reading(trainer, model), self.memory
         memory.clear()
         reading.ranks.share_buffers(model)
         try:
@@ -274,7 +275,8 @@ class Memorizer:
         # A rank without rows has not met the head.
         taps = reading.ranks.gather_objects(None if reading.tap is None else reading.tap.describe())
         names = next(found for found in taps if isinstance(found, dict))
-        reading.tap = reading.tap or HeadTap(model, **names)
+        if reading.tap is None:
+            reading.tap = HeadTap(model, **names)
         changed = {name for name, found in buffer_sums(model).items() if before.get(name) != found}
         # What the pass itself has changed (observers, counters) will not be what it was at any later time.
         ignored = set[str]().union(

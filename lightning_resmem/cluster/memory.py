@@ -12,14 +12,14 @@ from torch import Tensor
 from lightning_resmem.cluster import ranks
 from lightning_resmem.cluster.about import about_of
 from lightning_resmem.cluster.address import check_address
-from lightning_resmem.cluster.client import in_store
+from lightning_resmem.cluster.client import in_store, queries_in_store
 from lightning_resmem.cluster.config import PoolConfig, absolute
 from lightning_resmem.cluster.files import to_files
 from lightning_resmem.cluster.merging import PendingSearch, overview, total
 from lightning_resmem.cluster.sharded_memory import ShardedMemory
 from lightning_resmem.functional import neighbor_weights
 from lightning_resmem.memory.answers import Neighbors, Sums
-from lightning_resmem.memory.checks import as_compared, as_ids, checked_changes, checked_rows, checked_search, repeated
+from lightning_resmem.memory.checks import as_ids, checked_changes, checked_rows, checked_search, repeated
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.memory.storage import disk
@@ -29,7 +29,7 @@ from lightning_resmem.memory.values.dense import DenseConfig
 from lightning_resmem.memory.values.interface import Values
 from lightning_resmem.memory.values.sparse import SparseConfig
 from lightning_resmem.params import ResMemParams
-from lightning_resmem.tasks import Multiclass, Task, check_finite
+from lightning_resmem.tasks import Multiclass, Task
 
 
 class RayMemory(ShardedMemory):
@@ -184,9 +184,7 @@ class RayMemory(ShardedMemory):
         self.build()
         assert self._shape is not None
         queries, k = checked_search(queries, self._shape[0], k, len(self))
-        [sent] = moved(CPU, as_compared(queries.detach()))
-        check_finite("queries", sent)
-        request = self._shards.ask("search", in_store(sent.float().numpy()), k, partial=self._is_partial)
+        request = self._shards.ask("search", queries_in_store(queries), k, partial=self._is_partial)
         return PendingSearch(request, len(queries), k, queries.device)
 
     def sums(self, neighbors: Neighbors) -> Sums:
