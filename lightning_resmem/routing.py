@@ -5,7 +5,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -48,8 +47,7 @@ def make_ready(memory: ResidualMemory, model: L.LightningModule, reader: BatchRe
         raise InputError(
             'The memory does not know the head of the model: give ResMemCallback(memory=..., head="net.fc").'
         )
-    with torch.inference_mode(False):  # what is made in inference mode can never be changed again
-        build_near(memory, device_of(model))
+    build_near(memory, device_of(model))
 
 
 class Routing:

@@ -17,8 +17,9 @@ def build_near(memory: ResidualMemory, device: torch.device) -> None:
         memory: With its rows.
         device: Of the model.
     """
-    if device.type == "cuda" and isinstance(memory, LocalMemory) and memory.device.type == "cpu":
-        free, _ = torch.cuda.mem_get_info(device)
-        if not isinstance(memory.wanted_index[0], FaissIndex) and memory.stats()["bytes"] < free / 2:
-            memory.to(device)
-    memory.build()
+    with torch.inference_mode(False):  # what is made in inference mode can never be changed again
+        if device.type == "cuda" and isinstance(memory, LocalMemory) and memory.device.type == "cpu":
+            free, _ = torch.cuda.mem_get_info(device)
+            if not isinstance(memory.wanted_index[0], FaissIndex) and memory.stats()["bytes"] < free / 2:
+                memory.to(device)
+        memory.build()

@@ -23,6 +23,9 @@ from lightning_resmem import (
     ResidualMemory,
     ResMemParams,
     Task,
+    influence,
+    label_errors,
+    usefulness,
 )
 from lightning_resmem.memory.transfer import CPU, moved
 
@@ -182,6 +185,29 @@ def test_tuning_chooses_the_same() -> None:
     assert found.params.k == wanted.params.k
     assert found.params.sigma == pytest.approx(wanted.params.sigma, rel=1e-4)
     assert found.score == pytest.approx(wanted.score)
+
+
+def test_a_gate_and_choices_without_validation_rows() -> None:
+    memory, (queries, outputs) = filled(), batch()
+    labels = targets_of(memory.task, QUERIES)
+    memory.remove(torch.arange(300, ROWS))  # of the CPU's seconds
+    wanted = GridTuner().tune_leave_one_out(memory).params
+    memory.to(GPU)
+    found = GridTuner().tune_leave_one_out(memory).params
+    assert (found.k, found.strength) == (wanted.k, wanted.strength)
+    GridTuner(gate=True).tune(memory, *moved(GPU, queries, outputs, labels))
+
+
+def test_explanations() -> None:
+    memory, (queries, outputs) = filled(), batch()
+    labels = targets_of(memory.task, QUERIES)
+    wanted = influence(memory, 3, queries, outputs), usefulness(memory, queries, outputs, labels), label_errors(memory)
+    memory.to(GPU)
+    there = moved(GPU, queries, outputs, labels)
+    found = influence(memory, 3, *there[:2]), usefulness(memory, *there), label_errors(memory)
+    assert torch.equal(found[0].queries, wanted[0].queries)
+    for ranking, right in zip(found[1:], wanted[1:], strict=True):
+        torch.testing.assert_close(ranking.scores, right.scores, rtol=1e-4, atol=1e-5)
 
 
 def test_tensors_change_devices_together() -> None:
