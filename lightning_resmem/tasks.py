@@ -174,8 +174,11 @@ class Multiclass(Task):
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool or not targets.ndim:
             return None
         rows = targets.to(torch.int64).reshape(len(targets), -1)
-        no_class = [label for label in labels if not 0 <= label < num_outputs]
-        return torch.isin(rows, rows.new_tensor(no_class)).all(dim=1)
+        found = torch.zeros_like(rows, dtype=torch.bool)
+        for label in labels:  # one by one: a tensor of them would have to be sent to a GPU
+            if not 0 <= label < num_outputs:
+                found |= rows == label
+        return found.all(dim=1)
 
     def predict(self, outputs: Tensor, softmax_temperature: float = 1.0) -> Tensor:
         return functional.probabilities(outputs, softmax_temperature)

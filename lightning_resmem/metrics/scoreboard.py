@@ -133,12 +133,13 @@ class _Part:
         usable = answer.is_combined
         if target.is_floating_point():
             usable = usable & torch.isfinite(target.reshape(len(target), -1)).all(dim=1)
-        self._num_left_out += int((~usable).sum())
         ignored = self._task.ignored(target, answer.outputs.shape[1], self._ignored)
-        if ignored is not None:
-            self._num_ignored += int((ignored & usable).sum())
+        ignored = torch.zeros_like(usable) if ignored is None else ignored & usable
+        left_out, num_ignored = torch.stack([(~usable).sum(), ignored.sum()]).tolist()  # one look at both
+        self._num_left_out += left_out
+        self._num_ignored += num_ignored
+        if left_out or num_ignored:
             usable = usable & ~ignored
-        if not usable.all():
             answer, target, numbers = answer.rows(usable), target[usable], numbers[usable]
         target = self._task.check_targets(target, answer.predictions.base.shape[1])
         self._metrics.update(answer.predictions, target, answer.neighbors.distances[:, 0].contiguous(), answer.outputs)
