@@ -292,7 +292,8 @@ class ResidualMemory(nn.Module, Guarded, ABC):
         """
         queries, outputs = checked_batch(queries, outputs)
         with self.reading():
-            return answers.combined_in_blocks(self.task, self.params, outputs, self._nearest(queries), self.sums)
+            nearest = self._nearest(queries, self._search_finite)
+            return answers.combined_in_blocks(self.task, self.params, outputs, nearest, self.sums)
 
     def predictions(self, queries: Tensor, outputs: Tensor) -> Predictions:
         """Base, knn and combined prediction from one search; arguments as for `predict`."""
