@@ -8,9 +8,11 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 FULL := $(VENV)/.installed-full
 DEMO := $(VENV)/.installed-demo
 
+comma := ,
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cluster bench docs diagram clean distclean
+.PHONY: help demo test test-cluster test-gpu bench bench-gpu docs diagram clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -27,6 +29,16 @@ test: $(FULL) ## lint, format check, types, then all tests, doctests and documen
 
 test-cluster: $(FULL) ## Ray with several nodes, ranks and applications: shards, nodes and drivers die (about four minutes)
 	$(BIN)/python -m pytest -m cluster --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# With $(PYTHON) as it is, where that has torch: nothing is installed beside a torch that was chosen for the card.
+on-gpu = set -e; if $(PYTHON) -c "import torch, lightning$(1)" 2>/dev/null; then python=$(PYTHON); \
+	else $(MAKE) $(FULL); python=$(BIN)/python; fi; PYTHONPATH=. $$python
+
+test-gpu: ## the tests that take a GPU, with PYTHON=python3 as it is if it has torch and pytest (under two minutes)
+	@$(call on-gpu,$(comma) pytest) -m pytest -o addopts= --import-mode=importlib -ra -m gpu tests/gpu
+
+bench-gpu: ## exact search on the GPU of this machine beside what else there is (under three minutes)
+	@$(call on-gpu) examples/benchmarks/gpu_search.py
 
 bench: $(FULL) ## every script in examples/benchmarks/
 	@set -e; for script in $(sort $(filter-out examples/benchmarks/_%,$(wildcard examples/benchmarks/*.py))); do \

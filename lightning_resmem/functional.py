@@ -165,7 +165,7 @@ def weighted_residual(positions: Tensor, weights: Tensor, values: Tensor) -> Ten
     if positions.numel() == 0 or values.shape[0] == 0:
         return _wide(values.new_zeros(positions.shape[0], values.shape[1]))
     missing = positions < 0
-    if missing.any():
+    if positions.device.type != "cpu" or missing.any():  # to ask a GPU takes longer than to fill
         positions, weights = positions.masked_fill(missing, 0), weights.masked_fill(missing, 0)
     if values.dtype in (torch.float32, torch.float64):
         return torch.nn.functional.embedding_bag(

@@ -24,6 +24,7 @@ from lightning_resmem.errors import InputError, ResMemWarning, check_type
 from lightning_resmem.memory.answers import Predictions
 from lightning_resmem.memory.base_quality import look_at_base
 from lightning_resmem.memory.capacity import available_bytes, check_capacity, size
+from lightning_resmem.memory.following import build_near
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.metrics.side_by_side import ResMemMetrics
@@ -31,6 +32,7 @@ from lightning_resmem.model.batches import BatchReader, ForwardFn, IdsFn, Target
 from lightning_resmem.model.fingerprint import buffer_sums, describe_weights
 from lightning_resmem.model.head import HeadTap
 from lightning_resmem.model.modes import evaluating
+from lightning_resmem.model.placing import device_of
 from lightning_resmem.module import ResMemModule
 from lightning_resmem.progress import shows_progress, working
 from lightning_resmem.trainer.job import Job, run_job
@@ -266,7 +268,7 @@ class Memorizer:
                 memory.gather(reading.ranks.group)
             if not len(memory):
                 raise InputError("The training loader yielded no rows to memorize: is its dataset empty?")
-            memory.build()
+            build_near(memory, device_of(model))
 
     def _describe(self, reading: Pass, model: L.LightningModule, before: dict[str, int]) -> None:
         """Note where the rows come from: all ranks the same."""

@@ -38,6 +38,7 @@ from lightning_resmem.model.fingerprint import describe_weights
 from lightning_resmem.model.head import Captured, HeadTap
 from lightning_resmem.model.ignored import ignored_labels
 from lightning_resmem.model.modes import evaluation_mode, uncompiled
+from lightning_resmem.model.placing import device_of
 from lightning_resmem.reporting.wandb_report import download_memory
 from lightning_resmem.trainer.base import configure, set_up
 from lightning_resmem.trainer.save_directory import check_replaceable, kind
@@ -114,6 +115,10 @@ class ResMemModule(L.LightningModule):
         self.evaluations: tuple[Evaluation, ...] = ()
         borrow_transfer_hooks(self, [base])
 
+    @property
+    def device(self) -> torch.device:  # Lightning notes only moves of the wrapper itself: the base moves alone, too
+        return device_of(self.base)
+
     def setup(self, stage: str) -> None:
         set_up(self.base, stage)
         self._find_again()
@@ -155,8 +160,7 @@ class ResMemModule(L.LightningModule):
         check_batch(batch)
         with self.memory.reading():
             shapes = self.memory.task.target_shapes(self.memory.num_outputs)
-            captured = self._captured(self._reader.collate(batch, shapes))
-            return Answer.of(self.memory, *captured).predictions
+            return Answer.of(self.memory, *self._captured(self._reader.collate(batch, shapes))).predictions
 
     def explain(self, batch: Any, top: int = 5) -> Explanation:
         """Why the predictions for a batch are what they are: the neighbours behind each, and what each of them added.
@@ -183,8 +187,7 @@ class ResMemModule(L.LightningModule):
                 "torch.utils.data.default_collate([dataset[0]])."
             )
         with self.memory.reading():
-            captured = self._captured(batch)
-            explanation = explain(self.memory, captured.embedding, captured.output, top, targets)
+            explanation = explain(self.memory, *self._captured(batch), top, targets)
         return dataclasses.replace(explanation, images=find_images(batch))
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:

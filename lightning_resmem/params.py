@@ -68,8 +68,8 @@ class Gate:
         Returns:
             Shape `(B, 1)`, or `(B, C)` in multilabel tasks; between 0 and 2.
         """
-        coefficients = base.new_tensor([self.bias, self.distance, self.confidence])
-        return gate_factors(coefficients, *gate_features(task, base, distances, sigma))
+        far, sure = gate_features(task, base, distances, sigma)
+        return gate_factors((self.bias, self.distance, self.confidence), far, sure)
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def gate_features(task: Task, base: Tensor, distances: Tensor, sigma: float) -> 
     return far, torch.zeros_like(far)
 
 
-def gate_factors(coefficients: Tensor, far: Tensor, sure: Tensor) -> Tensor:
-    """The factors, for coefficients `(3,)` and `gate_features`."""
+def gate_factors(coefficients: Tensor | tuple[float, float, float], far: Tensor, sure: Tensor) -> Tensor:
+    """The factors, for three coefficients and `gate_features`."""
     bias, distance, confidence = coefficients
     return 2 * torch.sigmoid(bias + distance * far + confidence * sure)

@@ -5,13 +5,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_resmem.collection.loaders import evaluation_loaders
 from lightning_resmem.collection.ranks import Ranks
 from lightning_resmem.errors import HeadError, InputError, ResMemWarning
+from lightning_resmem.memory.following import build_near
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.memory.weights_watch import WeightsWatch
 from lightning_resmem.metrics.answer import Answer
@@ -23,6 +23,7 @@ from lightning_resmem.model.fingerprint import check_fingerprint
 from lightning_resmem.model.head import Captured, HeadTap
 from lightning_resmem.model.ignored import ignored_labels
 from lightning_resmem.model.modes import eager
+from lightning_resmem.model.placing import device_of
 
 
 def make_ready(memory: ResidualMemory, model: L.LightningModule, reader: BatchReader, doing: str) -> None:
@@ -46,17 +47,7 @@ def make_ready(memory: ResidualMemory, model: L.LightningModule, reader: BatchRe
         raise InputError(
             'The memory does not know the head of the model: give ResMemCallback(memory=..., head="net.fc").'
         )
-    with torch.inference_mode(False):  # what is made in inference mode can never be changed again
-        memory.build()
-        _follow_to_gpu(memory, model.device)
-
-
-def _follow_to_gpu(memory: ResidualMemory, device: torch.device) -> None:
-    """Search on the model's GPU where the memory takes no more than half of what is free there."""
-    if device.type == "cuda" and memory.device.type == "cpu":
-        free, _ = torch.cuda.mem_get_info(device)
-        if memory.stats()["bytes"] < free / 2:
-            memory.to(device)
+    build_near(memory, device_of(model))
 
 
 class Routing:
@@ -89,7 +80,7 @@ class Routing:
         self._board: Scoreboard | None = None
         if prefix is not None:
             loaders, ignored = evaluation_loaders(trainer), ignored_labels(model)
-            self._board = Scoreboard(memory, prefix, loaders, model.device, metrics, ignored)
+            self._board = Scoreboard(memory, prefix, loaders, device_of(model), metrics, ignored)
         assert trainer.state.fn is not None
         # The steps may count in buffers; the next run compares these, too.
         self._weights = WeightsWatch(model, memory, buffers=False)

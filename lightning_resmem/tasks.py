@@ -22,8 +22,7 @@ def _rows(bad: Tensor, ids: Tensor | None, most: int = 5) -> str:
 
 def check_finite(name: str, tensor: Tensor, ids: Tensor | None = None) -> None:
     """Raise an error that names the rows of `tensor` (first dimension) with a NaN or an infinite entry."""
-    # The sum is finite almost always, and one reduction is much cheaper than a mask of the tensor.
-    if torch.isfinite(tensor.sum()):
+    if all_finite(tensor):
         return
     bad = ~torch.isfinite(tensor.reshape(len(tensor), -1)).all(dim=1)
     if bad.any():
@@ -31,6 +30,18 @@ def check_finite(name: str, tensor: Tensor, ids: Tensor | None = None) -> None:
             f"{name} has NaN or infinite entries in {_rows(bad, ids)}. Look at these rows: their input may hold such "
             "values, the training may have diverged, or a half-precision forward may overflow."
         )
+
+
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; False may also mean that a sum of finite entries is too large.
+
+    The sum is finite almost always, and one reduction is much cheaper than a mask. The host waits once for all tensors.
+    """
+    # In half precision the sum of a few thousand logits is too large already.
+    total, *others = (tensor.sum(dtype=torch.float32 if tensor.itemsize < 4 else None) for tensor in tensors)
+    for other in others:
+        total = total + other.to(total.device)
+    return bool(torch.isfinite(total))
 
 
 def _use(task: str) -> str:
@@ -163,8 +174,11 @@ class Multiclass(Task):
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool or not targets.ndim:
             return None
         rows = targets.to(torch.int64).reshape(len(targets), -1)
-        no_class = [label for label in labels if not 0 <= label < num_outputs]
-        return torch.isin(rows, rows.new_tensor(no_class)).all(dim=1)
+        found = torch.zeros_like(rows, dtype=torch.bool)
+        for label in labels:  # one by one: a tensor of them would have to be sent to a GPU
+            if not 0 <= label < num_outputs:
+                found |= rows == label
+        return found.all(dim=1)
 
     def predict(self, outputs: Tensor, softmax_temperature: float = 1.0) -> Tensor:
         return functional.probabilities(outputs, softmax_temperature)

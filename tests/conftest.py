@@ -1,5 +1,10 @@
-"""Fixtures for all tests: nothing may be left behind, everything is seeded, and one small real data set."""
+"""Fixtures for all tests: nothing may be left behind, everything is seeded, and one small real data set.
 
+Those of tests/gpu run on machines that have little beside torch and Lightning: what else is used here is imported where
+it is, if it is there.
+"""
+
+import importlib.util
 import os
 import random
 import tempfile
@@ -7,24 +12,28 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import psutil
 import pytest
 import torch
-from hypothesis import settings
-from sklearn.datasets import load_digits
 
-# The same examples on every run: a failure is there again when one looks at it.
-settings.register_profile("resmem", deadline=None, derandomize=True, database=None, max_examples=50)
-settings.load_profile("resmem")
+if TYPE_CHECKING:
+    import psutil
+
+if importlib.util.find_spec("hypothesis") is not None:
+    from hypothesis import settings
+
+    # The same examples on every run: a failure is there again when one looks at it.
+    settings.register_profile("resmem", deadline=None, derandomize=True, database=None, max_examples=50)
+    settings.load_profile("resmem")
 
 # How long threads and processes that were told to end may take.
 _GRACE_SECONDS = 5.0
 
 # What Lightning, torch and OpenMP leave in the environment by design; undone, but no failure.
 _TOLERATED_ENVIRONMENT = {
+    "CUBLAS_WORKSPACE_CONFIG",
     "CUDA_DEVICE_ORDER",
     "CUDA_MODULE_LOADING",
     "KMP_DUPLICATE_LIB_OK",
@@ -39,8 +48,12 @@ _TOLERATED_ENVIRONMENT = {
     "PYTORCH_NVML_BASED_CUDA_CHECK",
     "RANK",
     "TORCHINDUCTOR_CACHE_DIR",
+    "TORCH_WARM_POOL",
     "TRITON_CACHE_DIR",
+    "TRITON_LIBDEVICE_PATH",
+    "TRITON_PTXAS_PATH",
     "WORLD_SIZE",
+    "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
 }
 
 # Helpers of the standard library and of torch.compile that live as long as the interpreter, by design; and workers that
@@ -139,8 +152,10 @@ def _no_threads_left() -> Iterator[None]:
     assert not left, f"the test left threads that keep the interpreter from ending: {left}"
 
 
-def _children() -> list[psutil.Process]:
+def _children() -> list["psutil.Process"]:
     """Processes that this one started, however deep, except finished ones and tolerated helpers."""
+    import psutil
+
     running = []
     for child in psutil.Process().children(recursive=True):
         try:
@@ -152,8 +167,10 @@ def _children() -> list[psutil.Process]:
     return running
 
 
-def _actor(process: psutil.Process) -> str:
+def _actor(process: "psutil.Process") -> str:
     """The class of the Ray actor that a process is, or nothing."""
+    import psutil
+
     try:
         title = process.cmdline()[0]
     except (psutil.Error, IndexError):
@@ -163,12 +180,15 @@ def _actor(process: psutil.Process) -> str:
 
 @pytest.fixture(autouse=True)
 def _no_processes_left() -> Iterator[None]:
+    if importlib.util.find_spec("psutil") is None:
+        yield
+        return
     # Those that a fixture of wider scope started (a cluster, say) are there already, and stay; an actor of theirs that
     # the test kills is started again.
     before = {child: _actor(child) for child in _children()}
     yield
 
-    def new() -> list[psutil.Process]:
+    def new() -> list["psutil.Process"]:
         running, left = _children(), []
         ended = Counter(actor for child, actor in before.items() if actor and child not in running)
         for child in running:
@@ -214,6 +234,8 @@ class Digits(NamedTuple):
 @pytest.fixture(scope="session")
 def digits() -> Digits:
     """The digits in a fixed split. Do not write into the tensors: every test sees the same ones."""
+    from sklearn.datasets import load_digits
+
     data = load_digits()
     inputs = torch.tensor(data.data, dtype=torch.float32) / 16
     targets = torch.tensor(data.target, dtype=torch.int64)

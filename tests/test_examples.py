@@ -2,11 +2,13 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -51,3 +53,20 @@ def test_memory_pass(tmp_path):
 
 def test_cifar10_features_without_the_file(tmp_path):
     assert "RESMEM_FEATURES" in run(tmp_path, "benchmarks/cifar10_features.py")
+
+
+def test_gpu_search_on_a_cpu(tmp_path, monkeypatch):
+    script, out = ROOT / "examples" / "benchmarks" / "gpu_search.py", tmp_path / "tables" / "card.md"
+    monkeypatch.syspath_prepend(script.parent)
+    monkeypatch.setattr(sys, "argv", [script.name, "--device", "cpu", "--small", "--rounds", "1", "--out", str(out)])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    written = out.read_text()
+    exact = re.findall(r"\| (ours|addmm \+ topk|cdist \+ topk) \| [\d.e+]+ \| [\d.]+ \| 100\.000% \|", written)
+    assert sorted(set(exact)) == ["addmm + topk", "cdist + topk", "ours"]
+    for call in ("search", "memory(queries)", "predict", "copy, bytes read and written"):
+        assert f"| {call} |" in written

@@ -264,17 +264,6 @@ def test_it_can_be_made_double(resmem):
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_it_moves_to_a_gpu(resmem):
-    inputs = Data().test[0]
-    expected = resmem(inputs)
-    resmem.to("cuda")
-    assert resmem.memory.device.type == "cuda"
-    torch.testing.assert_close(resmem(inputs.cuda()).cpu(), expected, rtol=0, atol=1e-4)
-    resmem.to("cpu")
-    assert torch.equal(resmem(inputs), expected)
-
-
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
 def test_a_trainers_precision_does_not_round_the_memory(precision, tmp_path):
     data, model = Data(), make(CallsSelf)

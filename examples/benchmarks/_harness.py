@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from threadpoolctl import threadpool_limits
 
 TABLES = Path(__file__).parents[2] / "docs" / "benchmarks"
 
@@ -38,6 +37,7 @@ def thread_counts() -> list[int]:
 def use_threads(count: int) -> None:
     """Let torch, FAISS, NumPy and scikit-learn compute with so many threads."""
     import faiss
+    from threadpoolctl import threadpool_limits
 
     torch.set_num_threads(count)
     faiss.omp_set_num_threads(count)
@@ -52,8 +52,9 @@ def without_numba() -> Iterator[None]:
 
 
 def features_file() -> Path | None:
-    """The file of CIFAR-10 features: the first argument, or the environment variable RESMEM_FEATURES."""
-    given = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("RESMEM_FEATURES")
+    """The file of CIFAR-10 features: the first argument, if it is no option, or the variable RESMEM_FEATURES."""
+    first = sys.argv[1] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else None
+    given = first or os.environ.get("RESMEM_FEATURES")
     return Path(given) if given else None
 
 
@@ -70,12 +71,21 @@ def features() -> tuple[torch.Tensor, torch.Tensor, str]:
     return keys, queries[:1000].contiguous(), "CIFAR-10 features"
 
 
-def report(name: str, title: str, header: list[str], rows: list[list[str]]) -> None:
-    """Print a table and write it as Markdown where the documentation includes it."""
+def show(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """Print a table."""
     table = Table(*header, title=title)
     for row in rows:
         table.add_row(*row)
     Console().print(table)
-    lines = [header, ["---"] * len(header), *rows]
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """The same for a page."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, ["---"] * len(header), *rows))
+
+
+def report(name: str, title: str, header: list[str], rows: list[list[str]]) -> None:
+    """Print a table and write it as Markdown where the documentation includes it."""
+    show(title, header, rows)
     TABLES.mkdir(parents=True, exist_ok=True)
-    (TABLES / f"{name}.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    (TABLES / f"{name}.md").write_text(markdown(header, rows))

@@ -18,6 +18,9 @@ from lightning_resmem.cluster.changes import Changes
 from lightning_resmem.cluster.config import PoolConfig, default_storage
 from lightning_resmem.cluster.sharding import split
 from lightning_resmem.errors import InputError, ShardUnavailableError
+from lightning_resmem.memory.checks import as_compared
+from lightning_resmem.memory.transfer import CPU, moved
+from lightning_resmem.tasks import check_finite
 
 if TYPE_CHECKING:  # Ray takes a second to import: it is imported when a cluster is needed
     from lightning_resmem.cluster.pool import Pool, Write
@@ -246,6 +249,13 @@ class ShardClient:
         # A copy asks the same shards, which end with the process that made them.
         self.flush()
         return {**self.__dict__, "_pool": None}
+
+
+def queries_in_store(queries: Tensor) -> Any:
+    """Queries `(B, D)` for all shards, copied once from where they are; raises an error unless they are finite."""
+    [sent] = moved(CPU, as_compared(queries.detach()))
+    check_finite("queries", sent)
+    return in_store(sent.float().numpy())
 
 
 def in_store(*arrays: np.ndarray[Any, Any]) -> Any:

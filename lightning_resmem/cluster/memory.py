@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_resmem.cluster import ranks
 from lightning_resmem.cluster.about import about_of
 from lightning_resmem.cluster.address import check_address
-from lightning_resmem.cluster.client import in_store
+from lightning_resmem.cluster.client import in_store, queries_in_store
 from lightning_resmem.cluster.config import PoolConfig, absolute
 from lightning_resmem.cluster.files import to_files
 from lightning_resmem.cluster.merging import PendingSearch, overview, total
@@ -24,6 +24,7 @@ from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.memory.storage import disk
 from lightning_resmem.memory.storage.saved import Saved, manifest, read_saved
+from lightning_resmem.memory.transfer import CPU, moved
 from lightning_resmem.memory.values.dense import DenseConfig
 from lightning_resmem.memory.values.interface import Values
 from lightning_resmem.memory.values.sparse import SparseConfig
@@ -183,16 +184,15 @@ class RayMemory(ShardedMemory):
         self.build()
         assert self._shape is not None
         queries, k = checked_search(queries, self._shape[0], k, len(self))
-        held = in_store(queries.detach().float().cpu().numpy())
-        request = self._shards.ask("search", held, k, partial=self._is_partial)
+        request = self._shards.ask("search", queries_in_store(queries), k, partial=self._is_partial)
         return PendingSearch(request, len(queries), k, queries.device)
 
     def sums(self, neighbors: Neighbors) -> Sums:
         self.build()
         with torch.no_grad():
             weights = neighbor_weights(neighbors.distances, self.params.sigma)
-        held = in_store(neighbors.ids.cpu().numpy(), weights.cpu().numpy())
-        answers = self._ask("weighted_sums", held, self.params.softmax_temperature)
+        ids, sent = moved(CPU, neighbors.ids, weights)
+        answers = self._ask("weighted_sums", in_store(ids.numpy(), sent.numpy()), self.params.softmax_temperature)
         return total(answers, len(weights), self.num_outputs, neighbors.distances.device)
 
     def fetch(self, ids: Tensor) -> Values:

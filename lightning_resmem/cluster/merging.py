@@ -7,6 +7,7 @@ import torch
 
 from lightning_resmem.cluster.sharding import merge
 from lightning_resmem.memory.answers import Neighbors, Sums
+from lightning_resmem.memory.transfer import moved
 
 if TYPE_CHECKING:  # Ray takes a second to import: it is imported when a cluster is needed
     from lightning_resmem.cluster.requests import Request
@@ -34,7 +35,7 @@ class PendingSearch:
         if missing > 0:
             distances = torch.nn.functional.pad(distances, (0, missing), value=torch.inf)
             ids = torch.nn.functional.pad(ids, (0, missing), value=-1)
-        return Neighbors(distances.to(self._device), ids.to(self._device))
+        return Neighbors(*moved(self._device, distances, ids))
 
 
 def total(answers: Sequence[Any], queries: int, num_outputs: int, device: torch.device) -> Sums:
@@ -55,7 +56,7 @@ def total(answers: Sequence[Any], queries: int, num_outputs: int, device: torch.
         sums += part[0]
         for whole, added in zip(tail, part[1:], strict=True):
             whole += added
-    return Sums(*torch.from_numpy(sums).to(device), *(torch.from_numpy(whole).to(device) for whole in tail))
+    return Sums(*moved(device, *torch.from_numpy(sums), *map(torch.from_numpy, tail)))
 
 
 def overview(answers: list[list[dict[str, Any]]]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from lightning_resmem.errors import InputError
 from lightning_resmem.model.batches import TRANSFER_HOOKS, BatchReader, tensors_of
 from lightning_resmem.model.head import HeadTap
 from lightning_resmem.model.modes import evaluation_mode
+from lightning_resmem.model.placing import device_of
 from lightning_resmem.model.returned import check_diverged, check_returned
 from lightning_resmem.progress import progress_bar
 from lightning_resmem.tasks import Regression, Task
@@ -240,12 +241,12 @@ class Pass:
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         model, state = self._model, self._trainer.state
-        stage = state.stage
+        stage, device = state.stage, device_of(model)
         # Loaders and augmentations draw random numbers; training goes on as if nobody had. Rows outlive this pass, and
         # tensors made in inference mode could never be changed again.
         with (
             isolate_rng(include_cuda=False),  # all GPUs would be touched, those of other ranks, too
-            torch.random.fork_rng([model.device] if model.device.type == "cuda" else []),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
             torch.inference_mode(False),
             evaluation_mode(model),
             self._reader.quiet(model),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_resmem.errors import InputError, MemoryPassError, ResMemWarning
+from lightning_resmem.model.placing import device_of
 
 # How often a rank looks whether another one has failed, in seconds.
 _POLL_SECONDS = 1.0
@@ -186,7 +187,7 @@ def _set_buffer(model: nn.Module, name: str, buffer: Tensor | None, value: Tenso
     path, _, leaf = name.rpartition(".")
     with suppress(AttributeError, KeyError):  # this rank has no such module, or something else of this name
         owner = model.get_submodule(path)
-        value = value.to(getattr(model, "device", "cpu") if buffer is None else buffer.device)
+        value = value.to(device_of(model) if buffer is None else buffer.device)
         if leaf in dict(owner.named_buffers(recurse=False)) or getattr(owner, leaf, value) is None:
             setattr(owner, leaf, value)
         else:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_resmem.errors import InputError, ResMemWarning
 from lightning_resmem.params import checked_k
-from lightning_resmem.tasks import Multiclass, Task, check_finite
+from lightning_resmem.tasks import Multiclass, Task, all_finite, check_finite
 
 # Bytes of a search result (12 a place) beyond which places that no row can fill are refused.
 _PADDED_BYTES = 2**32
@@ -233,6 +233,8 @@ def checked_changes(
 def checked_search(queries: Any, width: int, k: int, rows: int) -> tuple[Tensor, int]:
     """Queries and `k` as `ResidualMemory.search` takes them; raises an error that names the argument.
 
+    Whether the queries are finite is for the caller to check: those of a batch are looked at together with its outputs.
+
     Args:
         queries: Shape `(B, D)`.
         width: `D`.
@@ -252,12 +254,20 @@ def checked_search(queries: Any, width: int, k: int, rows: int) -> tuple[Tensor,
             f"k={k} for {len(queries)} queries takes {len(queries) * k * 12 / 2**30:.1f} GiB, but the memory has "
             f"only {rows} rows: ask for at most so many neighbours."
         )
-    check_finite("queries", as_compared(queries))
     return queries, k
 
 
 def checked_batch(queries: Any, outputs: Any) -> tuple[Tensor, Tensor]:
     """Queries `(B, D)` and the head's outputs `(B, C)` for them as tensors; raises an error for what does not fit."""
+    queries, outputs = matching_batch(queries, outputs)
+    if not all_finite(as_compared(queries), outputs):
+        check_finite("outputs", outputs)
+        check_finite("queries", as_compared(queries))
+    return queries, outputs
+
+
+def matching_batch(queries: Any, outputs: Any) -> tuple[Tensor, Tensor]:
+    """`checked_batch` of rows that need not be finite."""
     queries, outputs = as_tensor("queries", queries), as_tensor("outputs", outputs)
     check_batched("queries", queries, "(B, D)")
     if outputs.ndim == 1 and outputs.shape == queries.shape[:1]:
@@ -267,7 +277,6 @@ def checked_batch(queries: Any, outputs: Any) -> tuple[Tensor, Tensor]:
             f"outputs has shape {tuple(outputs.shape)} for queries of shape {tuple(queries.shape)}: "
             "give one row of head outputs for every query."
         )
-    check_finite("outputs", outputs)
     return queries, outputs
 
 

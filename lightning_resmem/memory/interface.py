@@ -224,12 +224,9 @@ class ResidualMemory(nn.Module, Guarded, ABC):
         """Tell other processes that share the memory its params and provenance; called when they are final."""
 
     def gather(self, group: dist.ProcessGroup) -> None:
-        """Have every rank of `group` answer from the rows that all of them added.
+        """Have every rank of `group`, that of `join`, answer from the rows that all of them added.
 
         A memory in this process exchanges them; one that the ranks share waits until all have arrived, and builds.
-
-        Args:
-            group: A process group on the CPU.
         """
 
     @property
@@ -267,7 +264,8 @@ class ResidualMemory(nn.Module, Guarded, ABC):
             Shape `(B, C)`, not yet multiplied by `strength`.
         """
         with self.reading():
-            return answers.residual_sum(self.task, self.params, outputs, self.sums(self._nearest(queries)))
+            found = self.sums(self._nearest(queries, self.search))
+            return answers.residual_sum(self.task, self.params, outputs, found)
 
     def knn(self, queries: Tensor) -> Tensor:
         """The weighted label average: the prediction of the neighbours alone.
@@ -279,7 +277,7 @@ class ResidualMemory(nn.Module, Guarded, ABC):
             Shape `(B, C)`.
         """
         with self.reading():
-            return self.sums(self._nearest(queries)).labels
+            return self.sums(self._nearest(queries, self.search)).labels
 
     def predict(self, queries: Tensor, outputs: Tensor) -> Tensor:
         """The combined prediction `F(x)`.
@@ -294,27 +292,29 @@ class ResidualMemory(nn.Module, Guarded, ABC):
         """
         queries, outputs = checked_batch(queries, outputs)
         with self.reading():
-            return answers.combined_in_blocks(self.task, self.params, outputs, self._nearest(queries), self.sums)
+            nearest = self._nearest(queries, self._search_finite)
+            return answers.combined_in_blocks(self.task, self.params, outputs, nearest, self.sums)
 
     def predictions(self, queries: Tensor, outputs: Tensor) -> Predictions:
         """Base, knn and combined prediction from one search; arguments as for `predict`."""
         return self.predictions_and_neighbors(queries, outputs)[0]
 
     def predictions_and_neighbors(self, queries: Tensor, outputs: Tensor) -> tuple[Predictions, Neighbors]:
-        """The predictions, and the neighbours that they come from, from one search.
+        """The predictions and the neighbours that they come from, from one search; arguments as for `predictions`."""
+        return self.predictions_of_finite(*checked_batch(queries, outputs))
 
-        Args:
-            queries: Embeddings, shape `(B, D)`.
-            outputs: What the head returned for them, shape `(B, C)`.
-        """
-        queries, outputs = checked_batch(queries, outputs)
+    def predictions_of_finite(self, queries: Tensor, outputs: Tensor) -> tuple[Predictions, Neighbors]:
+        """`predictions_and_neighbors` of a batch that was checked, which a GPU would be waited for to do again."""
         with self.reading():
-            params, neighbors = self.params, self._nearest(queries)
+            params, neighbors = self.params, self._nearest(queries, self._search_finite)
             return answers.combined(self.task, params, outputs, neighbors, self.sums(neighbors)), neighbors
 
-    def _nearest(self, queries: Tensor) -> Neighbors:
+    def _nearest(self, queries: Tensor, search: Callable[[Tensor, int], Neighbors]) -> Neighbors:
         """The neighbours that a prediction reads: no places for more of them than there are rows."""
-        return self.search(queries, min(self.params.k, max(1, len(self))))
+        return search(queries, min(self.params.k, max(1, len(self))))
+
+    def _search_finite(self, queries: Tensor, k: int) -> Neighbors:
+        return self.search(queries, k)
 
     def distance_scale(self) -> float:
         """The median over up to 512 rows of the mean distance to the 10 nearest others, a natural unit for `sigma`.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_resmem.functional import neighbor_weights
 from lightning_resmem.memory.answers import Neighbors, Sums
-from lightning_resmem.memory.checks import as_ids, checked_changes, checked_rows, checked_search
+from lightning_resmem.memory.checks import as_compared, as_ids, checked_changes, checked_rows, checked_search
 from lightning_resmem.memory.exchange import all_gather_rows
 from lightning_resmem.memory.local_config import LocalConfig
 from lightning_resmem.memory.locks import exclusive
@@ -24,7 +24,7 @@ from lightning_resmem.memory.values.dense import DenseConfig
 from lightning_resmem.memory.values.interface import Values
 from lightning_resmem.memory.values.sparse import SparseConfig
 from lightning_resmem.params import ResMemParams
-from lightning_resmem.tasks import Task
+from lightning_resmem.tasks import Task, check_finite
 
 
 class LocalMemory(PartMemory):
@@ -156,9 +156,16 @@ class LocalMemory(PartMemory):
 
     def search(self, queries: Tensor, k: int) -> Neighbors:
         with self.reading():
-            rows = self._rows
-            queries, k = checked_search(queries, rows.keys.finish().shape[1], k, len(rows))
-            return rows.search(queries, k)
+            queries, k = self._checked_search(queries, k)
+            check_finite("queries", as_compared(queries))
+            return self._rows.search(queries, k)
+
+    def _search_finite(self, queries: Tensor, k: int) -> Neighbors:
+        with self.reading():
+            return self._rows.search(*self._checked_search(queries, k))
+
+    def _checked_search(self, queries: Tensor, k: int) -> tuple[Tensor, int]:
+        return checked_search(queries, self._rows.keys.finish().shape[1], k, len(self))
 
     def sums(self, neighbors: Neighbors) -> Sums:
         with self.reading(), torch.no_grad():

@@ -31,6 +31,7 @@ class RowIds:
         self._ids = GrowingTensor()
         self._ascending = True  # they arrived so, as far as they did
         self._table: Tensor | None = None  # of the ids as they are now
+        self._largest: int | None = None  # of them
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -105,14 +106,17 @@ class RowIds:
         if not len(self):
             return torch.full_like(ids, -1)
         known = self._ids.finish()
-        if int(known[-1]) == len(known) - 1:  # ids are 0, 1, 2, ...: the position is the id
+        largest = self._largest
+        if largest is None:  # read once: a GPU would be waited for every time
+            largest = self._largest = int(known[-1])
+        if largest == len(known) - 1:  # ids are 0, 1, 2, ...: the position is the id
             return ids.where(ids < len(known), -1)
-        if int(known[-1]) >= _TABLE_IDS * len(known):
+        if largest >= _TABLE_IDS * len(known):
             positions = torch.searchsorted(known, ids).clamp_max(len(known) - 1)
             return positions.where(known[positions] == ids, -1)
         table = self._table
         if table is None:
-            table = torch.full((int(known[-1]) + 2,), -1, device=known.device)
+            table = torch.full((largest + 2,), -1, device=known.device)
             table[known] = torch.arange(len(known), device=known.device)
             self._table = table
         return table[ids.clamp(-1, len(table) - 1)]  # its last entry is for ids that are too large
@@ -140,7 +144,7 @@ class RowIds:
         return torch.isin(known, ids).nonzero()[:, 0]
 
     def _changed(self) -> None:
-        self._table = None
+        self._table = self._largest = None
 
 
 def _check_known(ids: Tensor, known: Tensor) -> None:

@@ -15,6 +15,7 @@ from lightning_resmem.memory.local_config import LocalConfig
 from lightning_resmem.memory.row_ids import RowIds
 from lightning_resmem.memory.search.exact import ExactIndex
 from lightning_resmem.memory.search.faiss_search import FaissSearch
+from lightning_resmem.memory.transfer import moved
 from lightning_resmem.memory.values.interface import Values
 
 
@@ -175,22 +176,24 @@ class Rows:
     def search(self, queries: Tensor, k: int) -> Neighbors:
         """The nearest rows of built ones, as `ResidualMemory.search` returns them, for checked queries and `k`."""
         assert self.index is not None
-        distances, positions = self.index.search(queries.to(self.device), min(k, len(self)))
+        [own] = moved(self.device, queries)
+        distances, positions = self.index.search(own, min(k, len(self)))
         ids = self.ids.finish()[positions.clamp_min(0)].masked_fill_(positions < 0, -1)
         missing = k - distances.shape[1]
         if missing > 0:
             distances = torch.nn.functional.pad(distances, (0, missing), value=torch.inf)
             ids = torch.nn.functional.pad(ids, (0, missing), value=-1)
-        return Neighbors(distances.to(queries.device), ids.to(queries.device))
+        return Neighbors(*moved(queries.device, distances, ids))
 
     def weighted_sums(self, ids: Tensor, weights: Tensor, softmax_temperature: float) -> Sums:
         """Sums over rows with given weights, as `LocalMemory.weighted_sums` returns them."""
         # A trainer's autocast would sum in half precision.
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            positions, weights = self.ids.positions(ids.to(self.device)), weights.to(self.device)
+            own, weights = moved(self.device, ids, weights)
+            positions = self.ids.positions(own)
             residual, tail = self.values.residual_sum(positions, weights, softmax_temperature)
-            labels = self.values.label_sum(positions, weights).to(ids.device)
-            return Sums(residual.to(ids.device), labels, None if tail is None else tail.to(ids.device))
+            found = (residual, self.values.label_sum(positions, weights), *(() if tail is None else (tail,)))
+            return Sums(*moved(ids.device, *found))
 
     def tensors(self) -> dict[str, Tensor]:
         """`keys`, `ids` and the tensors of the values; there have to be some."""

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.memory.answers import Neighbors, Predictions, in_blocks
-from lightning_resmem.memory.checks import as_compared
+from lightning_resmem.memory.checks import as_compared, matching_batch
 from lightning_resmem.memory.interface import ResidualMemory
-from lightning_resmem.tasks import Task
+from lightning_resmem.tasks import Task, all_finite
 
 _FLIP_NEIGHBORS = 5  # that a flip shows
 
@@ -36,11 +36,11 @@ class Answer(NamedTuple):
             embeddings: Shape `(B, D)`.
             outputs: Shape `(B, C)`.
         """
-        # The sums are finite almost always, and cheaper than masks.
-        if torch.isfinite(as_compared(embeddings).sum() + outputs.sum()):
-            return cls(outputs, *memory.predictions_and_neighbors(embeddings, outputs))
+        embeddings, outputs = matching_batch(embeddings, outputs)
+        if all_finite(as_compared(embeddings), outputs):
+            return cls(outputs, *memory.predictions_of_finite(embeddings, outputs))
         usable = torch.isfinite(as_compared(embeddings)).all(dim=1) & torch.isfinite(outputs).all(dim=1)
-        found, near = memory.predictions_and_neighbors(embeddings[usable], outputs[usable])
+        found, near = memory.predictions_of_finite(embeddings[usable], outputs[usable])
         base = memory.task.predict(outputs, memory.params.softmax_temperature)
         predictions = Predictions(*(base.clone() for _ in Predictions._fields))
         for whole, part in zip(predictions, found, strict=True):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_resmem.memory.transfer import CPU, moved
 from lightning_resmem.metrics.answer import Answer
 from lightning_resmem.metrics.evaluation import Flip
 from lightning_resmem.metrics.functional import is_right
@@ -36,6 +37,8 @@ class FirstFlips:
         base, _, resmem = answer.predictions
         before, after = is_right(base, targets), is_right(resmem, targets)
         for flips, flipped in zip(self.found, (after & ~before, before & ~after), strict=True):
+            if len(flips) >= _MOST_FLIPS:
+                continue
             places = flipped.nonzero()[: _MOST_FLIPS - len(flips)]
             rows, outputs = places[:, 0], places[:, 1:]  # (n,), and (n, 1) in multilabel tasks, else (n, 0)
             columns = [
@@ -45,7 +48,8 @@ class FirstFlips:
                 answer.neighbors.ids[rows],
                 answer.neighbors.distances[rows],
             ]
-            for row, output, *values in zip(*(c.tolist() for c in (numbers[rows], outputs, *columns)), strict=True):
+            columns = [numbers[rows], outputs, *columns]
+            for row, output, *values in zip(*(c.tolist() for c in moved(CPU, *columns)), strict=True):
                 label, confidence, new_label, new_confidence, target, ids, distances = values
                 flips.append(
                     Flip(

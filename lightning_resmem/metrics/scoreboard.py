@@ -20,8 +20,9 @@ from lightning_resmem.metrics.side_by_side import ResMemMetrics
 from lightning_resmem.model.ignored import IGNORE_INDEX
 from lightning_resmem.tasks import Regression, Task
 
-# Entries of a prediction that wait to be counted together: an update has a price of its own, and so has a large tensor.
-_WAITING_ENTRIES = 2**18
+# Entries of a prediction that wait to be counted together: an update has a price of its own (on a GPU, most of it is to
+# wait for what was asked before), and so has a large tensor.
+_WAITING_ENTRIES, _WAITING_ENTRIES_GPU = 2**18, 2**22
 
 
 class Scoreboard:
@@ -117,7 +118,8 @@ class _Part:
         self._waiting.append((answer.head(rows), targets[:rows]))
         self._num_waiting += answer.predictions.base[:rows].numel()
         # The first batch at once: if something does not fit, it shows in the first step.
-        if not self._num_read or self._num_waiting >= _WAITING_ENTRIES:
+        most = _WAITING_ENTRIES if self._device.type == "cpu" else _WAITING_ENTRIES_GPU
+        if not self._num_read or self._num_waiting >= most:
             self.count()
 
     def count(self) -> None:
@@ -131,12 +133,13 @@ class _Part:
         usable = answer.is_combined
         if target.is_floating_point():
             usable = usable & torch.isfinite(target.reshape(len(target), -1)).all(dim=1)
-        self._num_left_out += int((~usable).sum())
         ignored = self._task.ignored(target, answer.outputs.shape[1], self._ignored)
-        if ignored is not None:
-            self._num_ignored += int((ignored & usable).sum())
+        ignored = torch.zeros_like(usable) if ignored is None else ignored & usable
+        left_out, num_ignored = torch.stack([(~usable).sum(), ignored.sum()]).tolist()  # one look at both
+        self._num_left_out += left_out
+        self._num_ignored += num_ignored
+        if left_out or num_ignored:
             usable = usable & ~ignored
-        if not usable.all():
             answer, target, numbers = answer.rows(usable), target[usable], numbers[usable]
         target = self._task.check_targets(target, answer.predictions.base.shape[1])
         self._metrics.update(answer.predictions, target, answer.neighbors.distances[:, 0].contiguous(), answer.outputs)

@@ -51,7 +51,8 @@ class PositiveFlipRate(Sums):
             targets: Shape `(B,)`, or `(B, C)` in multilabel tasks.
         """
         flipped = functional.turned_right(base, resmem, targets)
-        self.add(torch.stack([flipped.sum(), flipped.new_tensor(flipped.numel(), dtype=torch.int64)]))
+        count = flipped.sum()
+        self.add(torch.stack([count, torch.full_like(count, flipped.numel())]))
 
     def compute(self) -> Tensor:
         """The rate, scalar; NaN without rows."""
@@ -103,7 +104,7 @@ class MeanScores(Sums):
         """
         scores = scores.to(self.sums)
         squares = (scores[:, 2] - scores[:, 0]).square().sum()
-        self.add(torch.cat([scores.sum(dim=0), squares[None], squares.new_tensor([len(scores)])]))
+        self.add(torch.cat([scores.sum(dim=0), squares[None], squares.new_full((1,), len(scores))]))
 
     def compute(self) -> dict[str, Tensor]:
         """By name; the standard error is inf for a single row, and all are NaN without rows."""
@@ -134,7 +135,8 @@ class RowMean(Sums):
     def update(self, predictions: Tensor, targets: Tensor) -> None:
         """Add rows: predictions `(B, C)`, and targets as the function wants them."""
         values = self.function(predictions, targets)
-        self.add(torch.stack([values.double().sum(), values.new_tensor(len(values), dtype=torch.float64)]))
+        total = values.double().sum()
+        self.add(torch.stack([total, torch.full_like(total, len(values))]))
 
     def compute(self) -> Tensor:
         """The mean, scalar; NaN without rows."""

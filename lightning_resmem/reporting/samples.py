@@ -53,7 +53,7 @@ def read_rows(memory: LocalMemory) -> Read:
         errors = task.residuals(outputs, targets, temperature).abs().amax(dim=1)
         parts.append((targets, base, errors, task.loss(base, base, targets), memory._query_rows(block).norm(dim=1)))
     targets, base, *numbers = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Read(targets, base, *(column.double().numpy() for column in numbers))
+    return Read(targets, base, *(column.double().cpu().numpy() for column in numbers))
 
 
 def search_rows(memory: LocalMemory, rows: int, k: int) -> Searched:

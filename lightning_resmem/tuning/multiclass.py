@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.functional import FLOOR
+from lightning_resmem.memory.transfer import beside
 
 # Predictions that are judged at once: what stays in a core's cache, and what keeps a GPU busy.
 _CPU_ENTRIES, _GPU_ENTRIES = 2**16, 2**24
@@ -36,7 +37,7 @@ def multiclass_sweep(
                 [ True]])
     """
     rows, classes = base.shape
-    factors = torch.tensor(strengths, dtype=base.dtype, device=base.device)[:, None]  # (S, 1)
+    factors = beside(base, strengths)[:, None]  # (S, 1)
     right = torch.empty(len(strengths), rows, dtype=torch.bool, device=base.device)
     losses = base.new_empty(len(strengths), rows)
     tiny = torch.finfo(base.dtype).tiny
@@ -50,7 +51,8 @@ def multiclass_sweep(
         label = targets[here].expand(1, len(strengths), -1)
         top = single.amax(dim=0)
         hit = single.gather(0, label)[0] == top
-        if torch.count_nonzero(single == top) > top.numel():  # of equal entries only the first is the prediction
+        # Of equal entries only the first is the prediction; to ask a GPU if there are any takes longer than to look.
+        if base.device.type != "cpu" or torch.count_nonzero(single == top) > top.numel():
             hit &= single.argmax(dim=0) == label[0]
         right[:, here] = hit
         # The floor of `functional.log_predictions`, multiplied and clamped before it has an entry for every strength.

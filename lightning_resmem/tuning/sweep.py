@@ -133,22 +133,25 @@ class Sweep:
         kept = torch.bool if type(self.task) is Multiclass else self._base_score.dtype  # 0 and 1 need no more
         all_scores = torch.empty(len(settings), len(self._targets), dtype=kept, device=self._base_score.device)
         self._scores.append(all_scores)
+        measured, places = [], []
         for indices, strengths, base, residual in self._each(settings if len(self._targets) else [], self._narrow):
             base_loss = self.task.loss(base, base, self._narrow.targets)
             scores, losses, lost = self._judge(base, residual, strengths)
-            all_scores[indices] = scores.to(kept)
+            for index, of_setting in zip(indices, scores, strict=True):  # a list as an index would be sent to a GPU
+                all_scores[index] = of_setting
             gains = (base_loss - losses).double()
-            sums[indices] = torch.stack(
-                [
-                    scores.sum(dim=1, dtype=torch.float64),
-                    losses.sum(dim=1, dtype=torch.float64),
-                    lost,
-                    (scores - self._base_score).double().square().sum(dim=1),
-                    gains.sum(dim=1),
-                    gains.square().sum(dim=1),
-                ],
-                dim=1,
-            ).cpu()
+            of_settings = [
+                scores.sum(dim=1, dtype=torch.float64),
+                losses.sum(dim=1, dtype=torch.float64),
+                lost,
+                (scores - self._base_score).double().square().sum(dim=1),
+                gains.sum(dim=1),
+                gains.square().sum(dim=1),
+            ]
+            measured.append(torch.stack(of_settings, dim=1))
+            places += indices
+        if places:
+            sums[places] = torch.cat(measured).cpu()  # once: a GPU is waited for
         return Measured(*(self._gather(sums[None]).sum(dim=0) / self.num_rows).T)
 
     def squared_differences(self, indices: Tensor, reference: int) -> Tensor:

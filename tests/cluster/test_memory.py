@@ -38,6 +38,7 @@ from lightning_resmem.trainer.save_directory import SaveDirectory
 from tests.cluster.ending import SECONDS, ended
 from tests.memory.test_contract import CLASSES, PARAMS, ROWS, WIDTH, Data
 from tests.saved_files import file_of
+from tests.simulated_gpu import DEVICE, simulated_gpu
 
 pytestmark = pytest.mark.slow
 
@@ -116,6 +117,22 @@ def test_answers_as_the_oracle_and_as_one_memory(memory: RayMemory, data: Data) 
     ):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert memory.distance_scale() == pytest.approx(one.distance_scale())
+
+
+def test_queries_on_a_gpu_go_out_and_answers_come_back_as_one_copy_each(two: RayMemory, data: Data) -> None:
+    data.add_to(two, torch.arange(ROWS))
+    expected = two.search(data.queries, PARAMS.k)
+    expected_sums = two.sums(expected)
+    with simulated_gpu() as gpu:
+        queries = data.queries.to(DEVICE)
+        gpu.waits.clear()
+        found = two.search(queries, PARAMS.k)
+        sums = two.sums(found)
+        waits = [wait.split(" at ")[0] for wait in gpu.waits]
+        assert waits == ["copy from the GPU", "copy to the GPU"] * 2, gpu.waits
+        for part, wanted in zip((*found, *sums), (*expected, *expected_sums), strict=True):
+            assert part.device == DEVICE
+            assert torch.equal(part.cpu(), wanted)
 
 
 def test_explains_as_one_memory(two: RayMemory, data: Data) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_resmem.errors import InputError
 from lightning_resmem.memory.capacity import available_bytes
+from lightning_resmem.memory.search.faiss_gpu import check_gpu
 from lightning_resmem.memory.search.faiss_limits import FACTORIES, check_bounds, check_size
 
 _log = logging.getLogger("lightning_resmem")
@@ -118,6 +119,7 @@ def check_device(faiss: ModuleType, device: torch.device, config: FaissIndex) ->
             f'index={config.factory!r} on {device} needs faiss-gpu (pip install "lightning-resmem[gpu]", after '
             'uninstalling faiss-cpu). Or keep the memory on the CPU, or use index="exact".'
         )
+    check_gpu(device, config.factory)
 
 
 def choose(
