@@ -32,6 +32,19 @@ BYTES_UNDERWAY = 64 * 2**20
 _INLINE_BYTES = 2**16
 
 
+def found_pool(name: str, namespace: str, address: str | None, seconds: float) -> "Pool":
+    """The pool that another process has kept under a name.
+
+    Raises:
+        InputError: If there is none, or no cluster.
+    """
+    from lightning_resmem.cluster.connecting import reach
+    from lightning_resmem.cluster.pool import Pool
+
+    reach(address, starts=False)
+    return Pool.find(name, namespace, seconds)
+
+
 class ShardClient:
     """Reaches a pool when it is first needed, or makes it; a copy of it asks the same shards.
 
@@ -98,15 +111,11 @@ class ShardClient:
 
     def find(self) -> bool:
         """Use the pool that another process has kept under the config's name, if there is one."""
-        from lightning_resmem.cluster.connecting import reach
-        from lightning_resmem.cluster.pool import Pool
-
         config = self.config
         if config.name is None:
             return False
         try:
-            reach(self.address, starts=False)
-            self.use(Pool.find(config.name, config.namespace, config.request_timeout_s))
+            self.use(found_pool(config.name, config.namespace, self.address, config.request_timeout_s))
         except InputError:  # no such pool, or no cluster
             return False
         return True

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_resmem.cluster import ranks
 from lightning_resmem.cluster.about import about_of
 from lightning_resmem.cluster.address import check_address
-from lightning_resmem.cluster.client import in_store, queries_in_store
+from lightning_resmem.cluster.client import found_pool, in_store, queries_in_store
 from lightning_resmem.cluster.config import PoolConfig, absolute
 from lightning_resmem.cluster.files import to_files
 from lightning_resmem.cluster.merging import PendingSearch, overview, total
@@ -330,18 +330,13 @@ class RayMemory(ShardedMemory):
             InputError: If there is no such pool, or an argument is wrong.
             ShardUnavailableError: If a shard of it does not answer.
         """
-        from lightning_resmem.cluster.connecting import reach
-        from lightning_resmem.cluster.pool import Pool
-
         given: dict[str, Any] = {"request_timeout_s": request_timeout_s, "on_shard_loss": on_shard_loss}
         cls(address=address, namespace=namespace, name=name, **given)  # refuses what is wrong before it is used
-        reach(address, starts=False)
-        pool = Pool.find(name, namespace, request_timeout_s)
+        pool = found_pool(name, namespace, address, request_timeout_s)
         memory = cls(address=address, **pool.config.arguments() | given)
         memory._shards.use(pool)
         states = pool.everywhere("state")
         memory.learn(states)
-        memory._built = all(state["built"] for replicas in states for state in replicas if state["rows"])
         about = about_of(states)
         if about is not None:
             memory._params, memory.tunable, memory.provenance = about

@@ -110,13 +110,14 @@ class ShardedMemory(ResidualMemory):
         return states
 
     def learn(self, states: list[list[dict[str, Any]]]) -> None:
-        """Take in what is known of shards that were built."""
+        """Take in what is known of the shards."""
         self.agree([[state["number"] for state in replicas] for replicas in states], None)
         self._shards.take_refused()  # not counted below
         firsts = [replicas[0] for replicas in states]
         self._shards.learn_fillings([state["filling"] for state in firsts])
         self._shard_rows = [state["rows"] for state in firsts]
-        self._rows, self._built = sum(self._shard_rows), True
+        self._rows = sum(self._shard_rows)
+        self._built = all(state["built"] for replicas in states for state in replicas if state["rows"])
         self._last_id = max(state["last_id"] for state in firsts)
         self._shape = next(((s["width"], s["outputs"]) for s in firsts if s["rows"]), self._shape)
 
@@ -173,7 +174,6 @@ class ShardedMemory(ResidualMemory):
                 f"RayMemory.connect({name!r}).shutdown(), or give another name."
             )
         self.learn(states)
-        self._built = all(state["built"] for replicas in states for state in replicas if state["rows"])
 
     def _take(self, saved: Saved) -> None:
         """Send the rows of a saved memory to the shards, unless these have them.
