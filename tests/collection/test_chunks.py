@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from lightning_resmem.collection import chunks
-from lightning_resmem.collection.chunks import Chunk, Waiting
+from lightning_resmem.collection.chunks import Chunk, Labels, Waiting
 from lightning_resmem.collection.parts import Part
+from lightning_resmem.tasks import Multiclass
 
 PART = Part([], lambda index, first, count: torch.arange(first, first + count), dataset="rows")
 
@@ -21,7 +22,7 @@ def test_large_batches_are_handed_on_in_parts(monkeypatch: pytest.MonkeyPatch) -
     given, taken = [chunk(0, 3), chunk(3, 4), chunk(7, 100), chunk(107, 5)], []
     given[2].outputs[30] = torch.nan
     wanted = Chunk(*(torch.cat(column) for column in zip(*given, strict=True)))
-    waiting = Waiting(taken.append)
+    waiting = Waiting(taken.append, Labels(Multiclass(), torch.nn.Linear(2, 30)))
     for rows in given:
         waiting.add(rows, PART)
     given[2].outputs.fill_(7.0)  # as a model does whose next output is where this one was

@@ -23,12 +23,11 @@ def test_memories_saved_before_can_be_read_and_replaced(
 ) -> None:
     path = shutil.copytree(SAVED_BEFORE / name, tmp_path / "memory")
     loaded = LocalMemory.load(path, mmap=mmap)
-    width = loaded.stats()["width"]
-    queries = torch.randn(50, width)
-    expected = loaded(queries)
+    queries, outputs = (torch.randn(50, loaded.stats()[name]) for name in ("width", "outputs"))
+    expected = loaded(queries, outputs)
     (path / "mine.safetensors").write_text("stays")
     loaded.save(path)
-    assert torch.equal(LocalMemory.load(path)(queries), expected)
+    assert torch.equal(LocalMemory.load(path)(queries, outputs), expected)
     assert "built again" not in caplog.text
     manifest = json.loads((path / "manifest.json").read_text())
     named = {file_of(path, part).name for part in [*manifest["tensors"], *manifest["extra"]]}
