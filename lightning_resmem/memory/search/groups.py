@@ -1,0 +1,273 @@
+"""Exact search on a CUDA GPU: products in half precision of which only the smallest of every few keys are written."""
+
+import functools
+import importlib.util
+import logging
+import math
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lightning_resmem.memory.capacity import size
+from lightning_resmem.memory.search.measuring import largest_number
+
+_log = logging.getLogger("lightning_resmem")
+
+# More neighbours are searched another way: so many groups would be measured that their minima save little.
+_MOST_NEIGHBORS = 2048
+# Times the groups that are measured: there have to be clearly more.
+_GROUPS = 4
+# Distances beyond those wanted that are put in order, as keys may be equally near.
+_SPARE = 16
+# Bytes of minima and of distances that are held at once, and numbers that are rounded at once: with what is made from
+# them no search takes more than 512 MiB beside the keys and their copy.
+_MINIMA_BYTES = 192 * 2**20
+_DISTANCES_BYTES = 64 * 2**20
+_ROUNDED = 2**22
+WORK_BYTES = 512 * 2**20
+
+
+def is_worthwhile(keys: Tensor, k: int) -> bool:
+    """Whether `Groups` finds k of these keys, and faster than products in float32."""
+    wanted = _wanted(k)
+    return (
+        runs_on(keys.device)
+        and k <= _MOST_NEIGHBORS
+        and len(keys) >= _GROUPS * wanted * group_size(keys.shape[1])
+        and len(keys) < 2**32  # half of an int64 holds a position
+        and keys.is_contiguous()
+    )
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether there is Triton, and it works on this device."""
+    # AMD's matrix cores may take the smallest numbers for zero, which the bounds do not know of.
+    return device.type == "cuda" and torch.version.hip is None and _works(device)
+
+
+@functools.cache
+def _works(device: torch.device) -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        Groups(torch.ones(1, 16, device=device), half_copy=True).nearest(torch.ones(1, 16, device=device), 1)
+        return True
+    except Exception as error:  # a compiler that is missing, a GPU too old: the same search works without
+        _log.warning(
+            "Exact search does without Triton, which does not work on %s (%s: %s), and is slower.",
+            device,
+            type(error).__name__,
+            error,
+        )
+        return False
+
+
+def _kernels() -> ModuleType:
+    from lightning_resmem.memory.search import kernels
+
+    return kernels
+
+
+def _wanted(k: int) -> int:
+    """Groups to measure: more than enough for nearly all queries."""
+    return k + k // 4 + 16
+
+
+def group_size(width: int) -> int:
+    """Keys of a group: of wide ones fewer, as to measure a group costs more than to write a minimum."""
+    return 32 if width <= 128 else 16
+
+
+def copy_bytes(rows: int, width: int, dtype: torch.dtype) -> int:
+    """Of what is kept beside the keys from the first search on: the copy in half precision, norms and errors."""
+    copied = 0 if _is_read_as_it_is(width, dtype) else rows * _padded_width(width) * 2
+    return copied + 4 * rows + 8 * rows // group_size(width)
+
+
+def _padded_width(width: int) -> int:
+    """A multiple of 16 bytes, which are read at once."""
+    return -(-width // 8) * 8
+
+
+def _is_read_as_it_is(width: int, dtype: torch.dtype) -> bool:
+    return dtype == torch.float16 and width % 8 == 0
+
+
+class Groups:
+    """The nearest keys, from a lower bound of the distance to every group of 16 or 32 keys that follow each other.
+
+    With x and z the query and a key, both less the mean of the keys and times a power of two, and x' and z' what they
+    are in float16, |x|^2 + |z|^2 - 2 x'.z' differs from the squared distance by at most
+
+        2 |x| |z - z'| + 2 |x - x'| |z'|
+
+    by the Cauchy-Schwarz inequality, and what float32 rounds. The first factor of the keys in each product is, for
+    every group, the largest of its keys: a key far away makes the bounds of its own group worse and no other's. So the
+    minimum over a group, less the bound, is no larger than any squared distance to it. The groups with the smallest
+    are measured, in float32 by direct differences. A query is sure of its neighbours if the k-th is nearer than the
+    largest of those minima allow any other key to be.
+
+    Args:
+        keys: Shape `(N, D)`, contiguous, on a GPU.
+        half_copy: Whether keys are rounded once and kept, or at every search. Keys in float16 whose width is a multiple
+            of 8 are read as they are.
+    """
+
+    def __init__(self, keys: Tensor, half_copy: bool) -> None:
+        self._keys, self._group, self._width = keys, group_size(keys.shape[1]), _padded_width(keys.shape[1])
+        self._as_it_is = _is_read_as_it_is(keys.shape[1], keys.dtype)
+        largest = 0.0 if self._as_it_is else largest_number(keys)
+        # The largest number less the mean is then at most 2^15, which float16 has.
+        self._scale = 2.0 ** (14 - min(126, max(-111, _exponent(largest)))) if largest else 1.0
+        self._center = self._mean()
+        kept = half_copy and not self._as_it_is
+        if kept and not _has_room(keys):
+            kept = False
+        self._copy = self._room(len(keys)) if kept else None
+        padded = -(-len(keys) // _kernels().PADDED) * _kernels().PADDED
+        self._squared_norms = torch.full((padded,), torch.inf, device=keys.device)
+        self._errors = torch.zeros(2, padded // self._group, device=keys.device)
+        self._prepare()
+        self._typical = self._squared_norms[: len(keys)].median().sqrt()
+        self._shared_bytes = _shared_bytes(keys.device)
+        if keys.is_cuda:  # whichever stream searches finds it finished
+            torch.cuda.current_stream(keys.device).synchronize()
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is kept beside the keys."""
+        held = (self._squared_norms, self._errors) + (() if self._copy is None else (self._copy,))
+        return sum(tensor.nbytes for tensor in held)
+
+    def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The k nearest keys of each query, and whether they certainly are. The GPU is not waited for.
+
+        Args:
+            queries: Shape `(B, D)`, float32.
+            k: For which `is_worthwhile`.
+
+        Returns:
+            Distances and positions `(B, k)`, ascending, of equally near keys those at the lowest positions; and bool
+            `(B,)`. What a query found that is not sure is of no use.
+        """
+        wanted = min(_wanted(k), self._errors.shape[1])
+        rows = min(
+            _MINIMA_BYTES // (self._errors.shape[1] * 2), _DISTANCES_BYTES // (wanted * self._group * 4), len(queries)
+        )
+        found = [self._nearest(block, k, wanted) for block in queries.contiguous().split(max(16, rows))]
+        distances, positions, sure = zip(*found, strict=True)
+        return torch.cat(distances), torch.cat(positions), torch.cat(sure)
+
+    def _nearest(self, queries: Tensor, k: int, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
+        kernels, group = _kernels(), self._group
+        rounded, numbers = kernels.round_queries(queries, self._center, self._scale, self._typical, self._width)
+        minima = self._minima((rounded, numbers))
+        limits, groups = minima.topk(wanted, dim=1, largest=False, sorted=False)
+        measured = kernels.measure_groups(queries, self._keys, groups, group)
+        nearest, columns = measured.topk(min(k + _SPARE, measured.shape[1]), dim=1, largest=False, sorted=False)
+        positions = groups.gather(1, columns // group) * group + columns % group
+        # The bits of numbers that are not negative have their order; behind them come those of the position.
+        order = (nearest.view(torch.int32).long() << 32 | positions).sort(dim=1).values
+        distances, positions = (order >> 32).int().view(torch.float32), order & 0xFFFFFFFF
+        last = distances[:, k - 1]
+        reach = (last * self._scale * numbers[4]).square() * (1 + 4 * kernels.slack(queries.shape[1]))
+        sure = torch.isfinite(last)
+        if wanted < minima.shape[1]:
+            sure &= reach < limits.amax(dim=1)
+        if distances.shape[1] < measured.shape[1]:
+            sure &= last < distances[:, -1]  # or keys as near as the last may be at lower positions
+        return distances[:, :k], positions[:, :k], sure
+
+    def _minima(self, queries: tuple[Tensor, Tensor]) -> Tensor:
+        """What the keys of each group are away at least, as `kernels.group_minima` writes it."""
+        kernels, group, count = _kernels(), self._group, len(queries[0])
+        tile = kernels.choose_tile(count, self._width, self._shared_bytes)
+        out = torch.empty(count, self._errors.shape[1], dtype=torch.float16, device=self._keys.device)
+        whole = self._keys if self._as_it_is else self._copy
+        if whole is not None:
+            kernels.group_minima(queries, whole, (self._squared_norms, self._errors), group, tile, out)
+            return out
+        chunk = self._chunk
+        room = self._room(min(chunk, len(self._keys)))
+        for start in range(0, len(self._keys), chunk):
+            end = min(start + chunk, len(self._squared_norms))
+            about = self._squared_norms[start:end], self._errors[:, start // group : end // group]
+            keys, _ = self._rounded(start, room)
+            kernels.group_minima(queries, keys, about, group, tile, out[:, start // group : end // group])
+        return out
+
+    @property
+    def _chunk(self) -> int:
+        """Keys that are rounded at once."""
+        padded: int = _kernels().PADDED
+        return max(1, _ROUNDED // self._width // padded) * padded
+
+    def _room(self, rows: int) -> Tensor:
+        return torch.zeros(rows, self._width, dtype=torch.float16, device=self._keys.device)
+
+    def _rounded(self, start: int, room: Tensor) -> tuple[Tensor, Tensor]:
+        """A chunk of keys in float16, written into `room`, and in float32."""
+        part = self._keys[start : start + self._chunk]
+        exact = part.float()
+        if self._as_it_is:
+            return part, exact
+        exact = exact * self._scale - self._center
+        room[: len(part), : part.shape[1]] = exact
+        return room[: len(part)], exact
+
+    def _mean(self) -> Tensor:
+        total = torch.zeros(self._keys.shape[1], device=self._keys.device)
+        if self._as_it_is:
+            return total
+        for part in self._keys.split(self._chunk):
+            total += (part.float() * self._scale).sum(dim=0)
+        return total / len(self._keys)
+
+    def _prepare(self) -> None:
+        """Norms and errors of all keys, and the copy if there is one."""
+        slack = 2 * _kernels().slack(self._keys.shape[1])
+        room = self._room(0 if self._as_it_is else min(self._chunk, len(self._keys)))
+        for start in range(0, len(self._keys), self._chunk):
+            rounded, exact = self._rounded(start, room if self._copy is None else self._copy[start:])
+            squared = exact.square().sum(dim=1)
+            self._squared_norms[start : start + len(exact)] = squared * (1 - slack)
+            norms = squared.sqrt()
+            errors = torch.linalg.vector_norm(exact.sub_(rounded[:, : exact.shape[1]]), dim=1)
+            about = torch.stack([errors + slack * norms, (norms + errors) * (1 + slack)])
+            groups = -(-len(exact) // self._group)
+            about = torch.nn.functional.pad(about, (0, groups * self._group - len(exact)))
+            first = start // self._group
+            self._errors[:, first : first + groups] = about.unflatten(1, (groups, self._group)).amax(dim=2)
+
+
+def _exponent(number: float) -> int:
+    """The least so that the number is below two to the power of it."""
+    return math.frexp(number)[1]
+
+
+def _has_room(keys: Tensor) -> bool:
+    """Whether a copy of the keys fits on their GPU; says so if not."""
+    if not keys.is_cuda:
+        return True
+    needed = copy_bytes(*keys.shape, keys.dtype)
+    unused = torch.cuda.memory_reserved(keys.device) - torch.cuda.memory_allocated(keys.device)
+    free = torch.cuda.mem_get_info(keys.device)[0] + unused
+    if needed + WORK_BYTES <= free:
+        return True
+    _log.warning(
+        "Exact search on %s rounds the keys at every search, which takes longer: a copy of them in half precision takes "
+        "%s, and %s are free. Keys in half precision (LocalMemory(key_dtype=torch.float16)) take half as much.",
+        keys.device,
+        size(needed),
+        size(free),
+    )
+    return False
+
+
+def _shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program may have."""
+    if device.type != "cuda":
+        return 2**18
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 99 * 2**10))
