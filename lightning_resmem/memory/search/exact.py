@@ -1,273 +1,112 @@
-"""Exact nearest-neighbour search in torch, on any device."""
+"""Exact nearest-neighbour search, on any device."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from lightning_resmem.memory.search import rough
-from lightning_resmem.memory.search.measuring import largest_number, measure
+from lightning_resmem.memory.search import groups, rough
+from lightning_resmem.memory.search.measuring import measure
+from lightning_resmem.memory.search.precise import Precise
 from lightning_resmem.together import Lock, together
 
-# Queries whose candidates are held at once.
+# Queries whose candidates are held at once on a CPU.
 _ROWS = 4096
-# The smallest score of every group of this many keys decides whether the group is looked at.
-_GROUP = 32
-# Scores computed at once. On a CPU they stay in its cache (16 MiB), which is worth a factor of two; a GPU wants more.
-_CPU_SCORES = 2**22
-_GPU_SCORES = 2**28
-_CPU_KEYS = 8192
-_CPU_PRODUCT = 1024  # keys of one matrix product, which stay in a core's cache
-_GPU_KEYS = 65536
-# Candidates beyond k that are measured, so that rounding in the scores cannot push a neighbour out.
-_SPARE = 16
-# Queries after which it is known whether candidates in bfloat16 suffice.
+# Queries after which it is known whether candidates in half precision suffice.
 _TRIED = 128
-# Keys that one pass over all of them looks at together.
-_CHUNK = 65536
-# Keys whose largest number lies between these are squared as they are: nothing that matters overflows or vanishes.
-ORDINARY = (1e-6, 1e15)
 
 
 class ExactIndex:
     """Euclidean k-nearest-neighbour search over all keys.
 
-    A block of scores `|z|^2 - 2 q.z` comes from one matrix product; only scores below a running threshold are looked
-    at one by one. The `k + 16` best candidates are measured again by direct differences, so that distances have no
-    cancellation error. A query whose candidates could have missed a neighbour by rounding (huge norms, tiny distances,
-    many equal keys) is searched again over all keys that could matter. Of equally near keys those at the lowest
-    positions are found, so results do not depend on how the work is divided. CPUs that multiply bfloat16 natively find
-    candidates that way (see `rough` and `fused`), and leave to float32 the queries for which that does not suffice.
+    Candidates come from products in half precision where that is faster: on CUDA GPUs with Triton (see `groups`), and
+    on CPUs that multiply bfloat16 natively (see `rough` and `fused`). They are measured in float32 by direct
+    differences, and a bound on what rounding changed tells whether they are certainly the nearest. Where it does not,
+    only those queries are searched again, by products in float32 (see `precise`); elsewhere all are searched so.
 
-    Keys and queries may have any magnitude that float32 has. Where the squares of keys would overflow or vanish, scores
-    are those of keys and queries times a power of two; a query so far away that its own do is compared with every key
-    directly.
+    Of equally near keys those at the lowest positions are found, so results do not depend on how the work is divided.
+    Keys and queries may have any magnitude that float32 has.
 
     Args:
         keys: Shape `(N, D)`, floating point; half precision is searched in float32, block by block.
+        half_copy: Whether a GPU keeps a copy of the keys in half precision, from the first search on; otherwise they
+            are rounded at every search, which takes longer. Without effect where keys are searched in another way.
     """
 
     name = "exact"
 
-    def __init__(self, keys: Tensor) -> None:
-        self.keys = keys
-        self._center: Tensor | None = None
-        self._squared_norms: Tensor | None = None
+    def __init__(self, keys: Tensor, half_copy: bool = True) -> None:
+        self.keys, self.half_copy = keys, half_copy
+        self._precise = Precise(keys)
         self._screen: rough.Screen | None = None
+        self._groups: groups.Groups | None = None
         self._preparing = Lock()
-        self._tried = self._unsure = 0  # queries that candidates in bfloat16 were looked for, and did not suffice for
+        self._tried = self._unsure = 0  # queries that half precision was tried for, and did not suffice for
+
+    @property
+    def nbytes(self) -> int:
+        """Of what a GPU keeps beside the keys: nothing before the first search."""
+        return 0 if self._groups is None else self._groups.nbytes
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         queries = queries.float()
         if not len(queries):
             empty = queries.new_empty(0, k)
             return empty, empty.long()
+        rows = _ROWS if queries.device.type == "cpu" else len(queries)
         with _full_precision(queries.device):
-            found = [self._search_rows(rows, k) for rows in queries.split(_ROWS)]
+            found = [self._search_rows(part, k) for part in queries.split(rows)]
         return torch.cat([distances for distances, _ in found]), torch.cat([positions for _, positions in found])
 
     def _search_rows(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Candidates from products in bfloat16, where that is faster; in float32 what they leave unsure."""
-        wanted = k + k // 4 + 16  # more than enough for nearly all queries
-        if not self._is_rough or self._scale != 1 or not rough.is_worthwhile(queries, self.keys, wanted):
-            return self._search_precisely(queries, k)
-        found = self._screened.candidates(queries, wanted)
-        self._tried += len(queries)
+        """By half precision, where that is faster; by float32 what it leaves unsure."""
+        found = self._search_roughly(queries, k) if self._is_rough else None
         if found is None:
-            self._unsure += len(queries)
-            return self._search_precisely(queries, k)
-        candidates, limits = found
-        distances, positions = measure(self.keys, queries, candidates, in_order=True)
-        distances, positions = distances[:, :k].contiguous(), positions[:, :k].contiguous()
-        unsure = (~(distances[:, -1].square() * (1 + 1e-6) < limits)).nonzero()[:, 0]
+            return self._precise.search(queries, k)
+        distances, positions, sure = found
+        unsure = (~sure).nonzero()[:, 0]  # the only time that a GPU is waited for
+        self._tried += len(queries)
         self._unsure += len(unsure)
         if len(unsure):
-            distances[unsure], positions[unsure] = self._search_precisely(queries[unsure], k)
+            distances[unsure], positions[unsure] = self._precise.search(queries[unsure], k)
         return distances, positions
+
+    def _search_roughly(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Distances and positions `(B, k)`, and whether they certainly are the nearest `(B,)`; None where not tried."""
+        if groups.is_worthwhile(self.keys, k):
+            return self._grouped.nearest(queries, k)
+        wanted = k + k // 4 + 16  # more than enough for nearly all queries
+        if not rough.is_worthwhile(queries, self.keys, wanted) or self._precise.scale != 1:
+            return None
+        found = self._screened.candidates(queries, wanted)
+        if found is None:
+            self._tried += len(queries)
+            self._unsure += len(queries)
+            return None
+        candidates, limits = found
+        distances, positions = measure(self.keys, queries, candidates, in_order=True)
+        sure = distances[:, k - 1].square() * (1 + 1e-6) < limits
+        return distances[:, :k].contiguous(), positions[:, :k].contiguous(), sure
+
+    @property
+    def _grouped(self) -> groups.Groups:
+        if self._groups is None:
+            with self._preparing:  # once, whoever else waits for it
+                self._groups = self._groups or groups.Groups(self.keys, self.half_copy)
+        return self._groups
 
     @property
     def _screened(self) -> rough.Screen:
         if self._screen is None:
-            with self._preparing:  # once, whoever else waits for it
-                self._screen = self._screen or rough.Screen(self.keys, self._mean)
+            with self._preparing:
+                self._screen = self._screen or rough.Screen(self.keys, self._precise.mean)
         return self._screen
 
     @property
     def _is_rough(self) -> bool:
-        """Whether candidates in bfloat16 are worth a try: they suffice for most queries, as far as that is known."""
+        """Whether half precision is worth a try: it suffices for most queries, as far as that is known."""
         return self._tried < _TRIED or 2 * self._unsure < self._tried
-
-    def _search_precisely(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        self._prepare()
-        wanted = min(k + _SPARE, len(self.keys))
-        query_block, key_block = _blocks(queries.device, wanted)
-        found = [self._search_block(block, k, wanted, key_block) for block in queries.split(query_block)]
-        return torch.cat([distances for distances, _ in found]), torch.cat([positions for _, positions in found])
-
-    def _prepare(self) -> None:
-        """One pass over the keys, at the first search: opening a memory-mapped memory must not read all of it."""
-        if self._squared_norms is not None:
-            return
-        with self._preparing:
-            if self._squared_norms is not None:
-                return
-            # Distances do not change when everything is moved by the mean, and the scores lose fewer digits. It takes
-            # a copy of every block at every search, though, so it is done only where the mean is far from zero.
-            center = self._mean
-            squared = rough.squared_norms(self.keys, center, self._scale)
-            if bool(center.square().sum() > 16 * squared.mean()):
-                self._center = center
-            else:
-                squared = rough.squared_norms(self.keys, scale=self._scale)
-            self._squared_norms = squared  # last: who sees them does not wait
-
-    @cached_property
-    def _scale(self) -> float:
-        """The power of two that scores are computed with."""
-        largest = largest_number(self.keys)
-        if ORDINARY[0] < largest < ORDINARY[1] or not largest:
-            return 1.0
-        return 2.0 ** -min(126, max(-126, math.frexp(largest)[1]))  # as far as float32 has the power itself
-
-    @cached_property
-    def _mean(self) -> Tensor:
-        """Of the keys times the scale."""
-        chunks = self.keys.split(_CHUNK)
-        total = torch.stack([self._scaled(chunk).sum(dim=0, dtype=torch.float32) for chunk in chunks]).sum(dim=0)
-        return total / len(self.keys)
-
-    def _scaled(self, rows: Tensor) -> Tensor:
-        return rows if self._scale == 1 else rows.float() * self._scale
-
-    def _shifted(self, rows: Tensor) -> Tensor:
-        """Rows in float32, in the coordinates that scores are computed in."""
-        rows = self._scaled(rows).float()
-        return rows if self._center is None else rows - self._center
-
-    def _search_block(self, queries: Tensor, k: int, wanted: int, key_block: int) -> tuple[Tensor, Tensor]:
-        shifted = self._shifted(queries)
-        scores, positions = self._candidates(shifted, wanted, key_block)
-        distances, positions = measure(self.keys, queries, positions)
-        if wanted < len(self.keys):
-            bounds = self._score_bounds(shifted, distances[:, k - 1])
-            worst = scores.amax(dim=1)
-            # Neither holds where squares overflow: NaN compares as false.
-            sure = (bounds < worst) & torch.isfinite(worst)
-            for row in (~sure).nonzero()[:, 0].tolist():
-                distances[row, :k], positions[row, :k] = self._scan(queries[row], shifted[row], bounds[row], k)
-        return distances[:, :k].contiguous(), positions[:, :k].contiguous()
-
-    def _candidates(self, shifted: Tensor, wanted: int, key_block: int) -> tuple[Tensor, Tensor]:
-        """The `wanted` smallest scores of each query and their positions, both `(b, wanted)`, unsorted."""
-        best = shifted.new_empty(len(shifted), 0)
-        positions = torch.empty(len(shifted), 0, dtype=torch.int64, device=shifted.device)
-        threshold: Tensor | None = None
-        for start, scores in self._score_blocks(shifted, key_block):
-            if threshold is None or scores.shape[1] % _GROUP:
-                found, columns = _smallest(scores, min(wanted, scores.shape[1]))
-            else:
-                found, columns = _below(scores, threshold)
-            best = torch.cat([best, found], dim=1)
-            positions = torch.cat([positions, columns + start], dim=1)
-            if threshold is None or best.shape[1] > 4 * wanted:
-                best, positions = _keep(best, positions, wanted)
-                threshold = best.amax(dim=1, keepdim=True)
-        return _keep(best, positions, wanted)
-
-    def _score_blocks(self, shifted: Tensor, key_block: int) -> Iterator[tuple[int, Tensor]]:
-        """Positions of first keys and scores `(b, n)`, block by block; the next block is written over the last."""
-        assert self._squared_norms is not None
-        product = _CPU_PRODUCT if shifted.device.type == "cpu" else key_block
-        doubled = shifted * -2
-        buffer = shifted.new_empty(len(shifted) * min(key_block, len(self.keys)))
-        for start in range(0, len(self.keys), key_block):
-            end = min(start + key_block, len(self.keys))
-            scores = buffer[: len(shifted) * (end - start)].view(len(shifted), end - start)
-            for first in range(start, end, product):
-                last = min(first + product, end)
-                keys = self._shifted(self.keys[first:last])
-                norms = self._squared_norms[first:last]
-                torch.addmm(norms, doubled, keys.T, out=scores[:, first - start : last - start])
-            yield start, scores
-
-    def _score_bounds(self, shifted: Tensor, farthest: Tensor) -> Tensor:
-        """The score `(b,)` that a key nearer than `farthest` `(b,)`, or as near, cannot exceed."""
-        assert self._squared_norms is not None
-        squared = shifted.square().sum(dim=1)
-        # The standard bound of rounding errors of a product, with their usual growth by sqrt(D).
-        slack = 4 * torch.finfo(torch.float32).eps * shifted.shape[1] ** 0.5
-        rounding = slack * (squared.sqrt() + self._squared_norms.max().sqrt()).square()
-        bounds: Tensor = (farthest * self._scale).square() * (1 + 1e-6) - squared + rounding
-        return bounds
-
-    def _scan(self, query: Tensor, shifted: Tensor, bound: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k nearest keys of one query `(D,)` among all whose score is not above `bound`."""
-        assert self._squared_norms is not None
-        distances, positions = [], []
-        for start in range(0, len(self.keys), _CHUNK):
-            keys = self.keys[start : start + _CHUNK]
-            scores = torch.addmv(self._squared_norms[start : start + _CHUNK], self._shifted(keys), shifted * -2)
-            near = (~(scores > bound)).nonzero()[:, 0]
-            measured, order = measure(self.keys, query[None], near[None] + start)
-            distances.append(measured[0, :k])
-            positions.append(order[0, :k])
-        nearest, chosen = torch.cat(distances).sort(stable=True)  # chunks come by position, so ties stay in order
-        return nearest[:k], torch.cat(positions)[chosen[:k]]
-
-
-def _blocks(device: torch.device, wanted: int) -> tuple[int, int]:
-    """How many queries and keys are compared at once."""
-    scores, keys = (_CPU_SCORES, _CPU_KEYS) if device.type == "cpu" else (_GPU_SCORES, _GPU_KEYS)
-    # The first block's groups must outnumber the candidates clearly, or their minima say nothing.
-    keys = max(keys, 4 * _GROUP * wanted)
-    return max(16, scores // keys), keys
-
-
-def _smallest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` smallest entries of each row of `scores` `(b, n)`, and perhaps more; see `_below`.
-
-    The `count` groups with the smallest minima hold at least `count` entries up to the largest of these minima.
-    """
-    groups = scores.shape[1] // _GROUP
-    if groups < 2 * count or scores.shape[1] % _GROUP:
-        return scores.topk(count, dim=1, largest=False, sorted=False)
-    minima = scores.unflatten(1, (groups, _GROUP)).amin(dim=2)
-    limit = minima.topk(count, dim=1, largest=False, sorted=False).values.amax(dim=1, keepdim=True)
-    if not bool(torch.isfinite(limit).all()):  # squares overflow
-        return scores.topk(count, dim=1, largest=False, sorted=False)
-    return _below(scores, torch.nextafter(limit, torch.full_like(limit, torch.inf)))
-
-
-def _keep(scores: Tensor, positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` smallest scores of each row, and their positions."""
-    kept, chosen = scores.topk(min(count, scores.shape[1]), dim=1, largest=False, sorted=False)
-    return kept, positions.gather(1, chosen)
-
-
-def _below(scores: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """The entries of `scores` `(b, n)` below `threshold` `(b, 1)`, and their columns.
-
-    Returns:
-        Both `(b, m)`, where `m` is the largest number of such entries in a row; shorter rows end with inf.
-    """
-    groups = scores.shape[1] // _GROUP
-    minima = scores.unflatten(1, (groups, _GROUP)).amin(dim=2)
-    group = (minima < threshold).flatten().nonzero()[:, 0]  # ascending, and so are the rows below
-    members = scores.view(-1, _GROUP).index_select(0, group)
-    found, member = (members < threshold[:, 0].index_select(0, group // groups)[:, None]).nonzero(as_tuple=True)
-    group = group.index_select(0, found)
-    rows = group // groups
-    counts = rows.bincount(minlength=len(scores))
-    width = int(counts.max())
-    place = rows * width + torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-    values = scores.new_full((len(scores) * width,), torch.inf)
-    values[place] = members.view(-1).index_select(0, found * _GROUP + member)
-    columns = group.new_zeros(len(scores) * width)
-    columns[place] = group % groups * _GROUP + member
-    return values.view(len(scores), width), columns.view(len(scores), width)
 
 
 @contextmanager

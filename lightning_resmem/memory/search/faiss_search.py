@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.errors import InputError, ResMemError, ResMemWarning, StorageError
-from lightning_resmem.memory.search.exact import ORDINARY, ExactIndex
+from lightning_resmem.memory.search.exact import ExactIndex
 from lightning_resmem.memory.search.faiss_index import (
     FaissIndex,
     check_device,
@@ -31,6 +31,7 @@ from lightning_resmem.memory.search.faiss_index import (
 )
 from lightning_resmem.memory.search.faiss_limits import check_nsg
 from lightning_resmem.memory.search.measuring import largest_number, measure
+from lightning_resmem.memory.search.precise import ORDINARY
 from lightning_resmem.together import Lock
 
 _log = logging.getLogger("lightning_resmem")

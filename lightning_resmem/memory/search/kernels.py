@@ -8,11 +8,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 # Rows of keys that a program looks at are padded to a multiple of this: what any tile is a part of.
 PADDED = 2048
 # Keys that a program measures.
 _MEASURED = 32
+# Programs that keep every processor of a GPU busy.
+_PROGRAMS = 1024
+# Of a tile. More are faster where shared memory has room for them.
+_MOST_KEYS, _FEWEST_KEYS = 256, 64
 # The largest float16. Minima above do not matter.
 _MOST_HALF = tl.constexpr(65504.0)
 # The length that queries have when they are rounded to float16: no number overflows, and few vanish.
@@ -41,7 +46,9 @@ class Tile(NamedTuple):
 
 
 def choose_tile(queries: int, width: int, shared_bytes: int) -> Tile:
-    """The fastest tile, of those that were tried, for so many queries of a width and so much shared memory.
+    """The fastest tile, of those that were tried, for so many queries of a width.
+
+    How much of the shared memory it takes is an estimate, which differs between GPUs.
 
     Examples:
         >>> choose_tile(1024, 128, shared_bytes=232_448)
@@ -51,12 +58,16 @@ def choose_tile(queries: int, width: int, shared_bytes: int) -> Tile:
     """
     rows, warps = (16, 4) if queries <= 16 else (64, 4) if queries <= 64 or width <= 64 else (128, 8)
     step = max(16, triton.next_power_of_2(width)) if width <= 128 else 64
-    for keys in (256, 128):
+    keys, stages = 2 * _MOST_KEYS, 0
+    while stages < 2 and keys > _FEWEST_KEYS:
+        keys //= 2
         once, each = (rows, keys) if width <= step else (0, rows + keys)
         stages = min(3, (shared_bytes - once * step * 2) // (each * step * 2))
-        if stages >= 2:
-            break
     return Tile(rows, keys, step, max(1, stages), warps)
+
+
+# Tiles that shared memory has no room for, and what takes their place.
+_fitting: dict[tuple[torch.device, int, int, Tile], Tile] = {}
 
 
 def round_queries(queries: Tensor, center: Tensor, scale: float, typical: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -98,30 +109,36 @@ def group_minima(
         out: Float16 `(B, P / group)`, its rows perhaps parts of longer ones whose length is a multiple of 16: written
             to, the squared distance times the square of the fifth number of the query, rounded down.
     """
+    asked = queries[0].device, queries[0].shape[1], group, tile
+    while True:
+        fitting = _fitting.get(asked, tile)
+        try:
+            return _multiply(queries, keys, about, group, fitting, out)
+        except OutOfResources:  # only now is it known how much shared memory it takes
+            if fitting.stages > 1:
+                _fitting[asked] = fitting._replace(stages=fitting.stages - 1)
+            elif fitting.keys > _FEWEST_KEYS:
+                _fitting[asked] = fitting._replace(keys=fitting.keys // 2, stages=3)
+            else:
+                raise
+
+
+def _multiply(
+    queries: tuple[Tensor, Tensor], keys: Tensor, about: tuple[Tensor, Tensor], group: int, tile: Tile, out: Tensor
+) -> None:
     rounded, numbers = queries
     norms, errors = about
     count, width = rounded.shape
     blocks, tiles = -(-count // tile.queries), len(norms) // tile.keys
     each = 8
-    while each > 1 and blocks * tiles < 1024 * each:  # enough programs for every processor of the GPU
+    while each > 1 and blocks * tiles < _PROGRAMS * each:
         each //= 2
+    strides = errors.stride(0) // 16, out.stride(0) // 16
+    grid = (blocks * (tiles // each),)
     with torch.cuda.device_of(rounded):
-        _group_minima[(blocks * (tiles // each),)](
-            rounded,
-            numbers,
-            keys,
-            norms,
-            errors,
-            out,
-            count,
-            len(keys),
-            blocks,
-            each,
-            errors.stride(0) // 16,
-            out.stride(0) // 16,
-            width,
-            group,
-            *tile[:4],
+        _group_minima[grid](
+            *(rounded, numbers, keys, norms, errors, out, count, len(keys), blocks, each, *strides),
+            *(width, group, *tile[:4]),
             num_warps=tile.warps,
         )
 
@@ -195,8 +212,8 @@ def _group_minima(
 ):  # fmt: skip
     """Multiply a block of queries with some tiles of keys.
 
-    Column c of a tile is key `(c % L) * G + c // L` of it, L = BN / G: the keys of a group, which follow each other, are
-    then columns whose scores one thread has, so that their minimum needs no exchange.
+    Column c of a tile is key `(c % L) * G + c // L` of it, L = BN / G: the keys of a group, which follow each other,
+    are then columns whose scores one thread has, so that their minimum needs no exchange.
     """
     L: tl.constexpr = BN // G
     first = tl.program_id(0) // blocks * tiles  # programs that follow each other read the same keys
@@ -242,7 +259,11 @@ def _group_minima(
         least = (least + base[:, None] - rounding[None, :] - moved[:, None] * longest[None, :]) * unit[:, None]
         least = tl.minimum(least, _MOST_HALF)
         least = least - tl.abs(least) * 2.0**-10 - 2.0**-24  # rounding it to the nearest cannot bring it up again
-        tl.store(out_ptr + rows.to(tl.int64)[:, None] * (out16 * 16) + groups[None, :], least.to(tl.float16), mask=there[:, None])
+        tl.store(
+            out_ptr + rows.to(tl.int64)[:, None] * (out16 * 16) + groups[None, :],
+            least.to(tl.float16),
+            mask=there[:, None],
+        )
 
 
 @triton.jit(do_not_specialize=["N", "count"])

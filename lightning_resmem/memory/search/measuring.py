@@ -6,7 +6,7 @@ from torch import Tensor
 from lightning_resmem.functional import ascending
 
 # Numbers of candidates that are measured at once: what stays in a core's cache, and what keeps a GPU busy.
-_CPU_MEASURED, _GPU_MEASURED = 2**20, 2**26
+_CPU_MEASURED, _GPU_MEASURED = 2**20, 2**24
 # Keys that are looked at together.
 _CHUNK = 65536
 # Distances below this may have lost digits, or all of them, when their squares were added up.
@@ -30,7 +30,8 @@ def measure(keys: Tensor, queries: Tensor, positions: Tensor, in_order: bool = F
     if not in_order:
         positions = positions.sort(dim=1).values
     candidates, width = positions.shape[1], keys.shape[1]
-    rows = max(1, (_CPU_MEASURED if keys.device.type == "cpu" else _GPU_MEASURED) // max(1, candidates * width))
+    on_cpu = keys.device.type == "cpu"
+    rows = max(1, (_CPU_MEASURED if on_cpu else _GPU_MEASURED) // max(1, candidates * width))
     rows = min(rows, len(queries))
     # Into the same memory again and again: fresh memory takes several times as long as the rest.
     gathered = keys.new_empty(rows * candidates, width)
@@ -43,14 +44,23 @@ def measure(keys: Tensor, queries: Tensor, positions: Tensor, in_order: bool = F
         if keys.dtype != torch.float32:
             wide.copy_(part)
         wide = wide.view(*block.shape, width).sub_(queries[first : first + rows, None])
-        torch.linalg.vector_norm(wide, dim=2, out=distances[first : first + rows])
+        if on_cpu:
+            torch.linalg.vector_norm(wide, dim=2, out=distances[first : first + rows])
+        else:  # to find the few that need it takes longer there, as it is waited for
+            distances[first : first + rows] = _lengths(wide.flatten(0, 1)).view(block.shape)
+    if on_cpu:
+        _measure_doubtful(keys, queries, positions, distances)
+    distances, order = ascending(distances.masked_fill_(positions < 0, torch.inf))
+    return distances, positions.gather(1, order)
+
+
+def _measure_doubtful(keys: Tensor, queries: Tensor, positions: Tensor, distances: Tensor) -> None:
+    """Measure again, where squares may have overflowed or vanished; as for `measure`, writes into `distances`."""
     doubtful = ((distances < _LEAST) | ~torch.isfinite(distances)) & (positions >= 0)
-    for part in doubtful.nonzero().split(max(1, _CPU_MEASURED // width)):
+    for part in doubtful.nonzero().split(max(1, _CPU_MEASURED // keys.shape[1])):
         row, place = part.unbind(dim=1)
         apart = keys.index_select(0, positions[row, place]).float() - queries.index_select(0, row)
         distances[row, place] = _lengths(apart)
-    distances, order = ascending(distances.masked_fill_(positions < 0, torch.inf))
-    return distances, positions.gather(1, order)
 
 
 def _lengths(rows: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_resmem.memory.search import exact
+from lightning_resmem.memory.search import precise
 from lightning_resmem.memory.search.exact import ExactIndex
+from lightning_resmem.memory.search.precise import Precise
 from tests import oracle
 
 
@@ -83,8 +84,8 @@ def test_no_queries() -> None:
 def test_results_do_not_depend_on_the_division_of_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     keys, queries = torch.randn(20_000, 8).round(decimals=1), torch.randn(40, 8).round(decimals=1)
     whole = ExactIndex(keys).search(queries, 30)
-    monkeypatch.setattr(exact, "_blocks", lambda device, wanted: (3, 32 * 64))
-    monkeypatch.setattr(exact, "_CPU_PRODUCT", 100)
+    monkeypatch.setattr(precise, "_blocks", lambda queries, wanted: (3, 32 * 64))
+    monkeypatch.setattr(precise, "_CPU_PRODUCT", 100)
     divided = ExactIndex(keys).search(queries, 30)
     assert torch.equal(whole[0], divided[0])
     assert torch.equal(whole[1], divided[1])
@@ -107,8 +108,8 @@ def test_reduced_precision_of_the_user_changes_nothing() -> None:
 
 def test_only_unsure_queries_are_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
     scans = []
-    scan = ExactIndex._scan
-    monkeypatch.setattr(ExactIndex, "_scan", lambda self, *args: scans.append(1) or scan(self, *args))
+    scan = Precise._scan
+    monkeypatch.setattr(Precise, "_scan", lambda self, *args: scans.append(1) or scan(self, *args))
     ExactIndex(torch.randn(20_000, 32)).search(torch.randn(50, 32), 10)
     assert not scans
     ExactIndex(torch.ones(20_000, 32)).search(torch.randn(2, 32), 10)

@@ -1,0 +1,221 @@
+"""The search of `groups` in Triton's interpreter, on CPU tensors; `test_groups` runs this file in a process of its own."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_resmem.memory.search import groups, kernels
+from lightning_resmem.memory.search.exact import ExactIndex
+from lightning_resmem.memory.search.groups import Groups
+from tests import oracle
+
+settings.register_profile("interpreted", deadline=None, derandomize=True, database=None, max_examples=10)
+settings.load_profile("interpreted")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_and_large_programs() -> Iterator[None]:
+    """On this device, with few keys; the interpreter takes as long for a large program as for a small one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups, "runs_on", lambda device: True)
+        patch.setattr(groups, "_GROUPS", 1)
+        patch.setattr(kernels, "_MEASURED", 2048)
+        patch.setattr(kernels, "_PROGRAMS", 1)
+        yield
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def signs(count: int) -> Tensor:
+    """So that the mean is zero, and rounding is that of the numbers as they are."""
+    return 1.0 - 2 * (torch.arange(count)[:, None] % 2)
+
+
+def with_outlier(keys: Tensor) -> Tensor:
+    keys[7:8] *= 1e6
+    return keys
+
+
+DATA: dict[str, Callable[[int, int], Tensor]] = {
+    "normal": lambda n, d: randn(n, d),
+    "features after a ReLU": lambda n, d: randn(n, d).relu() * 3,
+    "far from zero": lambda n, d: randn(n, d) + 100,
+    "one outlier": lambda n, d: with_outlier(randn(n, d)),
+    "very different norms": lambda n, d: randn(n, d) * randn(n, 1, seed=3).exp().square(),
+    "clusters": lambda n, d: randn(8, d, seed=4)[torch.arange(n) % 8] + 0.01 * randn(n, d),
+    "one direction": lambda n, d: randn(n, 1) * torch.ones(d),
+    "on a grid": lambda n, d: (randn(n, d) * 2).round(),
+    "every key twice": lambda n, d: randn(-(-n // 2), d).repeat(2, 1)[:n],
+    "constant": lambda n, d: torch.full((n, d), 0.3),
+    "zero": lambda n, d: torch.zeros(n, d),
+    "1e25": lambda n, d: randn(n, d) * 1e25,
+    "1e38": lambda n, d: rand(n, d) * 3e38,
+    "1e-20": lambda n, d: randn(n, d) * 1e-20,
+    "1e-38": lambda n, d: randn(n, d) * 1e-38,
+    "1e-30 to 1e30": lambda n, d: randn(n, d) * 10 ** (rand(n, 1, seed=5) * 60 - 30),
+}
+
+# Keys whose differences are those that rounding to float16 makes: 2^-11 of a number.
+BOUNDARY: dict[str, Callable[[int, int], Tensor]] = {
+    # The error of rounding is parallel to the query: as large in the score as the bound allows.
+    **{
+        f"all numbers of a key equal, within {spread}": lambda n, d, spread=spread: (
+            signs(n) * (1.3 + spread * rand(n, 1)) * torch.ones(d)
+        )
+        for spread in (0.5, 0.03, 0.002)
+    },
+    # The nearest keys are rounded away from the query, others towards it.
+    "halfway between two float16": lambda n, d: (
+        signs(n) * (1.5 + 2.0**-10 * torch.where(torch.arange(n)[:, None] % 50 < 2, 0.51, 1.49 * (rand(n, d) < 0.25)))
+    ),
+    "large, with small differences": lambda n, d: signs(n) * (randn(1, d).sign() * 30 + 0.02 * randn(n, d)),
+    "rings": lambda n, d: torch.nn.functional.normalize(randn(n, d), dim=1) * (1 + rand(n, 1) * 2.0**-9),
+}
+
+
+def check(keys: Tensor, queries: Tensor, found: tuple[Tensor, Tensor], k: int) -> None:
+    """Each distance is the oracle's to float tolerance of itself, and that of the row that was found, once."""
+    most = np.finfo(np.float32).max
+    distances, positions = (part.numpy() for part in found)
+    keys_, queries_ = keys.double().numpy(), queries.double().numpy()
+    expected = np.minimum(oracle.neighbors(keys_, None, queries_, k)[0], most)
+    np.testing.assert_allclose(distances, expected, rtol=1e-5, atol=1e-44)
+    away = np.linalg.norm(keys_[positions] - queries_[:, None], axis=2)
+    np.testing.assert_allclose(np.minimum(away, most), expected, rtol=1e-5, atol=1e-44)
+    assert all(len({*row}) == k for row in positions.tolist())
+    earlier = distances[:, 1:] == distances[:, :-1]
+    assert (positions[:, 1:] > positions[:, :-1])[earlier].all()
+
+
+@given(
+    data=st.sampled_from(sorted(DATA)),
+    rows=st.integers(700, 2500),
+    width=st.sampled_from([1, 3, 8, 17, 64, 130]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    k=st.integers(1, 20),
+    half_copy=st.booleans(),
+)
+def test_the_index_finds_the_nearest(
+    data: str, rows: int, width: int, dtype: torch.dtype, k: int, half_copy: bool
+) -> None:
+    keys = DATA[data](rows, width).to(dtype)
+    if not torch.isfinite(keys).all():  # what float16 cannot hold is no key
+        keys = DATA[data](rows, width).bfloat16()
+    queries = torch.cat([keys[:3].float(), DATA[data](2, width) * 1.1, torch.zeros(1, width)])
+    queries = queries.clamp(-torch.finfo(torch.float32).max, torch.finfo(torch.float32).max)
+    check(keys, queries, ExactIndex(keys, half_copy).search(queries, k), k)
+
+
+@pytest.mark.parametrize("width", [1, 16])
+@pytest.mark.parametrize("data", BOUNDARY)
+def test_what_is_sure_is_right_however_keys_are_rounded(data: str, width: int) -> None:
+    keys = BOUNDARY[data](1500, width)
+    queries = torch.cat([keys[:6], keys[100:106] * (1 + 2.0**-12), torch.full((1, width), 1.5)])
+    distances, positions, sure = Groups(keys, half_copy=True).nearest(queries, 3)
+    assert sure.dtype == torch.bool
+    check(keys, queries[sure], (distances[sure], positions[sure]), 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "width"),
+    [
+        ("normal", 200),
+        ("features after a ReLU", 24),
+        ("far from zero", 24),
+        ("one outlier", 24),
+        ("every key twice", 24),
+    ],
+)
+def test_ordinary_queries_are_sure(data: str, width: int) -> None:
+    keys = DATA[data](3000, width)
+    queries = torch.cat([keys[20:30], DATA[data](3010, width)[3000:]])
+    distances, positions, sure = Groups(keys, half_copy=True).nearest(queries, 5)
+    assert sure.all()
+    check(keys, queries, (distances, positions), 5)
+
+
+def test_of_equal_keys_the_first_are_found() -> None:
+    keys = torch.randint(0, 3, (2500, 3), generator=torch.Generator().manual_seed(0)).float()
+    found = ExactIndex(keys).search(keys[:4], 40)
+    np.testing.assert_array_equal(found[1].numpy(), oracle.neighbors(keys.numpy(), None, keys[:4].numpy(), 40)[1])
+    keys = randn(800, 16).repeat_interleave(3, dim=0)
+    distances, positions, sure = Groups(keys, half_copy=True).nearest(keys[:5], 4)
+    assert sure.all()
+    assert torch.equal(positions[:, :3], torch.tensor([[0, 1, 2]] * 3 + [[3, 4, 5]] * 2))
+    assert not distances[:, :3].any()
+
+
+def test_results_do_not_depend_on_the_division_of_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, queries = randn(5000, 12), randn(40, 12, seed=1)
+    whole = Groups(keys, half_copy=True).nearest(queries, 6)
+    monkeypatch.setattr(groups, "_ROUNDED", 2048 * 16)
+    monkeypatch.setattr(groups, "_MINIMA_BYTES", 17 * 2 * 192)
+    divided = Groups(keys, half_copy=False).nearest(queries, 6)
+    assert whole[2].all()
+    for one, other in zip(whole, divided, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_smallest_and_the_largest() -> None:
+    assert ExactIndex(torch.ones(1, 3)).search(torch.zeros(2, 3), 1)[1].tolist() == [[0], [0]]
+    none = ExactIndex(randn(2000, 3)).search(torch.empty(0, 3), 4)
+    assert none[0].shape == none[1].shape == (0, 4)
+    wide, queries = randn(600, 4096), randn(2, 4096, seed=1)
+    check(wide, queries, ExactIndex(wide).search(queries, 3), 3)
+    keys, queries = randn(76_000, 4), randn(1, 4, seed=1)
+    distances, positions, sure = Groups(keys, half_copy=True).nearest(queries, 2048)
+    assert sure.all()
+    check(keys, queries, (distances, positions), 2048)
+
+
+def test_the_users_contexts_change_nothing() -> None:
+    keys, queries = randn(2000, 24), randn(3, 24, seed=1).requires_grad_()
+    expected = ExactIndex(keys).search(queries.detach(), 5)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        index = ExactIndex(keys)
+        inside = index.search(queries, 5)
+    after = index.search(queries, 5)
+    for found in (inside, after):
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+        assert not found[0].requires_grad
+
+
+def test_half_precision_that_suffices_for_few_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    nearest = Groups.nearest
+    monkeypatch.setattr(
+        Groups, "nearest", lambda self, queries, k: counts.append(len(queries)) or nearest(self, queries, k)
+    )
+    index = ExactIndex(torch.full((1200, 2), 0.3))
+    for _ in range(2):
+        assert index.search(torch.zeros(130, 2), 2)[1].tolist() == [[0, 1]] * 130
+    assert counts == [130]
+
+
+def test_the_copy_is_counted() -> None:
+    for width, dtype, half_copy, copied in (
+        (16, torch.float32, True, 2500 * 32),
+        (17, torch.float16, True, 2500 * 48),
+        (16, torch.float32, False, 0),
+        (16, torch.float16, True, 0),
+    ):
+        index = ExactIndex(randn(2500, width).to(dtype), half_copy)
+        assert index.nbytes == 0
+        index.search(randn(2, width), 1)
+        rest = index.nbytes - copied
+        assert 2500 * 4 < rest < 4096 * 4.5
+        if half_copy:
+            assert math.isclose(groups.copy_bytes(2500, width, dtype) - copied, 2500 * 4.25, abs_tol=1)
