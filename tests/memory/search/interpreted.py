@@ -1,4 +1,4 @@
-"""The search of `groups` in Triton's interpreter, on CPU tensors; `test_groups` runs this file in a process of its own."""
+"""The search of `groups` in Triton's interpreter, on CPU tensors; `test_groups` runs this file in another process."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_resmem.memory.search import groups, kernels
+from lightning_resmem.memory.search import exact, groups, kernels
 from lightning_resmem.memory.search.exact import ExactIndex
 from lightning_resmem.memory.search.groups import Groups
 from tests import oracle
@@ -140,7 +140,7 @@ def test_what_is_sure_is_right_however_keys_are_rounded(data: str, width: int) -
 )
 def test_ordinary_queries_are_sure(data: str, width: int) -> None:
     keys = DATA[data](3000, width)
-    queries = torch.cat([keys[20:30], DATA[data](3010, width)[3000:]])
+    queries = torch.cat([keys[20:23], DATA[data](3003, width)[3000:]])
     distances, positions, sure = Groups(keys, half_copy=True).nearest(queries, 5)
     assert sure.all()
     check(keys, queries, (distances, positions), 5)
@@ -158,7 +158,7 @@ def test_of_equal_keys_the_first_are_found() -> None:
 
 
 def test_results_do_not_depend_on_the_division_of_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys, queries = randn(5000, 12), randn(40, 12, seed=1)
+    keys, queries = randn(5000, 12), randn(18, 12, seed=1)
     whole = Groups(keys, half_copy=True).nearest(queries, 6)
     monkeypatch.setattr(groups, "_ROUNDED", 2048 * 16)
     monkeypatch.setattr(groups, "_MINIMA_BYTES", 17 * 2 * 192)
@@ -172,12 +172,15 @@ def test_the_smallest_and_the_largest() -> None:
     assert ExactIndex(torch.ones(1, 3)).search(torch.zeros(2, 3), 1)[1].tolist() == [[0], [0]]
     none = ExactIndex(randn(2000, 3)).search(torch.empty(0, 3), 4)
     assert none[0].shape == none[1].shape == (0, 4)
-    wide, queries = randn(600, 4096), randn(2, 4096, seed=1)
+    wide, queries = randn(600, 4096), randn(1, 4096, seed=1)
     check(wide, queries, ExactIndex(wide).search(queries, 3), 3)
-    keys, queries = randn(76_000, 4), randn(1, 4, seed=1)
-    distances, positions, sure = Groups(keys, half_copy=True).nearest(queries, 2048)
+    keys, queries = randn(3000, 4), randn(1, 4, seed=1)
+    distances, positions, sure = Groups(keys, half_copy=True).nearest(queries, 2048)  # among all groups
     assert sure.all()
     check(keys, queries, (distances, positions), 2048)
+    assert not groups.is_worthwhile(torch.empty(10**6, 4), 2049)
+    assert groups.is_worthwhile(torch.empty(10**6, 4), 2048)
+    assert not groups.is_worthwhile(torch.empty(1000, 4), 100)
 
 
 def test_the_users_contexts_change_nothing() -> None:
@@ -196,13 +199,17 @@ def test_the_users_contexts_change_nothing() -> None:
 def test_half_precision_that_suffices_for_few_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
     nearest = Groups.nearest
-    monkeypatch.setattr(
-        Groups, "nearest", lambda self, queries, k: counts.append(len(queries)) or nearest(self, queries, k)
-    )
+
+    def counted(self: Groups, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        counts.append(len(queries))
+        return nearest(self, queries, k)
+
+    monkeypatch.setattr(Groups, "nearest", counted)
+    monkeypatch.setattr(exact, "_TRIED", 3)
     index = ExactIndex(torch.full((1200, 2), 0.3))
     for _ in range(2):
-        assert index.search(torch.zeros(130, 2), 2)[1].tolist() == [[0, 1]] * 130
-    assert counts == [130]
+        assert index.search(torch.zeros(4, 2), 2)[1].tolist() == [[0, 1]] * 4
+    assert counts == [4]
 
 
 def test_the_copy_is_counted() -> None:
