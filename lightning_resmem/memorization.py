@@ -23,7 +23,7 @@ from lightning_resmem.collection.samplers import draws_unevenly
 from lightning_resmem.errors import InputError, ResMemWarning, check_type
 from lightning_resmem.memory.answers import Predictions
 from lightning_resmem.memory.base_quality import look_at_base
-from lightning_resmem.memory.capacity import available_bytes, check_capacity, size
+from lightning_resmem.memory.capacity import check_capacity, free_bytes, size
 from lightning_resmem.memory.following import build_near
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.memory.local import LocalMemory
@@ -254,7 +254,7 @@ class Memorizer:
             if all_rows and sample is not None:
                 shape = sample.embeddings.shape[1], sample.outputs.shape[1]
                 needed = memory.estimate_bytes(all_rows, *shape)
-                words = check_capacity(needed, available_bytes(), copies=reading.num_local_processes)
+                words = check_capacity(needed, free_bytes(memory.device), copies=reading.num_local_processes)
                 rank_zero_info(f"ResMem: memorizing {all_rows} training rows takes about {words}.")
             memory.reserve(sum(part.num_rows or 0 for part in parts))
         if reading.ranks.group is not None:

@@ -42,6 +42,7 @@ class PoolConfig:
     request_timeout_s: float
     replicas: int
     on_shard_loss: Literal["raise", "partial"]
+    half_copy: bool = True
     detached: bool = False
 
     def __post_init__(self) -> None:

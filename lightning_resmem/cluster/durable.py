@@ -154,7 +154,9 @@ class DurableMemory:
         """A memory of this kind, without rows."""
         config = self._config
         # Params stay with the callers, who weigh; those of a shard only fill its manifest.
-        memory = LocalMemory(config.task, ResMemParams(), config.index, config.values, config.key_dtype)
+        memory = LocalMemory(
+            config.task, ResMemParams(), config.index, config.values, config.key_dtype, half_copy=config.half_copy
+        )
         memory.to(self._device())
         return memory
 

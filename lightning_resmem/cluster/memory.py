@@ -53,6 +53,7 @@ class RayMemory(ShardedMemory):
             all rows.
         values: As for `LocalMemory`.
         key_dtype: As for `LocalMemory`.
+        half_copy: As for `LocalMemory`.
         address: Of the cluster; None finds a running one, or starts one on a single machine.
         namespace: Ray namespace of the actors.
         name: Keeps the actors when this process ends, for `RayMemory.connect(name)`, until `shutdown()`. By default
@@ -87,6 +88,7 @@ class RayMemory(ShardedMemory):
         values: Literal["auto", "dense", "sparse"] | DenseConfig | SparseConfig = "auto",
         key_dtype: torch.dtype = torch.float32,
         *,
+        half_copy: bool = True,
         address: str | None = None,
         namespace: str = "lightning-resmem",
         name: str | None = None,
@@ -105,6 +107,7 @@ class RayMemory(ShardedMemory):
             index=index,
             values=values,
             key_dtype=key_dtype,
+            half_copy=half_copy,
             namespace=namespace,
             name=name,
             cpus_per_shard=cpus_per_shard,

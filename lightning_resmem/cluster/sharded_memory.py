@@ -40,7 +40,9 @@ class ShardedMemory(ResidualMemory):
     def __init__(self, config: PoolConfig, address: str | None, params: ResMemParams | None) -> None:
         super().__init__(config.task, params)
         # Checks what a shard is made with, and knows what it will keep.
-        self._template = LocalMemory(config.task, params, config.index, config.values, config.key_dtype)
+        self._template = LocalMemory(
+            config.task, params, config.index, config.values, config.key_dtype, half_copy=config.half_copy
+        )
         self._shards = ShardClient(config, address)
         self._shape: tuple[int, int] | None = None
         self._rows, self._last_id, self._built = 0, -1, False

@@ -5,9 +5,21 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
 from lightning_resmem.errors import ResMemWarning
 
 _CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that this process may still take on a device; None where it cannot be told."""
+    if device.type == "cpu":
+        return available_bytes()
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch for what comes
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def available_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGROUP) -> int | None:

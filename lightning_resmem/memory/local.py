@@ -41,6 +41,8 @@ class LocalMemory(PartMemory):
         values: `"dense"`, or a `DenseConfig`, keeps outputs in full; `"sparse"`, or a `SparseConfig`, only the largest
             probabilities. `"auto"` is sparse for `Multiclass` with more than 1,024 outputs.
         key_dtype: What keys are stored as; `torch.float16` halves their bytes and rounds them to 3 digits.
+        half_copy: Whether exact search on a CUDA GPU keeps a copy of the keys in half precision. Without it they are
+            rounded at every search, which takes longer.
 
     Threads may use one at the same time: each answer is that of the memory before or after a change.
 
@@ -62,10 +64,12 @@ class LocalMemory(PartMemory):
         index: str | FaissIndex = "auto",
         values: Literal["auto", "dense", "sparse"] | DenseConfig | SparseConfig = "auto",
         key_dtype: torch.dtype = torch.float32,
+        *,
+        half_copy: bool = True,
     ) -> None:
         super().__init__(task, params)
         self.key_dtype = key_dtype
-        self._config = LocalConfig(self.task, index, values, key_dtype)
+        self._config = LocalConfig(self.task, index, values, key_dtype, half_copy)
 
     @exclusive
     def clear(self) -> None:
@@ -97,7 +101,7 @@ class LocalMemory(PartMemory):
         self._rows.reserve(rows)
 
     def estimate_bytes(self, rows: int, width: int, num_outputs: int) -> dict[str, int]:
-        return self._config.estimate_bytes(rows, width, num_outputs)
+        return self._config.estimate_bytes(rows, width, num_outputs, self.device)
 
     @exclusive
     def add(self, embeddings: Tensor, outputs: Tensor, targets: Tensor, ids: Tensor | None = None) -> None:
@@ -178,7 +182,10 @@ class LocalMemory(PartMemory):
             return self._rows.values.select(self._positions(ids))
 
     def stats(self) -> dict[str, Any]:
-        """Rows, key width, outputs, bytes (keys, values and ids), index, values, key_dtype and device."""
+        """Rows, key width, outputs, bytes, index, values, key_dtype and device.
+
+        Bytes are those of keys, values and ids, and of what exact search keeps on a GPU from the first search on.
+        """
         with self._lock.reading():
             return self._rows.stats() | {
                 "index": self._rows.index_name or self._config.index_name,

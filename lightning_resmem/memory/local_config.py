@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.errors import InputError
-from lightning_resmem.memory.search import faiss_index
+from lightning_resmem.memory.search import faiss_index, groups
 from lightning_resmem.memory.search.exact import ExactIndex
 from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.memory.search.faiss_search import FaissSearch, new_search
@@ -32,6 +32,7 @@ class LocalConfig:
         index: As for `LocalMemory`; a FAISS factory string becomes a `FaissIndex`.
         values: As for `LocalMemory`.
         key_dtype: As for `LocalMemory`.
+        half_copy: As for `LocalMemory`.
         trained: What `faiss_search.train` returned, for an index that shares its centroids with others.
 
     Raises:
@@ -42,6 +43,7 @@ class LocalConfig:
     index: str | FaissIndex
     values: Literal["auto", "dense", "sparse"] | DenseConfig | SparseConfig
     key_dtype: torch.dtype
+    half_copy: bool = True
     trained: bytes | None = None
 
     def __post_init__(self) -> None:
@@ -54,6 +56,8 @@ class LocalConfig:
             SparseConfig().build(self.task, 1)  # refuses other tasks here, not when the first rows arrive
         if self.key_dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise InputError(f"key_dtype={self.key_dtype!r}: give torch.float32, torch.float16 or torch.bfloat16.")
+        if not isinstance(self.half_copy, bool):
+            raise InputError(f"half_copy={self.half_copy!r}: give True or False.")
         if isinstance(index, str) and index not in ("auto", "exact"):
             object.__setattr__(self, "index", FaissIndex(index))
 
@@ -93,20 +97,24 @@ class LocalConfig:
         """An index over keys `(N, D)`, from which `k` neighbours will be asked for, if that is known."""
         config = faiss_index.choose_here(keys) if self.index == "auto" else self.index
         if not isinstance(config, FaissIndex):
-            return ExactIndex(keys)
+            return ExactIndex(keys, self.half_copy)
         if k is not None:
             faiss_index.check_gpu_k(keys.device, k * max(1, config.rerank), config)
         return new_search(keys, config, self.trained)
 
-    def estimate_bytes(self, rows: int, width: int, num_outputs: int) -> dict[str, int]:
-        """Bytes of `keys`, `values` and `index` for `N` rows of widths `D` and `C`."""
+    def estimate_bytes(self, rows: int, width: int, num_outputs: int, device: torch.device) -> dict[str, int]:
+        """Bytes of `keys`, `values` and `index` for `N` rows of widths `D` and `C` on a device."""
         values = self.values_config(num_outputs).bytes_per_row(num_outputs)
-        # Index: a norm a row, or what FAISS keeps, at most about a copy of the keys with links or centroids.
-        copied = isinstance(self.index, FaissIndex)
+        if isinstance(self.index, FaissIndex):  # at most about a copy of the keys with links or centroids
+            index = rows * (width * 4 + 256)
+        elif device.type == "cuda":  # and what a search takes beside it
+            index = groups.kept_bytes(rows, width, self.key_dtype, self.half_copy) + groups.WORK_BYTES
+        else:
+            index = rows * 4  # a norm a row
         return {
             "keys": rows * width * self.key_dtype.itemsize,
             "values": rows * (values + 16),  # a target and an id
-            "index": rows * (width * 4 + 256 if copied else 4),
+            "index": index,
         }
 
     @property

@@ -208,19 +208,21 @@ class Rows:
         return self.index.config.factory if isinstance(self.index, FaissSearch) else self.index.name
 
     def stats(self) -> dict[str, Any]:
-        """Rows, key width, outputs, bytes (keys, values and ids), values, and how well an approximate index does."""
+        """Rows, key width, outputs, bytes, values, and how well an approximate index does."""
         width, num_outputs = self.shape or (0, 0)
         stats: dict[str, Any] = {"rows": len(self), "width": width, "outputs": num_outputs, "bytes": 0, "values": ""}
         if self._values is not None:
             stats["bytes"] = self._values.nbytes() + self.keys.nbytes + self.ids.nbytes
             stats["values"] = self._values.name
+        if isinstance(self.index, ExactIndex):
+            stats["bytes"] += self.index.nbytes
         if isinstance(self.index, FaissSearch):
             stats |= {"recall": self.index.recall, **self.index.settings()}
         return stats
 
     def __getstate__(self) -> dict[str, Any]:
         # An index refers to the keys, which would be written twice; of an exact one there is nothing else.
-        index = "exact" if isinstance(self.index, ExactIndex) else self.index and self.index.packed()
+        index = self.index.half_copy if isinstance(self.index, ExactIndex) else self.index and self.index.packed()
         return {**self.__dict__, "index": index, "mapped": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -228,4 +230,4 @@ class Rows:
         index = state["index"]
         if index is not None:
             keys = self.keys.finish()
-            self.index = ExactIndex(keys) if index == "exact" else FaissSearch.unpacked(keys, *index)
+            self.index = ExactIndex(keys, index) if isinstance(index, bool) else FaissSearch.unpacked(keys, *index)

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lightning_resmem.memory.capacity import size
+from lightning_resmem.memory.capacity import free_bytes, size
 from lightning_resmem.memory.search.measuring import largest_number
 
 _log = logging.getLogger("lightning_resmem")
@@ -81,9 +81,9 @@ def group_size(width: int) -> int:
     return 32 if width <= 128 else 16
 
 
-def copy_bytes(rows: int, width: int, dtype: torch.dtype) -> int:
+def kept_bytes(rows: int, width: int, dtype: torch.dtype, half_copy: bool) -> int:
     """Of what is kept beside the keys from the first search on: the copy in half precision, norms and errors."""
-    copied = 0 if _is_read_as_it_is(width, dtype) else rows * _padded_width(width) * 2
+    copied = rows * _padded_width(width) * 2 if half_copy and not _is_read_as_it_is(width, dtype) else 0
     return copied + 4 * rows + 8 * rows // group_size(width)
 
 
@@ -123,9 +123,7 @@ class Groups:
         # The largest number less the center is then at most 2^15, which float16 has.
         self._scale = 2.0 ** (14 - min(126, max(-111, _exponent(largest)))) if largest else 1.0
         self._center = self._find_center()
-        kept = half_copy and not self._as_it_is
-        if kept and not _has_room(keys):
-            kept = False
+        kept = half_copy and not self._as_it_is and _has_room(keys)
         self._copy = self._room(len(keys)) if kept else None
         padded = -(-len(keys) // _kernels().PADDED) * _kernels().PADDED
         self._squared_norms = torch.full((padded,), torch.inf, device=keys.device)
@@ -225,7 +223,8 @@ class Groups:
         sample = self._keys[:: -(-len(self._keys) // _SAMPLE)].float() * self._scale
         norms = torch.linalg.vector_norm(sample, dim=1)
         near = norms <= 2 * norms.median()
-        return (sample * near[:, None]).sum(dim=0) / near.sum()
+        center: Tensor = (sample * near[:, None]).sum(dim=0) / near.sum()
+        return center
 
     def _prepare(self) -> None:
         """Norms and errors of all keys, and the copy if there is one."""
@@ -251,12 +250,8 @@ def _exponent(number: float) -> int:
 
 def _has_room(keys: Tensor) -> bool:
     """Whether a copy of the keys fits on their GPU; says so if not."""
-    if not keys.is_cuda:
-        return True
-    needed = copy_bytes(*keys.shape, keys.dtype)
-    unused = torch.cuda.memory_reserved(keys.device) - torch.cuda.memory_allocated(keys.device)
-    free = torch.cuda.mem_get_info(keys.device)[0] + unused
-    if needed + WORK_BYTES <= free:
+    needed, free = kept_bytes(len(keys), keys.shape[1], keys.dtype, half_copy=True), free_bytes(keys.device)
+    if free is None or needed + WORK_BYTES <= free:
         return True
     _log.warning(
         "Exact search on %s rounds the keys at every search, which takes longer: a copy of them in half precision "

@@ -118,6 +118,23 @@ def test_the_index_finds_the_nearest(
     check(keys, queries, ExactIndex(keys, half_copy).search(queries, k), k)
 
 
+@pytest.mark.parametrize("alike", [32, 1])
+@pytest.mark.parametrize(
+    ("data", "dtype"),
+    [(data, torch.float32) for data in ("normal", "very different norms", "1e25", *BOUNDARY)]
+    + [(data, torch.float16) for data in ("normal", "one direction")],
+)
+def test_no_key_is_nearer_than_the_minimum_of_its_group(data: str, dtype: torch.dtype, alike: int) -> None:
+    keys = (DATA | BOUNDARY)[data](640 // alike, 16).repeat_interleave(alike, dim=0).to(dtype)
+    queries = torch.cat([keys[::130].float(), keys[-1] * torch.linspace(0.7, 1.3, 8)[:, None]])
+    index = Groups(keys, half_copy=True)
+    asked = kernels.round_queries(queries, index._center, index._scale, index._typical, index._width)
+    minima = index._minima(asked)[:, :20].double()
+    away = torch.cdist(queries.double(), keys.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    nearest = away.unflatten(1, (20, 32)).amin(dim=2)
+    assert (minima <= (nearest * index._scale * asked[1][4, :, None].double()).square()).all()
+
+
 @pytest.mark.parametrize("width", [1, 16])
 @pytest.mark.parametrize("data", BOUNDARY)
 def test_what_is_sure_is_right_however_keys_are_rounded(data: str, width: int) -> None:
@@ -224,5 +241,4 @@ def test_the_copy_is_counted() -> None:
         index.search(randn(2, width), 1)
         rest = index.nbytes - copied
         assert 2500 * 4 < rest < 4096 * 4.5
-        if half_copy:
-            assert math.isclose(groups.copy_bytes(2500, width, dtype) - copied, 2500 * 4.25, abs_tol=1)
+        assert math.isclose(groups.kept_bytes(2500, width, dtype, half_copy) - copied, 2500 * 4.25, abs_tol=1)

@@ -91,6 +91,17 @@ def test_results_do_not_depend_on_the_division_of_the_work(monkeypatch: pytest.M
     assert torch.equal(whole[1], divided[1])
 
 
+@pytest.mark.parametrize("block", [64, 3000, 10**6])
+def test_blocks_of_a_gpu_give_the_same(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, queries = torch.randn(9000, 8).round(decimals=1) + 40, torch.randn(40, 8).round(decimals=1) + 40
+    expected = ExactIndex(keys).search(queries, 30)
+    monkeypatch.setattr(Precise, "_candidates", Precise._best_of_blocks)
+    monkeypatch.setattr(precise, "_blocks", lambda queries, wanted: (7, block))
+    found = ExactIndex(keys).search(queries, 30)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
 def test_reduced_precision_of_the_user_changes_nothing() -> None:
     keys, queries = torch.randn(20_000, 64), torch.randn(8, 64, requires_grad=True)
     expected = ExactIndex(keys).search(queries.detach(), 20)
