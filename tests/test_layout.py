@@ -63,7 +63,8 @@ def test_only_what_users_call_has_many_parameters() -> None:
     for name, function in functions():
         given = function.args
         count = len(given.posonlyargs) + len(given.args) + len(given.kwonlyargs) - (function in owners)
-        if owners.get(function, function.name) not in lightning_resmem.__all__:
+        compiled = any("triton.jit" in ast.unparse(each) for each in function.decorator_list)  # pointers, one by one
+        if owners.get(function, function.name) not in lightning_resmem.__all__ and not compiled:
             counts[name] = count
     assert {name: count for name, count in counts.items() if count > 8} == {}
 
