@@ -103,6 +103,15 @@ def test_whatever_the_keys(data: str, half_copy: bool) -> None:
 
 
 @pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_queries_of_another_magnitude_than_the_keys(scale: float) -> None:
+    keys = randn(20_000, 8) * scale
+    magnitudes = torch.tensor([1e-30, 1e-20, 1e10, 1e20, 1e25, 1e38], device=GPU)
+    queries = magnitudes[:, None] * torch.ones(8, device=GPU)
+    check(keys, queries, ExactIndex(keys).search(queries, 10), 10)
+
+
+@pytest.mark.usefixtures("way")
 def test_equal_keys_are_found_by_lowest_position() -> None:
     constant = torch.full((20_000, 8), 0.3, device=GPU)
     assert ExactIndex(constant).search(randn(3, 8), 40)[1].tolist() == [list(range(40))] * 3

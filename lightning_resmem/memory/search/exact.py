@@ -74,7 +74,7 @@ class ExactIndex:
 
     def _search_roughly(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | None:
         """Distances and positions `(B, k)`, and whether they certainly are the nearest `(B,)`; None where not tried."""
-        if groups.is_worthwhile(self.keys, k):
+        if groups.is_worthwhile(queries, self.keys, k):
             return self._grouped.nearest(queries, k)
         wanted = k + k // 4 + 16  # more than enough for nearly all queries
         if not rough.is_worthwhile(queries, self.keys, wanted) or self._precise.scale != 1:

@@ -16,8 +16,12 @@ _log = logging.getLogger("lightning_resmem")
 
 # More neighbours are searched another way: so many groups would be measured that their minima save little.
 _MOST_NEIGHBORS = 2048
-# Times the groups that are measured: there have to be clearly more.
+# Times the groups that are measured: so many there have to be.
 _GROUPS = 4
+# Numbers of keys, once for every query, up to which all keys are measured where there are fewer groups.
+_ALL_MEASURED = 2**30
+# Positions are counted in int32, up to what is a multiple of everything.
+_MOST_KEYS = 2**31 - 2**16
 # Distances beyond those wanted that are put in order, as keys may be equally near.
 _SPARE = 16
 # Bytes of minima and of distances that are held at once, and numbers that are rounded at once: with what is made from
@@ -30,16 +34,20 @@ WORK_BYTES = 512 * 2**20
 _SAMPLE = 4096
 
 
-def is_worthwhile(keys: Tensor, k: int) -> bool:
+def is_worthwhile(queries: Tensor, keys: Tensor, k: int) -> bool:
     """Whether `Groups` finds k of these keys, and faster than products in float32."""
-    wanted = _wanted(k)
     return (
         runs_on(keys.device)
         and k <= _MOST_NEIGHBORS
-        and len(keys) >= _GROUPS * wanted * group_size(keys.shape[1])
-        and len(keys) < 2**32  # half of an int64 holds a position
+        and (_has_groups(keys, k) or len(queries) * keys.numel() <= _ALL_MEASURED)
+        and len(keys) < _MOST_KEYS
         and keys.is_contiguous()
     )
+
+
+def _has_groups(keys: Tensor, k: int) -> bool:
+    """Whether there are clearly more groups than are measured: else their minima save nothing."""
+    return len(keys) >= _GROUPS * _wanted(k) * group_size(keys.shape[1])
 
 
 def runs_on(device: torch.device) -> bool:
@@ -151,19 +159,17 @@ class Groups:
             Distances and positions `(B, k)`, ascending, of equally near keys those at the lowest positions; and bool
             `(B,)`. What a query found that is not sure is of no use.
         """
-        wanted = min(_wanted(k), self._errors.shape[1])
-        rows = min(
-            _MINIMA_BYTES // (self._errors.shape[1] * 2), _DISTANCES_BYTES // (wanted * self._group * 4), len(queries)
-        )
-        found = [self._nearest(block, k, wanted) for block in queries.contiguous().split(max(16, rows))]
+        groups = self._errors.shape[1]
+        wanted = min(_wanted(k), groups) if _has_groups(self._keys, k) else groups
+        rows = min(_MINIMA_BYTES // (groups * 2), _DISTANCES_BYTES // (wanted * self._group * 4))
+        rows = max(16, rows // 128 * 128)
+        found = [self._nearest(block, k, wanted) for block in queries.contiguous().split(rows)]
         distances, positions, sure = zip(*found, strict=True)
         return torch.cat(distances), torch.cat(positions), torch.cat(sure)
 
     def _nearest(self, queries: Tensor, k: int, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
         kernels, group = _kernels(), self._group
-        rounded, numbers = kernels.round_queries(queries, self._center, self._scale, self._typical, self._width)
-        minima = self._minima((rounded, numbers))
-        limits, groups = minima.topk(wanted, dim=1, largest=False, sorted=False)
+        groups, reach = self._near_groups(queries, wanted)
         measured = kernels.measure_groups(queries, self._keys, groups, group)
         nearest, columns = measured.topk(min(k + _SPARE, measured.shape[1]), dim=1, largest=False, sorted=False)
         positions = groups.gather(1, columns // group) * group + columns % group
@@ -171,13 +177,22 @@ class Groups:
         order = (nearest.view(torch.int32).long() << 32 | positions).sort(dim=1).values
         distances, positions = (order >> 32).int().view(torch.float32), order & 0xFFFFFFFF
         last = distances[:, k - 1]
-        reach = (last * self._scale * numbers[4]).square() * (1 + 4 * kernels.slack(queries.shape[1]))
-        sure = torch.isfinite(last)
-        if wanted < minima.shape[1]:
-            sure &= reach < limits.amax(dim=1)
+        sure = last < reach
         if distances.shape[1] < measured.shape[1]:
             sure &= last < distances[:, -1]  # or keys as near as the last may be at lower positions
         return distances[:, :k], positions[:, :k], sure
+
+    def _near_groups(self, queries: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+        """Groups `(b, wanted)`, and a distance `(b,)`: no key of the other groups is nearer."""
+        kernels, count = _kernels(), self._errors.shape[1]
+        if wanted == count:
+            every = torch.arange(count, device=queries.device).repeat(len(queries), 1)
+            return every, queries.new_full((len(queries),), torch.inf)
+        asked = kernels.round_queries(queries, self._center, self._scale, self._typical, self._width)
+        limits, groups = self._minima(asked).topk(wanted, dim=1, largest=False, sorted=False)
+        shrunk = limits.amax(dim=1).float() * (1 - 4 * kernels.slack(queries.shape[1]))
+        # Of a limit below zero, or for a query too far away, comes NaN, and nothing is below that.
+        return groups, shrunk.sqrt() / asked[1][4] / self._scale
 
     def _minima(self, queries: tuple[Tensor, Tensor]) -> Tensor:
         """What the keys of each group are away at least, as `kernels.group_minima` writes it."""

@@ -196,7 +196,8 @@ def _round_queries(
     rounded = stretched.to(tl.float16)
     tl.store(out_ptr + row * W + columns, rounded, mask=columns < W)
     moved = rounded.to(tl.float32) - stretched
-    root = 128.0 / (length + tl.load(typical_ptr))
+    # Of a query too far away to square it there is no minimum.
+    root = tl.where(norm < float("inf"), 128.0 / (length + tl.load(typical_ptr)), float("nan"))
     numbers_ptr += row
     tl.store(numbers_ptr, inverse * _LENGTH / 2)
     tl.store(numbers_ptr + count, norm * (norm * inverse) * kept * _LENGTH / 2)

@@ -15,7 +15,7 @@ from lightning_resmem.memory.search.exact import ExactIndex
 from lightning_resmem.memory.search.groups import Groups
 from tests import oracle
 
-settings.register_profile("interpreted", deadline=None, derandomize=True, database=None, max_examples=10)
+settings.register_profile("interpreted", deadline=None, derandomize=True, database=None, max_examples=8)
 settings.load_profile("interpreted")
 
 
@@ -118,11 +118,11 @@ def test_the_index_finds_the_nearest(
     check(keys, queries, ExactIndex(keys, half_copy).search(queries, k), k)
 
 
-@pytest.mark.parametrize("alike", [32, 1])
 @pytest.mark.parametrize(
-    ("data", "dtype"),
-    [(data, torch.float32) for data in ("normal", "very different norms", "1e25", *BOUNDARY)]
-    + [(data, torch.float16) for data in ("normal", "one direction")],
+    ("data", "dtype", "alike"),
+    [(data, torch.float32, 32) for data in ("normal", "1e25", *BOUNDARY)]
+    + [(data, torch.float32, 1) for data in ("very different norms", "rings")]
+    + [(data, torch.float16, 32) for data in ("normal", "one direction")],
 )
 def test_no_key_is_nearer_than_the_minimum_of_its_group(data: str, dtype: torch.dtype, alike: int) -> None:
     keys = (DATA | BOUNDARY)[data](640 // alike, 16).repeat_interleave(alike, dim=0).to(dtype)
@@ -163,6 +163,25 @@ def test_ordinary_queries_are_sure(data: str, width: int) -> None:
     check(keys, queries, (distances, positions), 5)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_queries_of_another_magnitude_than_the_keys(scale: float) -> None:
+    keys = randn(1300, 8) * scale
+    queries = torch.tensor([1e-30, 1e-20, 1e10, 1e20, 1e25, 3e38])[:, None] * torch.ones(8)
+    sure = Groups(keys, half_copy=True).nearest(queries, 3)[2]
+    assert not sure[5]
+    check(keys, queries, ExactIndex(keys).search(queries, 3), 3)
+
+
+def test_few_keys_are_all_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "_GROUPS", 4)
+    monkeypatch.setattr(kernels, "group_minima", None)
+    for data in ("on a grid", "1e25", "1e-30 to 1e30"):
+        keys = DATA[data](300, 5)
+        queries = torch.cat([keys[:3], torch.full((1, 5), 1e20)])
+        assert groups.is_worthwhile(queries, keys, 40)
+        check(keys, queries, ExactIndex(keys).search(queries, 40), 40)
+
+
 def test_of_equal_keys_the_first_are_found() -> None:
     keys = torch.randint(0, 3, (2500, 3), generator=torch.Generator().manual_seed(0)).float()
     found = ExactIndex(keys).search(keys[:4], 40)
@@ -195,9 +214,11 @@ def test_the_smallest_and_the_largest() -> None:
     distances, positions, sure = Groups(keys, half_copy=True).nearest(queries, 2048)  # among all groups
     assert sure.all()
     check(keys, queries, (distances, positions), 2048)
-    assert not groups.is_worthwhile(torch.empty(10**6, 4), 2049)
-    assert groups.is_worthwhile(torch.empty(10**6, 4), 2048)
-    assert not groups.is_worthwhile(torch.empty(1000, 4), 100)
+    million = torch.empty(10**6, 4)
+    assert groups.is_worthwhile(torch.empty(10**5, 4), million, 2048)
+    assert not groups.is_worthwhile(queries, million, 2049)
+    assert not groups.is_worthwhile(torch.empty(10**6, 4), million[:1000], 100)
+    assert not groups.is_worthwhile(queries, million.T, 1)
 
 
 def test_the_users_contexts_change_nothing() -> None:
