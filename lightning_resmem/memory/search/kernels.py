@@ -131,7 +131,7 @@ def _multiply(
     count, width = rounded.shape
     blocks, tiles = -(-count // tile.queries), len(norms) // tile.keys
     each = 8
-    while each > 1 and blocks * tiles < _PROGRAMS * each:
+    while tiles % each or (each > 1 and blocks * tiles < _PROGRAMS * each):
         each //= 2
     strides = errors.stride(0) // 16, out.stride(0) // 16
     grid = (blocks * (tiles // each),)

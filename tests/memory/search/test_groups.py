@@ -1,6 +1,5 @@
-"""Exact search as a GPU does it, without one: Triton interprets its kernels."""
+"""Exact search as a GPU does it, without one: Triton interprets its kernels, and compiles them for one."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -8,14 +7,49 @@ from pathlib import Path
 
 import pytest
 
+from lightning_resmem.memory.search import groups
+
+POINTERS = {"q_ptr": "*fp16", "z_ptr": "*fp16", "out_ptr": "*fp16", "chosen_ptr": "*i64"}
+NUMBERS = {"scale": "fp32", "kept": "fp32"}
+SIZES = {
+    "_round_queries": {"D": 20, "W": 24, "BLOCK": 32},
+    "_group_minima": {"W": 24, "G": 32, "BB": 16, "BN": 128, "BD": 32, "STAGES": 2},
+    "_measure_groups": {"D": 20, "G": 32, "ROWS": 32, "BD": 32},
+}
+
 
 @pytest.mark.slow
 def test_kernels_in_the_interpreter() -> None:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("needs Triton")
+    pytest.importorskip("triton")
     # Triton looks at the environment when it is imported, and torch.compile may have imported it here.
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--noconftest", "-p", "no:cacheprovider"]
     file = Path(__file__).with_name("interpreted.py")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run([*command, str(file)], env=environment, capture_output=True, text=True, timeout=170)
     assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_kernels_compile(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler refuses more than the interpreter does; it needs no GPU."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from lightning_resmem.memory.search import kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, sizes = getattr(kernels, name), SIZES[name]
+    types = {each: "*fp32" if each.endswith("_ptr") else "i32" for each in kernel.arg_names}
+    types |= {each: kind for each, kind in (POINTERS | NUMBERS).items() if each in types}
+    source = ASTSource(
+        kernel,
+        types | dict.fromkeys(sizes, "constexpr"),
+        {(kernel.arg_names.index(each),): size for each, size in sizes.items()},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32))
+    assert compiled.asm["cubin"]
+
+
+def test_a_cpu_does_without() -> None:
+    assert not groups.runs_on(groups.torch.device("cpu"))
