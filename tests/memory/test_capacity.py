@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_resmem import LocalMemory, ResMemWarning
-from lightning_resmem.memory.capacity import available_bytes, check_capacity
+from lightning_resmem.memory.capacity import available_bytes, check_capacity, free_bytes
 
 
 def test_available_is_what_the_kernel_says(tmp_path):
@@ -49,3 +49,8 @@ def test_estimate_covers_what_is_stored(key_dtype):
     stored = memory.stats()["bytes"]
     assert stored <= sum(estimate.values()) <= 2 * stored
     assert estimate["keys"] == rows * width * key_dtype.itemsize
+
+
+def test_free_bytes_of_a_device():
+    assert free_bytes(torch.device("cpu")) > 2**20
+    assert free_bytes(torch.device("meta")) is None

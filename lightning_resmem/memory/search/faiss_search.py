@@ -108,7 +108,7 @@ class FaissSearch:
 
     @cached_property
     def _exact(self) -> ExactIndex:
-        return ExactIndex(self.keys)
+        return ExactIndex(self.keys, half_copy=False)  # for few queries: no copy is worth it
 
     def _search(self, queries: Tensor, k: int, fetched: int) -> tuple[Tensor, Tensor]:
         """The `k` nearest of `fetched` keys that FAISS finds."""
@@ -204,7 +204,7 @@ class FaissSearch:
         chosen = torch.randperm(len(self.keys), generator=torch.Generator().manual_seed(1))[:rows]
         # A stored row finds itself, which says nothing: one more is asked for, and one not counted.
         queries, k = self.keys[chosen.to(self.keys.device)].float(), min(_RECALL_K, len(self.keys) - 1)
-        farthest = ExactIndex(self.keys).search(queries, k + 1)[0][:, -1:]
+        farthest = ExactIndex(self.keys, half_copy=False).search(queries, k + 1)[0][:, -1:]
         # By distance rather than by position: any of several equally near rows is right.
         tolerance = 1e-5 * farthest + 1e-3 * farthest.mean() * 1e-2
 

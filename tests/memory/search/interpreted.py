@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -220,6 +221,27 @@ def test_the_smallest_and_the_largest() -> None:
     assert not groups.is_worthwhile(queries, million, 2049)
     assert not groups.is_worthwhile(torch.empty(10**6, 4), million[:1000], 100)
     assert not groups.is_worthwhile(queries, million.T, 1)
+
+
+def test_a_gpu_with_less_shared_memory_than_thought(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    multiply = kernels._multiply
+
+    def refuse(*given: Any) -> None:
+        tile = given[4]
+        tried.append((tile.keys, tile.stages))
+        if tile.keys * tile.stages > 150:
+            raise kernels.OutOfResources(2**18, 2**17, "shared memory")
+        multiply(*given)
+
+    keys, queries = randn(1500, 12), randn(2, 12, seed=1)
+    expected = Groups(keys, half_copy=True).nearest(queries, 3)
+    monkeypatch.setattr(kernels, "_multiply", refuse)
+    monkeypatch.setattr(kernels, "_fitting", {})
+    for _ in range(2):
+        found = Groups(keys, half_copy=True).nearest(queries, 3)
+        assert torch.equal(found[1], expected[1])
+    assert tried == [(256, 3), (256, 2), (256, 1), (128, 3), (128, 2), (128, 1), (128, 1)]
 
 
 def test_the_users_contexts_change_nothing() -> None:

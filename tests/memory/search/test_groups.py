@@ -1,12 +1,16 @@
 """Exact search as a GPU does it, without one: Triton interprets its kernels, and compiles them for one."""
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from lightning_resmem import InputError, LocalMemory, Multiclass, RayMemory, ResMemParams
+from lightning_resmem.memory.local_config import LocalConfig
 from lightning_resmem.memory.search import groups
 
 POINTERS = {"q_ptr": "*fp16", "z_ptr": "*fp16", "out_ptr": "*fp16", "chosen_ptr": "*i64"}
@@ -52,4 +56,26 @@ def test_kernels_compile(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_cpu_does_without() -> None:
-    assert not groups.runs_on(groups.torch.device("cpu"))
+    assert not groups.runs_on(torch.device("cpu"))
+
+
+def test_the_choice_of_a_copy_reaches_the_index_and_other_processes() -> None:
+    for chosen in ({}, {"half_copy": False}):
+        memory = LocalMemory(params=ResMemParams(k=1, sigma=1.0), **chosen)
+        memory.add(torch.eye(2), torch.zeros(2, 2), torch.tensor([0, 1]))
+        memory.build()
+        for each in (memory, pickle.loads(pickle.dumps(memory))):
+            assert each._rows.index.half_copy is chosen.get("half_copy", True)
+    assert RayMemory(half_copy=False)._template._config.half_copy is False
+    with pytest.raises(InputError, match="half_copy='no'"):
+        LocalMemory(half_copy="no")
+
+
+def test_the_estimate_counts_the_copy_and_what_a_search_takes() -> None:
+    rows, width, gpu = 10**6, 100, torch.device("cuda")
+    with_copy, without = (
+        LocalConfig(Multiclass(), "auto", "auto", torch.float32, half_copy).estimate_bytes(rows, width, 10, gpu)
+        for half_copy in (True, False)
+    )
+    assert with_copy["index"] - without["index"] == rows * 104 * 2
+    assert without["index"] > 4 * rows + 512 * 2**20
