@@ -129,7 +129,7 @@ class Groups:
         self._as_it_is = _is_read_as_it_is(keys.shape[1], keys.dtype)
         largest = 0.0 if self._as_it_is else largest_number(keys)
         # The largest number less the center is then at most 2^15, which float16 has.
-        self._scale = 2.0 ** (14 - min(126, max(-111, _exponent(largest)))) if largest else 1.0
+        self._scale = 2.0 ** (14 - max(-112, math.frexp(largest)[1])) if largest else 1.0
         self._center = self._find_center()
         kept = half_copy and not self._as_it_is and _has_room(keys)
         self._copy = self._room(len(keys)) if kept else None
@@ -256,11 +256,6 @@ class Groups:
             about = torch.nn.functional.pad(about, (0, groups * self._group - len(exact)))
             first = start // self._group
             self._errors[:, first : first + groups] = about.unflatten(1, (groups, self._group)).amax(dim=2)
-
-
-def _exponent(number: float) -> int:
-    """The least so that the number is below two to the power of it."""
-    return math.frexp(number)[1]
 
 
 def _has_room(keys: Tensor) -> bool:

@@ -44,10 +44,10 @@ def measure(keys: Tensor, queries: Tensor, positions: Tensor, in_order: bool = F
         if keys.dtype != torch.float32:
             wide.copy_(part)
         wide = wide.view(*block.shape, width).sub_(queries[first : first + rows, None])
-        if on_cpu:
-            torch.linalg.vector_norm(wide, dim=2, out=distances[first : first + rows])
-        else:  # to find the few that need it takes longer there, as it is waited for
-            distances[first : first + rows] = _lengths(wide.flatten(0, 1)).view(block.shape)
+        measured = distances[first : first + rows]
+        torch.linalg.vector_norm(wide, dim=2, out=measured)
+        if not on_cpu:  # to find the few that need it takes longer there, as it is waited for
+            measured.copy_(_lengths(wide.flatten(0, 1)).view_as(measured).where(_are_doubtful(measured), measured))
     if on_cpu:
         _measure_doubtful(keys, queries, positions, distances)
     distances, order = ascending(distances.masked_fill_(positions < 0, torch.inf))
@@ -56,11 +56,15 @@ def measure(keys: Tensor, queries: Tensor, positions: Tensor, in_order: bool = F
 
 def _measure_doubtful(keys: Tensor, queries: Tensor, positions: Tensor, distances: Tensor) -> None:
     """Measure again, where squares may have overflowed or vanished; as for `measure`, writes into `distances`."""
-    doubtful = ((distances < _LEAST) | ~torch.isfinite(distances)) & (positions >= 0)
+    doubtful = _are_doubtful(distances) & (positions >= 0)
     for part in doubtful.nonzero().split(max(1, _CPU_MEASURED // keys.shape[1])):
         row, place = part.unbind(dim=1)
         apart = keys.index_select(0, positions[row, place]).float() - queries.index_select(0, row)
         distances[row, place] = _lengths(apart)
+
+
+def _are_doubtful(distances: Tensor) -> Tensor:
+    return (distances < _LEAST) | ~torch.isfinite(distances)
 
 
 def _lengths(rows: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ DATA: dict[str, Callable[[int, int], Tensor]] = {
     "1e25": lambda n, d: randn(n, d) * 1e25,
     "1e38": lambda n, d: rand(n, d) * 3e38,
     "1e-20": lambda n, d: randn(n, d) * 1e-20,
+    "1e-30": lambda n, d: randn(n, d) * 1e-30,
     "1e-38": lambda n, d: randn(n, d) * 1e-38,
     "1e-30 to 1e30": lambda n, d: randn(n, d) * 10 ** (rand(n, 1, seed=5) * 60 - 30),
 }
@@ -155,6 +156,7 @@ def test_what_is_sure_is_right_however_keys_are_rounded(data: str, width: int) -
         ("far from zero", 24),
         ("one outlier", 24),
         ("every key twice", 24),
+        ("1e-30", 24),
     ],
 )
 def test_ordinary_queries_are_sure(data: str, width: int) -> None:
