@@ -61,8 +61,13 @@ def _works(device: torch.device) -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
     try:
-        Groups(torch.ones(1, 16, device=device), half_copy=True).nearest(torch.ones(1, 16, device=device), 1)
+        keys = torch.arange(1024.0, device=device).view(64, 16)
+        _, positions, sure = Groups(keys, half_copy=True)._nearest(keys[40:42], 1, wanted=2)
+        if positions.tolist() != [[40], [41]] or not bool(sure.all()):
+            raise ArithmeticError("of 64 keys it does not find the nearest")
         return True
+    except torch.cuda.OutOfMemoryError:
+        raise
     except Exception as error:  # a compiler that is missing, a GPU too old: the same search works without
         _log.warning(
             "Exact search does without Triton, which does not work on %s (%s: %s), and is slower.",

@@ -247,6 +247,10 @@ def test_a_gpu_with_less_shared_memory_than_thought(monkeypatch: pytest.MonkeyPa
     assert tried == [(256, 3), (256, 2), (256, 1), (128, 3), (128, 2), (128, 1), (128, 1)]
 
 
+def test_a_device_is_tried_before_it_is_used() -> None:
+    assert groups._works(torch.device("cpu"))
+
+
 def test_the_users_contexts_change_nothing() -> None:
     keys, queries = randn(2000, 24), randn(3, 24, seed=1).requires_grad_()
     expected = ExactIndex(keys).search(queries.detach(), 5)
