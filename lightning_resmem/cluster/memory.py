@@ -49,8 +49,7 @@ class RayMemory(ShardedMemory):
         num_shards: Over how many actors the rows are spread, by a hash of their ids.
         task: What a residual is; `Multiclass()` by default.
         params: How the memory is read; measured at `build` by default.
-        index: As for `LocalMemory`, for each shard. An index that has to be trained is trained once, on a sample of
-            all rows.
+        index: As for `LocalMemory`, for each shard; trained once, if it has to be, on a sample of all rows.
         values: As for `LocalMemory`.
         key_dtype: As for `LocalMemory`.
         half_copy: As for `LocalMemory`.
@@ -63,8 +62,7 @@ class RayMemory(ShardedMemory):
         placement: `"SPREAD"` over nodes as evenly as possible, `"STRICT_SPREAD"` each on its own, or `"PACK"` together.
         storage_path: Where shards keep their rows, so that they survive the end of a process: a path or a URL that
             fsspec knows, in which the pool makes a directory of its own and deletes it when it ends. A shard can only
-            move to another node if that node sees the path, too. By default `lightning_resmem-UID`, of
-            this user, in the temporary directory of each node.
+            move to a node that sees it. By default `lightning_resmem-UID` in the temporary directory of each node.
         request_timeout_s: Seconds after which a request, or a place for the shards, is given up.
         replicas: Copies of each shard, on different nodes if possible. With 2, the death of one is not noticed.
         on_shard_loss: `"raise"` `ShardUnavailableError`, or answer from the rest with `"partial"`: `metrics()` tells
