@@ -137,6 +137,9 @@ def test_no_key_is_nearer_than_the_minimum_of_its_group(data: str, dtype: torch.
     away = torch.cdist(queries.double(), keys.double(), compute_mode="donot_use_mm_for_euclid_dist")
     nearest = away.unflatten(1, (20, 32)).amin(dim=2)
     assert (minima <= (nearest * index._scale * asked[1][4, :, None].double()).square()).all()
+    chosen, reach = index._near_groups(queries, wanted=4)
+    rest = nearest.scatter(1, chosen.clamp_max(19), torch.inf)
+    assert not (rest < reach[:, None]).any()
 
 
 @pytest.mark.parametrize("width", [1, 16])
