@@ -78,9 +78,10 @@ class Routing:
         self._answers: list[Answer] = []  # of this batch, if they are to be scored
         self._was_asked = False
         self._board: Scoreboard | None = None
+        self._ignored = ignored_labels(model)
         if prefix is not None:
-            loaders, ignored = evaluation_loaders(trainer), ignored_labels(model)
-            self._board = Scoreboard(memory, prefix, loaders, device_of(model), metrics, ignored)
+            loaders = evaluation_loaders(trainer)
+            self._board = Scoreboard(memory, prefix, loaders, device_of(model), metrics, self._ignored)
         assert trainer.state.fn is not None
         # The steps may count in buffers; the next run compares these, too.
         self._weights = WeightsWatch(model, memory, buffers=False)
@@ -173,4 +174,8 @@ class Routing:
             return self._answers[-1]
         if sum(len(answer.outputs) for answer in self._answers) == count:
             return Answer.cat(self._answers)
+        ignored = self._memory.task.ignored(targets, self._memory.num_outputs, self._ignored) if count else None
+        if ignored is not None and 0 < len(self._answers[-1].outputs) == int((~ignored).sum()):
+            # The step has dropped the rows that its loss ignores, which are not scored: any answer will do for them.
+            return self._answers[-1].rows(((~ignored).cumsum(dim=0) - 1).clamp(min=0))
         raise InputError(f"The step called the head for other rows than the batch's {count} targets.")

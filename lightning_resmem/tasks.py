@@ -224,7 +224,10 @@ class Multilabel(Task):
         targets = targets.float()
         bad = ~((targets >= 0) & (targets <= 1)).all(dim=1)
         if bad.any():
-            raise InputError(f"targets has entries outside [0, 1] in {_rows(bad, ids)} for task=Multilabel().")
+            raise InputError(
+                f"targets has entries outside [0, 1] in {_rows(bad, ids)} for task=Multilabel(). Map labels such as -1 "
+                "and 1 to 0 and 1, and leave out rows of which a label is missing."
+            )
         return targets
 
     def predict(self, outputs: Tensor, softmax_temperature: float = 1.0) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from jsonargparse import ArgumentParser
 
 from examples.digits_module import Classifier, Digits
 from lightning_resmem import (
@@ -209,6 +210,14 @@ def test_help_explains_the_arguments_of_the_callback(resmem):
         "ids_fn": "`ids_fn(batch)` returns the rows' ids",
     }.items():
         assert f"--trainer.callbacks.{argument} {argument.upper()} {words}" in told
+
+
+def test_functions_need_no_annotations():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ResMemCallback, "callback")
+    for argument, function in {"targets_fn": odd_targets, "ids_fn": odd_targets, "forward_fn": run_odd}.items():
+        found = parser.parse_args([f"--callback.{argument}={__name__}.{function.__name__}"])
+        assert found.callback[argument] is function
 
 
 def number(printed, name):

@@ -124,6 +124,36 @@ def test_rows_without_targets_are_not_scored(tmp_path):
     assert not [name for name in logged if name.startswith("test/")]
 
 
+class Labelled(CallsSelf):
+    """Drops the rows without a label before the network sees them."""
+
+    def test_step(self, batch, batch_idx):
+        kept = batch[1] != -100
+        super().test_step((batch[0][kept], batch[1][kept]), batch_idx)
+
+
+def test_rows_that_a_step_drops_for_their_label_are_not_scored(tmp_path):
+    run, model, data, _ = fitted(Labelled, tmp_path)
+    data.test[1][[0, 1, 20, 49]] = -100
+    (logged,) = run.test(model, datamodule=data, verbose=False)
+    seen = run.callbacks[-1].evaluation
+    assert (seen.rows, seen.ignored) == (46, 4)
+    (wanted,) = run.test(make_plain(model), datamodule=data, verbose=False)
+    assert {name: value for name, value in logged.items() if "/" in name} == pytest.approx(
+        {name: value for name, value in wanted.items() if "/" in name}
+    )
+    flips = [(flip.position, flip.resmem) for flip in seen.flips]
+    assert flips == [(flip.position, flip.resmem) for flip in run.callbacks[-1].evaluation.flips]
+    assert len(flips) > 1
+
+
+def make_plain(model):
+    """The same weights, with steps that drop nothing."""
+    plain = CallsSelf()
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
 def test_route_off_scores_beside_the_base(tmp_path):
     run, model, data, wanted = fitted(CallsSelf, tmp_path, route=False)
     (logged,) = run.test(model, datamodule=data, verbose=False)

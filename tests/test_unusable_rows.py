@@ -209,7 +209,8 @@ def test_other_labels_that_are_no_class_are_refused_by_dataset_and_position(labe
             DataLoader(TensorDataset(*rows(60, 1))),
             relabelled(rows(60, 2), label, 9),
         )
-    with pytest.raises(InputError, match=r"in rows 1, .*\(The head that was found is 'head': if another .* head=\.\)"):
+    hints = r"give targets_fn=lambda batch: .*\(The head that was found is 'head': if another .* head=\.\)"
+    with pytest.raises(InputError, match=rf"in rows 1, .*{hints}"):
         memorize(trainer(tmp_path), make(CallsSelf), relabelled(rows(60, 2), label, 1))
 
 

@@ -116,11 +116,23 @@ class Pass:
         try:
             self.labels.check(self.labels.usable(chunk), part)
         except InputError as error:
-            if self._reader.head is not None or self.tap is None:
-                raise
-            hint = f"(The head that was found is {self.tap.head!r}: if another module makes the prediction, name it"
-            raise InputError(f"{error} {hint} with head=.)") from error
+            raise InputError(str(error) + self._hints()) from error
         return chunk
+
+    def _hints(self) -> str:
+        """What nobody has said of targets that cannot be, and may be the cause."""
+        hints = ""
+        if self._reader.targets_fn is None:
+            hints += (
+                " (If the steps give the loss other targets than the batch holds, mapped, converted or one column of "
+                "them, give targets_fn=lambda batch: ... that returns those.)"
+            )
+        if self._reader.head is None and self.tap is not None:
+            hints += (
+                f" (The head that was found is {self.tap.head!r}: if another module makes the prediction, name it with "
+                "head=.)"
+            )
+        return hints
 
     def _sample(self, part: Part) -> tuple[Sample, Iterable[Any]]:
         """A small batch with a row that is finite, if any of a few has one, and the loader that it is from."""

@@ -73,7 +73,7 @@ class Answer(NamedTuple):
         return torch.where(self.is_combined[:, None].to(combined.device), combined, outputs)
 
     def rows(self, kept: Tensor) -> "Answer":
-        """The rows of a mask `(B,)`."""
+        """The rows of a mask `(B,)`, or with these numbers."""
         return Answer(
             self.outputs[kept],
             Predictions(*(prediction[kept] for prediction in self.predictions)),

@@ -19,8 +19,9 @@ from torchmetrics import Metric
 from lightning_resmem.errors import HeadError, InputError, ResMemError, wrong_type
 from lightning_resmem.together import together
 
-TargetsFn = Callable[[Any], Tensor]
-IdsFn = Callable[[Any], Tensor]
+# They return what torch.as_tensor takes. Did it say so here, the command line would refuse functions that do not.
+TargetsFn = Callable[[Any], Any]
+IdsFn = Callable[[Any], Any]
 ForwardFn = Callable[[L.LightningModule, Any], Any]
 
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")

@@ -181,16 +181,17 @@ class FirstLoss:
             )
 
     def _check_labels(self, output: Tensor, targets: Tensor, pairs: _Pairs) -> None:
-        found = None
+        found, kept = None, self._labelled(targets, output.shape[1])
         for seen, wanted in pairs:
             if seen.shape != output.shape or wanted.shape != targets.shape or targets.is_floating_point():
                 continue
-            if torch.equal(wanted, targets):
+            wanted = wanted[kept]  # what is no label need not be the same one for the loss
+            if torch.equal(wanted, targets[kept]):
                 return
-            labels, places = targets.unique(return_inverse=True)
+            labels, places = targets[kept].unique(return_inverse=True)
             mapped = wanted.new_zeros(len(labels)).index_put((places,), wanted)
             # Labels of other rows, as in mixup, are no function of the row's own.
-            if len(targets) >= max(_LEAST_LABELS, 2 * len(labels)) and torch.equal(mapped[places], wanted):
+            if len(wanted) >= max(_LEAST_LABELS, 2 * len(labels)) and torch.equal(mapped[places], wanted):
                 place = int((mapped != labels).nonzero()[0])
                 found = found or (int(labels[place]), int(mapped[place]))
         if found is not None:
@@ -204,13 +205,17 @@ class FirstLoss:
         """Labels of all rows of the batch: fewer were read before training."""
         if not isinstance(self._task, Multiclass) or targets.shape != output.shape[:1] or targets.is_floating_point():
             return
-        ignored = self._task.ignored(targets, output.shape[1], ignored_labels(self._model))
-        rows = torch.arange(len(targets), device=targets.device)
-        kept = rows if ignored is None else rows[~ignored]
+        kept = self._labelled(targets, output.shape[1])
         try:
             self._task.check_targets(targets[kept], output.shape[1], kept)
         except InputError as error:
             raise InputError(f"In the batch of the first training step: {error}") from error
+
+    def _labelled(self, targets: Tensor, num_classes: int) -> Tensor:
+        """Numbers of the rows that are memorized: those whose label is not ignored."""
+        ignored = Multiclass().ignored(targets, num_classes, ignored_labels(self._model))
+        rows = torch.arange(len(targets), device=targets.device)
+        return rows if ignored is None else rows[~ignored]
 
 
 def _equal(wanted: Tensor, targets: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_resmem.errors import HeadError, InputError
 from lightning_resmem.model.names import named_modules, quoted, submodule
 from lightning_resmem.model.pooling import Pooling
-from lightning_resmem.model.returned import check_diverged, same, tensors, what_follows
+from lightning_resmem.model.returned import check_diverged, same, tensors, way_out
 
 
 class Captured(NamedTuple):
@@ -122,8 +122,7 @@ class HeadTap:
         outputs = dict(executed)
         raise HeadError(
             f"The model returned the output of none of the nn.Linear modules it executed ({quoted(outputs)}), nor "
-            "their softmax, log_softmax or sigmoid, so the head is uncertain. Name the module whose output is the "
-            f"logits: head={next(reversed(outputs))!r}.{what_follows(outputs, result)}"
+            f"their softmax, log_softmax or sigmoid, so the head is uncertain. {way_out(outputs, result)}"
         )
 
     def describe(self) -> dict[str, str]:

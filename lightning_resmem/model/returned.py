@@ -103,15 +103,29 @@ def check_returned(
     )
 
 
-def what_follows(outputs: Mapping[str, Tensor], returned: Any) -> str:
-    """What a model may do to the output of one of its modules before it returns it, for a message; or nothing."""
-    for name, output in reversed(list(outputs.items())):
-        for tensor in tensors(returned):
-            if tensor.is_floating_point() and tensor.numel() == output.numel() and output.ndim == 2:
-                relation = _relation(output, tensor)
-                if relation != _SOMETHING_ELSE:
-                    return f" What it returned is that of {name!r}, but {relation}. {_WAY_OUT}"
-    return ""
+def way_out(outputs: Mapping[str, Tensor], returned: Any) -> str:
+    """For a message: how to name the head of a model that returned none of these outputs of its linear modules."""
+    found = [tensor for tensor in tensors(returned) if tensor.is_floating_point() and tensor.ndim]
+    names = list(outputs)[::-1]
+    pairs = [
+        (name, _relation(outputs[name], tensor))
+        for name in names
+        for tensor in found
+        if tensor.numel() == outputs[name].numel() and outputs[name].ndim == 2
+    ]
+    name = f"Name the module whose output is the logits: head={names[0]!r}."
+    for alike, follows in pairs:
+        if follows != _SOMETHING_ELSE:
+            return f"{name} What it returned is that of {alike!r}, but {follows}. {_WAY_OUT}"
+    if pairs:
+        return f"{name} If what it returned is made of that of {pairs[0][0]!r}, {_SOMETHING_ELSE}. {_WAY_OUT}"
+    if not any(tensor.ndim == 2 for tensor in found):  # labels, or a loss
+        return name
+    return (
+        "None of these makes as many numbers as it returned. Name the module whose output is the logits with head=; "
+        "what no module makes, such as a product with a parameter, has to be made by one: self.head = MyHead(...) with "
+        'head="head".'
+    )
 
 
 def check_diverged(outputs: Tensor) -> None:

@@ -206,6 +206,25 @@ def test_labels_that_are_no_others_are_trained_on(kind, tmp_path):
     assert len(callback.memory) == 120
 
 
+class IgnoresByArgument(CallsSelf):
+    """Its loss ignores a label, of which only an argument knows."""
+
+    def loss(self, outputs, targets):
+        return F.cross_entropy(outputs, targets, ignore_index=255)
+
+
+def test_a_targets_fn_that_marks_what_the_loss_ignores(tmp_path):
+    data, callback = Data(), ResMemCallback(memory_for(IgnoresByArgument), targets_fn=marked)
+    for _, targets in (data.train, data.val):
+        targets[::5] = 255
+    trainer(tmp_path, callback).fit(make(IgnoresByArgument), datamodule=data)
+    assert callback.memory.ids.tolist() == [row for row in range(120) if row % 5]
+
+
+def marked(batch):
+    return batch[1].where(batch[1] != 255, -100)
+
+
 def look(loss, kind=Numbers, rows=32, head="head", **model):
     """What is said of a step with this loss of outputs and targets."""
     model, data = make(kind), Data(kind.task)

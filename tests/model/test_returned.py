@@ -111,6 +111,21 @@ def test_a_head_that_is_looked_for_says_what_follows_it():
         HeadTap.find(model, lambda: model(torch.randn(4, 6)))
 
 
+def test_something_that_follows_the_head_and_cannot_be_named():
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    model.forward = lambda x: nn.functional.normalize(model[1](model[0](x)))
+    with pytest.raises(HeadError, match=r"head='1'\. If .* made of that of '1', something follows .*nn\.Sequential"):
+        HeadTap.find(model, lambda: model(torch.randn(4, 6)))
+
+
+def test_no_linear_module_is_proposed_where_none_makes_as_many_numbers():
+    model, prototypes = nn.Sequential(nn.Linear(6, 5)), torch.randn(5, 3)
+    model.forward = lambda x: model[0](x) @ prototypes
+    with pytest.raises(HeadError, match=r"None of these makes as many .*self\.head = MyHead") as raised:
+        HeadTap.find(model, lambda: model(torch.randn(4, 6)))
+    assert "head='0'" not in str(raised.value)
+
+
 def test_the_head_of_a_forward_fn_is_the_one_whose_output_it_returns():
     model = nn.ModuleDict({"body": nn.Linear(6, 5), "head": nn.Linear(5, 3), "auxiliary": nn.Linear(5, 3)})
 
