@@ -12,16 +12,18 @@ from torch import Tensor, nn
 from lightning_resmem.errors import HeadError, InputError
 from lightning_resmem.model.batches import BatchReader
 from lightning_resmem.model.ignored import ignored_labels
-from lightning_resmem.model.loss_graph import CLASSES, DISTANCES, compared, compared_by_hand
+from lightning_resmem.model.loss_graph import CLASSES, DISTANCES, compared, compared_by_hand, exponentials
 from lightning_resmem.model.names import named_modules, submodule
 from lightning_resmem.model.relation import OFF, Relation, relation
 from lightning_resmem.model.returned import same
-from lightning_resmem.tasks import Multiclass, Task
+from lightning_resmem.tasks import Multiclass, Regression, Task
 
 # Rows that tell a line from chance.
 _LEAST_ROWS = 4
 # Rows that tell a mapping of labels from chance.
 _LEAST_LABELS = 8
+# The share of rows without a target from which on the step must mean it: the pass leaves out one in a hundred.
+_MISSING = 0.1
 
 _Pairs = Sequence[tuple[Tensor, Tensor]]
 
@@ -101,6 +103,14 @@ class FirstLoss:
         self._check_units(output, targets, [*distances, *compared_by_hand(loss, output, end, targets)])
         self._check_labels(output, targets, classes)
         self._check_range(output, targets)
+        self._check_missing(targets)
+        if isinstance(self._task, Regression) and not distances and exponentials(loss, end):
+            raise InputError(
+                f"The loss of the first training step takes the exponential of what the head {self._name!r} returns, "
+                "as F.poisson_nll_loss does: the outputs are logarithms of the predictions. A memory would take them "
+                "for predictions of the targets, and be wrong. Make the exponential a part of the head, name it with "
+                "head=, and tell the loss (log_input=False)."
+            )
 
     def _check_head(self, output: Tensor, targets: Tensor, pairs: _Pairs, others: list[tuple[str, Tensor]]) -> None:
         """Whether the loss is given the output of another module, and not the head's at all."""
@@ -210,6 +220,18 @@ class FirstLoss:
             self._task.check_targets(targets[kept], output.shape[1], kept)
         except InputError as error:
             raise InputError(f"In the batch of the first training step: {error}") from error
+
+    def _check_missing(self, targets: Tensor) -> None:
+        """Targets that the step masks: the pass would refuse so many after training."""
+        if self._task is None or not targets.is_floating_point():
+            return
+        missing = int((~torch.isfinite(targets.reshape(len(targets), -1))).any(dim=1).sum())
+        if missing >= _LEAST_ROWS and missing > _MISSING * len(targets):
+            raise InputError(
+                f"{missing} of {len(targets)} rows of the first training batch have targets that are NaN or infinite. "
+                "A memory needs whole rows, and leaves out at most one in a hundred: give it those that have all "
+                "targets, memory_dataloader=DataLoader(whole_rows, batch_size=...)."
+            )
 
     def _labelled(self, targets: Tensor, num_classes: int) -> Tensor:
         """Numbers of the rows that are memorized: those whose label is not ignored."""

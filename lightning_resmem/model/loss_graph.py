@@ -12,6 +12,10 @@ from torch import Tensor
 # Losses of PyTorch's own, which keep what they compare.
 DISTANCES = ("MseLossBackward0", "L1LossBackward0", "SmoothL1LossBackward0", "HuberLossBackward0")
 CLASSES = ("NllLossBackward0",)
+# What changes no number.
+_SHAPES = {
+    f"{name}Backward{version}" for name in ("Squeeze", "Unsqueeze", "View", "Reshape", "Flatten") for version in (0, 1)
+}
 # Nodes of the graph that are looked at: a loss is near its end.
 _NODES = 1000
 # How far a difference may be off a sum of its parts, as a share of the smaller one.
@@ -71,6 +75,19 @@ def _parts(difference: Tensor, output: Tensor, targets: Tensor) -> Iterator[tupl
                 torch.where(is_sum, summands[0], parts[0]),
                 torch.where(is_sum, summands[1], parts[1]),
             )
+
+
+def exponentials(loss: Tensor, end: Any) -> bool:
+    """Whether a loss takes the exponential of what the node `end` made, perhaps in another shape."""
+    return any(node.name() == "ExpBackward0" and _is_made_by(end, node) for node in _between(loss, end))
+
+
+def _is_made_by(end: Any, node: Any) -> bool:
+    """Whether a node is given what `end` made, and nothing but its shape was changed in between."""
+    [(given, _)] = node.next_functions
+    while given is not None and given is not end and given.name() in _SHAPES:
+        given = given.next_functions[0][0]
+    return given is end
 
 
 def _between(loss: Tensor, end: Any) -> list[Any]:

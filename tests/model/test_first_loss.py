@@ -225,12 +225,13 @@ def marked(batch):
     return batch[1].where(batch[1] != 255, -100)
 
 
-def look(loss, kind=Numbers, rows=32, head="head", **model):
-    """What is said of a step with this loss of outputs and targets."""
+def look(loss, kind=Numbers, rows=32, head="head", missing=0):
+    """What is said of a step with this loss of outputs and targets, of which the first are missing."""
     model, data = make(kind), Data(kind.task)
     model.loss = loss
-    watching = FirstLoss(model, head, BatchReader())
+    watching = FirstLoss(model, head, BatchReader(), Regression() if kind.task == "regression" else None)
     batch = data.train[0][:rows], data.train[1][:rows]
+    batch[1][:missing] = torch.nan
     try:
         watching.watch(batch)
         watching.check(model.training_step(batch, 0))
@@ -240,6 +241,23 @@ def look(loss, kind=Numbers, rows=32, head="head", **model):
     finally:
         watching.close()
         assert hooks_on(model) == 0
+
+
+def test_outputs_that_are_logarithms():
+    said = look(lambda outputs, targets: F.poisson_nll_loss(outputs, targets.abs()))
+    assert "takes the exponential of what the head 'head' returns, as F.poisson_nll_loss does" in said
+    assert "log_input=False" in said
+    assert look(lambda outputs, targets: F.poisson_nll_loss(outputs.relu() + 1, targets, log_input=False)) is None
+    assert look(lambda outputs, targets: (outputs - targets).cosh().log().mean()) is None
+
+
+def test_targets_that_the_step_masks():
+    def masked(outputs, targets):
+        there = ~targets.isnan()
+        return F.mse_loss(outputs[there], targets[there])
+
+    assert "6 of 32 rows of the first training batch have targets that are NaN or infinite" in look(masked, missing=6)
+    assert look(masked, missing=3) is None
 
 
 def mapped(y):
