@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.cluster.client import ShardClient
+from lightning_resmem.errors import EmptyMemoryError
 from lightning_resmem.memory.storage.tensor_file import Streamed
 
 # Bytes that are read from a shard or a file at once.
@@ -21,6 +22,8 @@ def to_files(shards: ShardClient) -> dict[str, Tensor | Streamed]:
     """
     versions = shards.ask("version").result()
     owned = [torch.from_numpy(part.copy()) for part in shards.ask("ids").result()]
+    if not any(map(len, owned)):
+        raise EmptyMemoryError("The memory is empty, as another process has removed its rows: nothing is saved.")
     ids, order = torch.cat(owned).sort()
     places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).split([len(o) for o in owned])
     sample = shards.rows(next(shard for shard, own in enumerate(owned) if len(own)), 0, 1)

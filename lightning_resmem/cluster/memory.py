@@ -240,10 +240,8 @@ class RayMemory(ShardedMemory):
     def save(self, directory: str | os.PathLike[str]) -> Path | disk.Url:
         """Save to one directory, as a `LocalMemory` does: it can be loaded as either, with any number of shards.
 
-        Rows go from the shards to the files part by part; this process holds their ids and a few MiB.
-
-        Raises:
-            StorageError: As for `LocalMemory`, or if another process changes rows meanwhile.
+        Rows go from the shards to the files part by part; this process holds their ids and a few MiB. Where another
+        process changes rows meanwhile, that is a StorageError.
         """
         disk.as_path(directory)  # refused before the memory is built
         self.build()
