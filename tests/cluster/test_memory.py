@@ -458,7 +458,7 @@ def test_rows_that_another_driver_has_replaced_are_not_answered_from(
 def test_rows_that_another_driver_changes_are_not_saved_as_a_mixture(
     pools: dict[str, RayMemory], data: Data, tmp_path: Path
 ) -> None:
-    memory = cleared(pools["replicated"])
+    memory = cleared(pools["5"])
     data.add_to(memory, torch.arange(ROWS))
     memory.build()
     other = pickle.loads(pickle.dumps(memory))
