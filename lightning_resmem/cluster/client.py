@@ -236,9 +236,11 @@ class ShardClient:
             found[positions] = torch.from_numpy(has.copy())
         return found
 
-    def rows(self, shard: int, start: int, stop: int, names: Sequence[str] = ()) -> dict[str, Tensor]:
-        """Rows of a shard as it stores them, in the order of their ids."""
-        loaded: dict[str, Tensor] = safetensors.torch.load(self.ask_one(shard, "stored", start, stop, names))
+    def rows(
+        self, shard: int, start: int, stop: int, names: Sequence[str] = (), version: str = ""
+    ) -> dict[str, Tensor]:
+        """Rows of a shard as it stores them, in the order of their ids: see `Shard.stored`."""
+        loaded: dict[str, Tensor] = safetensors.torch.load(self.ask_one(shard, "stored", start, stop, names, version))
         return loaded
 
     def rows_of(self, ids: Tensor, like: int) -> dict[str, Tensor]:

@@ -1,7 +1,10 @@
 """The rows of a shard, and every change of them on disk before it is acknowledged. Knows nothing of Ray."""
 
+import hashlib
 import socket
 import time
+from functools import reduce
+from operator import xor
 from typing import NamedTuple
 
 import safetensors.torch
@@ -77,6 +80,19 @@ class DurableMemory:
     def filling(self) -> str:
         """Which rows these are: another word whenever all were cleared, the same for all replicas."""
         return self.memory.provenance.get("filling", _FIRST_FILLING)
+
+    @property
+    def version(self) -> str:
+        """What changes with every change of rows, and is the same for replicas that have made the same in any order."""
+        return self.memory.provenance.get("version", "")
+
+    def check_version(self, version: str) -> None:
+        """Raise an error if rows were changed since `version`."""
+        if version != self.version:
+            raise StorageError(
+                f"The rows of the pool {self._config.name!r} were changed while they were read: save, or load, again "
+                "when no other process adds, removes or updates any."
+            )
 
     def check_filling(self, filling: str | None) -> None:
         """Raise an error if a caller knows of other rows than these; None if it knows of none."""
@@ -198,7 +214,11 @@ class DurableMemory:
 
     def _made(self, entry: Entry) -> None:
         self.number = entry.number
-        self.keys |= {entry.key, entry.key.removesuffix(_WITHDRAWN)}
+        new = {entry.key, entry.key.removesuffix(_WITHDRAWN)} - self.keys
+        self.keys |= new
+        if entry.operation != "describe":
+            hashes = (int(hashlib.sha256(key.encode()).hexdigest(), 16) for key in new)
+            self.memory.provenance["version"] = f"{reduce(xor, hashes, int(self.version or '0', 16)):x}"
 
     def _load(self) -> None:
         """Read what is kept; where that cannot be, `check` says why."""

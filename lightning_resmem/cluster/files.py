@@ -7,19 +7,23 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.cluster.client import ShardClient
+from lightning_resmem.errors import EmptyMemoryError
 from lightning_resmem.memory.storage.tensor_file import Streamed
 
 # Bytes that are read from a shard or a file at once.
 _CHUNK_BYTES = 16 * 2**20
 
 
-def to_files(shards: ShardClient, owned: list[Tensor]) -> dict[str, Tensor | Streamed]:
+def to_files(shards: ShardClient) -> dict[str, Tensor | Streamed]:
     """The tensors of a saved memory, in the order of the ids, read from the shards when they are written.
 
     Args:
-        shards: Built, with at least one row.
-        owned: For each shard the ids of its rows, ascending, `(n,)`.
+        shards: Built, with at least one row. What is read later than now has to be what it is now: see `Shard.stored`.
     """
+    versions = shards.ask("version").result()
+    owned = [torch.from_numpy(part.copy()) for part in shards.ask("ids").result()]
+    if not any(map(len, owned)):
+        raise EmptyMemoryError("The memory is empty, as another process has removed its rows: nothing is saved.")
     ids, order = torch.cat(owned).sort()
     places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).split([len(o) for o in owned])
     sample = shards.rows(next(shard for shard, own in enumerate(owned) if len(own)), 0, 1)
@@ -28,7 +32,7 @@ def to_files(shards: ShardClient, owned: list[Tensor]) -> dict[str, Tensor | Str
         step = max(1, _CHUNK_BYTES // max(1, sample[name].nbytes))
         for shard, own in enumerate(places):
             for start in range(0, len(own), step):
-                yield own[start : start + step], shards.rows(shard, start, start + step, [name])[name]
+                yield own[start : start + step], shards.rows(shard, start, start + step, [name], versions[shard])[name]
 
     return {
         name: ids if name == "ids" else Streamed((len(ids), *row.shape[1:]), row.dtype, partial(parts, name))

@@ -74,9 +74,14 @@ class Journal:
         is_synced = self._is_local and entry.operation != "add"
         with self._failing("written to"):
             self._check_there()
-            self._fs.pipe_file(f"{self._root}/{name}.partial", entry.data)
-            if is_synced:
-                self._sync(f"{name}.partial", needs_others=entry.operation in _EDITS)
+            try:
+                self._fs.pipe_file(f"{self._root}/{name}.partial", entry.data)
+                if is_synced:
+                    self._sync(f"{name}.partial", needs_others=entry.operation in _EDITS)
+            except Exception:
+                with suppress(Exception):  # makes room: others may have to take this change back
+                    self._fs.rm(f"{self._root}/{name}.partial")
+                raise
             self._fs.mv(f"{self._root}/{name}.partial", f"{self._root}/{name}")
             if is_synced:
                 files.sync_directory(Path(self._root))

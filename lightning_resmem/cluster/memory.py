@@ -240,19 +240,19 @@ class RayMemory(ShardedMemory):
     def save(self, directory: str | os.PathLike[str]) -> Path | disk.Url:
         """Save to one directory, as a `LocalMemory` does: it can be loaded as either, with any number of shards.
 
-        Rows go from the shards to the files part by part; this process holds their ids and a few MiB.
+        Rows go from the shards to the files part by part; this process holds their ids and a few MiB. Where another
+        process changes rows meanwhile, that is a StorageError.
         """
         disk.as_path(directory)  # refused before the memory is built
         self.build()
-        owned = [torch.from_numpy(part.copy()) for part in self._ask("ids")]
-        files = to_files(self._shards, owned)
+        files = to_files(self._shards)
         index, _ = self._shards.ask_one(self._filled_shard(), "index")
         described = manifest(
             self.task,
             self.params,
             self.tunable,
             self.provenance,
-            sum(len(ids) for ids in owned),  # other processes may have added some
+            files["ids"].shape[0],  # other processes may have added some
             index if isinstance(index, FaissIndex) else "exact",
             self._empty_values(),
         )

@@ -89,6 +89,8 @@ class Request:
             if isinstance(error.cause, RowsLostError):
                 self._failed(shard, replica, str(error.cause), is_final=True, lost_rows=True)
             elif isinstance(error.cause, ResMemError):
+                for late in self._pending:
+                    late.future()  # as below
                 raise error.cause from None
             else:
                 raise

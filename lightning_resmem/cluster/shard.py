@@ -158,9 +158,17 @@ class Shard:
         with self._reading(known, filling) as memory:
             return _packed(memory.stored(memory.places(_tensor(ids))))
 
-    def stored(self, start: int, stop: int, names: Sequence[str], known: int, filling: str | None = None) -> bytes:
-        """Rows as they are stored, in the order of their ids; only the tensors of these names, if any is given."""
+    def stored(
+        self, start: int, stop: int, names: Sequence[str], version: str, known: int, filling: str | None = None
+    ) -> bytes:
+        """Rows as they are stored, in the order of their ids; only the tensors of these names, if any is given.
+
+        Raises:
+            StorageError: If rows were changed since `version`, if one is given: places are others then.
+        """
         with self._reading(known, filling) as memory:
+            if version:
+                self._rows.check_version(version)
             rows = memory.stored(slice(start, stop))
             return _packed({name: rows[name] for name in names} if names else rows)
 
@@ -168,6 +176,11 @@ class Shard:
         """Ids of all rows, ascending."""
         with self._reading(known, filling) as memory:
             return memory.stored(slice(None))["ids"].cpu().numpy() if len(memory) else np.empty(0, np.int64)
+
+    def version(self, known: int, filling: str | None = None) -> str:
+        """What changes with every change of rows: see `stored`."""
+        with self._reading(known, filling):
+            return self._rows.version
 
     def has(self, ids: Array, known: int, filling: str | None = None) -> Array:
         """Which of the ids belong to rows of this shard, `(n,)`."""
@@ -235,7 +248,7 @@ class Shard:
     # -- details
 
     def _state(self) -> dict[str, Any]:
-        """Rows, shape, number of changes, description, which rows, device and free bytes."""
+        """Rows, shape, number of changes, description, which rows, their version, device and free bytes."""
         memory = self._rows.memory
         stats = memory.stats()
         return {
@@ -245,6 +258,7 @@ class Shard:
             "number": self._rows.number,
             "about": memory.provenance.get("about", ""),
             "filling": self._rows.filling,
+            "version": self._rows.version,
             "device": str(memory.device),
             "free_bytes": available_bytes() or 0,
         }
@@ -256,9 +270,9 @@ class Shard:
         number, keys, undo = ray.get(peer.changes.remote(), timeout=_COPY_SECONDS)
         state, memory = ray.get(peer.state.remote(), timeout=_COPY_SECONDS), self._rows.empty()
         for start in range(0, state["rows"], _COPIED_ROWS):
-            stored = ray.get(peer.stored.remote(start, start + _COPIED_ROWS, (), number), timeout=_COPY_SECONDS)
+            stored = ray.get(peer.stored.remote(start, start + _COPIED_ROWS, (), "", number), timeout=_COPY_SECONDS)
             memory.add_stored(safetensors.torch.load(stored), state["outputs"])
-        memory.provenance = {"about": state["about"], "filling": state["filling"]}
+        memory.provenance = {name: state[name] for name in ("about", "filling", "version")}
         if len(memory):
             memory.build_with(*ray.get(peer.index.remote(number), timeout=_COPY_SECONDS))
         with self._lock.writing():

@@ -122,7 +122,7 @@ def asks(shard: Shard, rows: dict[str, torch.Tensor]) -> list[Callable[..., Any]
         lambda *known: shard.search((queries,), 3, *known),
         lambda *known: shard.weighted_sums((some[:, None], weights), 1.0, *known),
         lambda *known: shard.fetch(some, *known),
-        lambda *known: shard.stored(0, 1, (), *known),
+        lambda *known: shard.stored(0, 1, (), "", *known),
         lambda *known: shard.ids(*known),
         lambda *known: shard.has(some, *known),
         lambda *known: shard.index(*known),
@@ -157,3 +157,26 @@ def test_who_knows_of_other_rows_is_told(
                 ask(number, before)
         check(each, rows, list(range(60)), number)
         assert len(each.ids(number, "b")) == 60
+
+
+def test_replicas_that_made_the_same_changes_in_another_order_are_of_one_version(
+    url: str, rows: dict[str, torch.Tensor]
+) -> None:
+    first, second = Shard(config(f"{url}/first"), 0, 0), Shard(config(f"{url}/second"), 0, 1)
+    for shard, order in ((first, "ab"), (second, "ba")):
+        for key in order:
+            shard.apply(key, "add", part(rows, 30 * "ab".index(key), 30 * "ab".index(key) + 20), 0)
+    version = first.version(2)
+    assert second.version(2) == version
+    first.apply("c", "add", part(rows, 50, 60), 2)
+    for shard in (first, second):  # where it has not arrived
+        shard.apply(withdrawal("c"), "withdraw", ids(*range(50, 60)), 2)
+    assert first.version(3) == second.version(3) != version
+    version = first.version(3)
+    first.build("exact", None, 3)
+    again = Shard(config(f"{url}/first"), 0, 0)
+    assert again.stored(0, 5, (), version, 3) == second.stored(0, 5, (), version, 3)
+    again.apply("d", "remove", ids(0), 3)
+    for same in (again, Shard(config(f"{url}/first"), 0, 0)):
+        with pytest.raises(StorageError, match="were changed while they were read"):
+            same.stored(0, 5, (), version, 4)

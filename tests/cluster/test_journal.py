@@ -11,6 +11,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from lightning_resmem.cluster.journal import Entry, Journal
 from lightning_resmem.errors import StorageError
+from tests.disks import mounted
 
 
 @pytest.fixture(params=["path", "file", "memory"])
@@ -281,3 +282,13 @@ def test_a_directory_that_is_not_there_is_not_one_without_changes(tmp_path: Path
     for ask in (journal.base, journal.last, lambda: list(journal.entries())):
         with pytest.raises(StorageError, match="vanished"):
             ask()
+
+
+def test_a_change_that_does_not_fit_leaves_room_for_smaller_ones(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=256k", "tmpfs") as disk:
+        journal = Journal(str(disk / "shard"))
+        journal.start()
+        with pytest.raises(StorageError, match="No space left on device"):
+            journal.write(Entry(1, "add", "large", bytes(2**20)))
+        journal.write(entry(1))
+        assert list(journal.entries()) == [entry(1)]

@@ -33,6 +33,7 @@ from lightning_resmem import (
     influence,
     label_errors,
 )
+from lightning_resmem.cluster.files import to_files
 from lightning_resmem.trainer.restoring import RestorableMemory
 from lightning_resmem.trainer.save_directory import SaveDirectory
 from tests.cluster.ending import SECONDS, ended
@@ -452,6 +453,26 @@ def test_rows_that_another_driver_has_replaced_are_not_answered_from(
     memory.clear()
     with pytest.raises(StaleMemoryError):
         other.search(data.queries, 3)
+
+
+def test_rows_that_another_driver_changes_are_not_saved_as_a_mixture(
+    pools: dict[str, RayMemory], data: Data, tmp_path: Path
+) -> None:
+    memory = cleared(pools["5"])
+    data.add_to(memory, torch.arange(ROWS))
+    memory.build()
+    other = pickle.loads(pickle.dumps(memory))
+    files = to_files(memory.shards)
+    assert sum(len(places) for places, _ in files["keys"].parts()) == ROWS
+    other.build_shards()  # changes no rows
+    assert sum(len(places) for places, _ in files["keys"].parts()) == ROWS
+    other.update(data.ids[:1], targets=data.targets[:1])
+    with pytest.raises(StorageError, match="were changed while they were read"):
+        list(files["keys"].parts())
+    assert len(LocalMemory.load(memory.save(tmp_path / "memory"))) == ROWS
+    other.remove(data.ids)
+    with pytest.raises(EmptyMemoryError, match="another process has removed its rows"):
+        memory.save(tmp_path / "empty")
 
 
 def test_many_callers_at_once(two: RayMemory, data: Data) -> None:

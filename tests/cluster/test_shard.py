@@ -160,7 +160,7 @@ def test_rows_that_are_gone_are_missed(tmp_path: Path, rows: dict[str, torch.Ten
         lambda: again.weighted_sums((queries, queries), 1.0, 1),
         lambda: again.ids(1),
         lambda: again.fetch(rows["ids"].numpy(), 1),
-        lambda: again.stored(0, 1, (), 1),
+        lambda: again.stored(0, 1, (), "", 1),
         lambda: again.apply("b", "add", part(rows, 0, 1), 1),
         lambda: again.build("exact", None, 1),
         lambda: again.ping(1),

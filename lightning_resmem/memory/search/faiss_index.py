@@ -51,8 +51,8 @@ class FaissIndex:
     def __post_init__(self) -> None:
         for name, least in (("nprobe", 1), ("ef_search", 1), ("rerank", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{name}={value!r}: give a whole number of at least {least}.")
+            if (value is not None or name == "rerank") and not (type(value) is int and least <= value < 2**31):
+                raise InputError(f"{name}={value!r}: give a whole number of at least {least}, below 2**31.")
         if self.min_recall is not None and not 0 < self.min_recall <= 1:
             raise InputError(f"min_recall={self.min_recall!r}: give a share above 0 and at most 1, e.g. 0.95.")
         if not isinstance(self.factory, str):

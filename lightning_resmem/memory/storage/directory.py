@@ -4,12 +4,13 @@ Files are named by their contents and never changed. What makes them a memory is
 one step: before that the directory is the old memory, after it the new one, whenever a process or a machine dies.
 """
 
+import errno
 import os
 import secrets
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from lightning_resmem.errors import StorageError
@@ -19,6 +20,8 @@ from lightning_resmem.memory.storage.manifest import MANIFEST
 
 # What a new disk has in its root.
 _IGNORED = "lost+found"
+# How often directories are made that somebody else removes.
+_TRIES = 10
 
 
 def check(target: Path) -> None:
@@ -100,6 +103,7 @@ def locked(target: Path) -> Iterator[bool]:
 
     Raises:
         StorageError: If another one saves to it right now.
+        FileNotFoundError: If it is not there, or was removed meanwhile.
     """
     if sys.platform == "win32":
         yield False
@@ -118,6 +122,8 @@ def locked(target: Path) -> Iterator[bool]:
             ) from None
         except OSError:
             held = False
+        if held and not os.fstat(descriptor).st_nlink:  # by one that had made it, and failed
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(target))
         yield held
         if held:
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough where a child process has inherited it
@@ -172,7 +178,22 @@ def make(directories: list[Path]) -> None:
 
 
 def unmake(directories: list[Path]) -> None:
-    """Remove those that were `missing`, as far as they are there and empty."""
+    """Remove those that were `missing`, as far as they are there and empty, and nobody is about to save to them."""
     for path in directories:
-        with suppress(OSError):
+        with suppress(OSError, StorageError), locked(path):
             path.rmdir()
+
+
+@contextmanager
+def made(target: Path, directories: list[Path]) -> Iterator[bool]:
+    """Make the `missing` ones, and keep others from saving to `target`: see `locked`."""
+    with ExitStack() as stack:
+        for attempt in range(1, _TRIES + 1):
+            try:
+                make(directories)
+                held = stack.enter_context(locked(target))
+                break
+            except FileNotFoundError:  # others make and remove the same directories
+                if attempt == _TRIES:
+                    raise
+        yield held

@@ -121,8 +121,7 @@ def _write_here(
     directories.check(target)
     missing = directories.missing(target)
     try:
-        directories.make(missing)
-        with directories.locked(target) as alone:
+        with directories.made(target, missing) as alone:
             directories.check(target)  # again, now that nobody else can change it
             ours = directories.named_files(target)
             try:

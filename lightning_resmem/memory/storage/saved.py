@@ -26,6 +26,9 @@ from lightning_resmem.tasks import TASKS, Multiclass, Task
 
 _log = logging.getLogger("lightning_resmem")
 
+# What classes are stored as ends there.
+_MOST_OUTPUTS = 2**31
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -96,6 +99,8 @@ def _understood(files: disk.Opened) -> Saved:
     tunable, provenance = entry(bool, "tunable"), dict(entry(dict, "provenance"))
     for key in provenance:
         entry(str, "provenance", key)
+    if num_outputs >= _MOST_OUTPUTS:  # of sparse values: no file has a row of them
+        raise disk.damaged(files.path, f"values.num_outputs is {num_outputs}, at most {_MOST_OUTPUTS - 1} can be")
     for parameter in dataclasses.fields(ResMemParams):
         if parameter.name != "gate" and parameter.name not in entry(dict, "params"):  # None, in older memories
             raise disk.damaged(files.path, f"params.{parameter.name} is missing")

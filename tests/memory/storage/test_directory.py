@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lightning_resmem import InputError, LocalMemory, StorageError
+from lightning_resmem.memory.storage import directory as directories
 from lightning_resmem.memory.storage import disk
 from tests.saved_files import file_of
 
@@ -71,6 +72,34 @@ def test_two_savers_end_with_one_memory_and_one_error(saved: Path, make: Make) -
         os.close(descriptor)
     make(7).save(saved)
     assert len(LocalMemory.load(saved)) == 7
+
+
+def test_one_that_is_refused_leaves_the_new_directory_to_the_other(tmp_path: Path) -> None:
+    missing = directories.missing(tmp_path / "a" / "memory")
+    directories.make(missing)
+    with directories.locked(missing[0]):
+        directories.unmake(missing)
+        assert missing[0].is_dir()
+    directories.unmake(missing)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_another_one_removes_is_made_again(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, flock, removed = tmp_path / "a" / "memory", fcntl.flock, []
+
+    def removing(descriptor: int, operation: int) -> None:
+        if not removed:
+            removed.append(target)
+            target.rmdir()
+            target.parent.rmdir()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removing)
+    make(7).save(target)
+    assert removed
+    assert len(LocalMemory.load(target)) == 7
 
 
 @pytest.mark.parametrize("exists", [True, False])

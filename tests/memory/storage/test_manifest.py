@@ -128,6 +128,8 @@ def test_manifests_that_are_none(saved: Path, data: bytes, message: str) -> None
         (lambda m: m["extra"].update({"../x": {"sha256": ""}}), "not in its directory"),
         (lambda m: m["extra"].update(x=1), "not complete"),
         (lambda m: m.update(index={"factory": "Flat" * 10_000}), "has 40000 characters, at most 200 are read"),
+        (lambda m: m["values"].update(num_outputs=2**62), "num_outputs is 4611686018427387904, at most"),
+        (lambda m: m.update(index={"factory": "IVF4,Flat", "nprobe": 2**62}), "nprobe=4611686018427387904"),
         (lambda m: m.update(index={"factory": "HNSW999999"}), "'HNSW999999' has to lie between 2 and 1024"),
     ],
 )
