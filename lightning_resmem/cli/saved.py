@@ -76,8 +76,6 @@ def _kept(given: Namespace) -> Any:
 
 def _words(found: dict[str, Any]) -> dict[str, str]:
     """The numbers for people."""
-    from lightning_resmem.memory.capacity import size
-
     index, provenance = found["index"], found["provenance"]
     values = found["values"].get("kind", "dense")
     return {
@@ -86,7 +84,7 @@ def _words(found: dict[str, Any]) -> dict[str, str]:
         "rows": f"{found['rows']:,}",
         "key width": f"{found['width']:,} ({found['tensors']['keys']})",
         "outputs": f"{found['outputs']:,} ({values})",
-        "on disk": size(found["bytes"]),
+        "on disk": f"{found['bytes']:,} bytes",
         "index": index if isinstance(index, str) else str(index.get("factory")),
         "params": ", ".join(f"{name}={value}" for name, value in found["params"].items() if value is not None),
         "params from": "measuring or tuning" if found["tunable"] else "the user",
