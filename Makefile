@@ -7,24 +7,27 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 FULL := $(VENV)/.installed-full
 DEMO := $(VENV)/.installed-demo
+PINS_TEST := tests/test_packaging.py::test_installed_versions_are_the_pinned_ones
 
 comma := ,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cluster test-gpu bench bench-gpu docs diagram clean distclean
+.PHONY: help demo lint test test-cluster test-gpu test-oldest test-newest bench bench-gpu docs diagram dist clean distclean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 21
 
 demo: $(DEMO) ## a network before and after ResMem, on real data that ships with scikit-learn
 	$(BIN)/python examples/digits.py
 
-test: $(FULL) ## lint, format check, types, then all tests, doctests and documented examples but those of test-cluster
+lint: $(FULL) ## lint, format check, types, and which way imports go
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+test: lint ## lint, then all tests, doctests and documented examples but those of test-cluster and test-gpu
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-cluster: $(FULL) ## Ray with several nodes, ranks and applications: shards, nodes and drivers die (about four minutes)
@@ -40,6 +43,16 @@ test-gpu: ## the tests that take a GPU, with PYTHON=python3 as it is if it has t
 bench-gpu: ## exact search on the GPU of this machine beside what else there is (under three minutes)
 	@$(call on-gpu) examples/benchmarks/gpu_search.py
 
+# Virtual environments of their own, without the pins, and with the tests but that of the pins.
+test-oldest: VERSIONS := -c tests/constraints-oldest.txt
+test-newest: VERSIONS := --upgrade --upgrade-strategy eager
+test-oldest: ## the tests with the oldest versions in the ranges of pyproject.toml, into .venv-oldest
+test-newest: ## the tests with the newest versions there are, into .venv-newest
+test-oldest test-newest: test-%:
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check $(VERSIONS) -e ".[all,dev,docs]"
+	.venv-$*/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --deselect $(PINS_TEST)
+
 bench: $(FULL) ## every script in examples/benchmarks/
 	@set -e; for script in $(sort $(filter-out examples/benchmarks/_%,$(wildcard examples/benchmarks/*.py))); do \
 		echo "== $$script"; $(BIN)/python $$script; done
@@ -50,12 +63,16 @@ docs: $(FULL) ## the documentation site, into site/
 diagram: $(FULL) ## the picture of the packages in docs/, from the imports and docstrings
 	$(BIN)/python docs/diagram.py docs/pages/assets/packages.svg
 
+dist: $(FULL) ## wheel and source distribution, into dist/
+	rm -rf dist
+	$(BIN)/python -m hatchling build
+
 clean: ## remove build outputs and caches; keeps .venv
 	rm -rf site dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .grimp_cache .hypothesis
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## also remove .venv
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-oldest .venv-newest
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -2,7 +2,7 @@
 
 import sys
 
-from lightning_resmem.cli import main
+from lightning_resmem.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,7 @@
 """The `resmem` command, in this process where that is possible: building Lightning's parsers takes seconds."""
 
 import itertools
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,9 @@ import pytest
 import safetensors.torch
 import torch
 from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningCLI
 
+import lightning_resmem
 from examples.digits_module import Classifier, Digits
 from lightning_resmem import (
     GridTuner,
@@ -26,7 +29,9 @@ from lightning_resmem import (
     StaleMemoryError,
     StorageError,
 )
-from lightning_resmem.cli import ResMemTrainer, _use_saved, main
+from lightning_resmem.cli.main import main
+from lightning_resmem.cli.options import TRAINING
+from lightning_resmem.cli.training import ResMemTrainer, _use_saved
 from lightning_resmem.memory.storage import files
 from lightning_resmem.model.fingerprint import fingerprint
 from tests.saved_files import edited, file_of
@@ -159,6 +164,143 @@ def test_inspect_usage(resmem, arguments):
     assert "usage: resmem inspect" in err
 
 
+# -- stats
+
+
+def test_stats_says_what_a_memory_holds(resmem, saved):
+    status, out, err = resmem("stats", saved)
+    assert (status, err) == (0, "")
+    told = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in out.splitlines())
+    assert told["memory"] == str(saved)
+    assert told["rows"] == "20"
+    assert told["key width"] == "3 (float32)"
+    assert told["outputs"] == "2 (dense)"
+    assert told["params"].startswith("k=2, ")
+
+
+def test_stats_as_json_are_those_of_the_memory(resmem, saved):
+    status, out, _ = resmem("stats", saved, "--json")
+    told, memory = json.loads(out), LocalMemory.load(saved)
+    assert status == 0
+    stats = memory.stats()
+    assert {name: told[name] for name in ("rows", "width", "outputs", "index")} == {
+        name: stats[name] for name in ("rows", "width", "outputs", "index")
+    }
+    assert ResMemParams(**told["params"]) == memory.params
+    assert told["bytes"] == sum(file.stat().st_size for file in saved.iterdir() if file.suffix == ".safetensors")
+
+
+def test_stats_reads_urls(resmem, saved, tmp_path):
+    LocalMemory.load(saved).save(url := f"memory://{tmp_path.name}/stats")
+    here, there = (json.loads(resmem("stats", place, "--json")[1]) for place in (saved, url))
+    assert there == {**here, "path": url}
+
+
+def test_stats_verify_reads_the_files(resmem, saved):
+    assert resmem("stats", saved, "--verify")[1].endswith("checksums    match\n")
+    with file_of(saved, "keys").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    assert resmem("stats", saved)[0] == 0
+    status, out, err = resmem("stats", saved, "--verify")
+    assert (status, out) == (1, "")
+    assert "is damaged: its sha256 is" in err
+    file_of(saved, "keys").unlink()
+    status, _, err = resmem("stats", saved)
+    assert status == 1
+    assert re.search(r"keys-\w+\.safetensors is missing", err)
+
+
+# -- convert
+
+
+def test_convert_keeps_rows_in_another_way(resmem, saved):
+    ways = ("--key-dtype=float16", "--value-dtype=float16", "--index=exact")
+    status, out, err = resmem("convert", saved, "half", *ways)
+    assert (status, err) == (0, "")
+    assert out.startswith("Saved a memory of 20 rows to ")
+    before, after = LocalMemory.load(saved), LocalMemory.load("half")
+    assert after.stats()["key_dtype"] == "float16"
+    assert after.fetch(after.ids).outputs.dtype == torch.float16
+    queries = torch.rand(5, 3)
+    assert torch.allclose(after(queries), before(queries), atol=5e-3)
+    status, _, err = resmem("convert", saved, "half")
+    assert status == 1
+    assert "holds a memory: it is left as it is. Give --overwrite" in err
+    assert resmem("convert", saved, "half", "--overwrite", "--values=sparse", "--top-m=1")[0] == 0
+    assert json.loads(resmem("stats", "half", "--json")[1])["values"]["top_m"] == 1
+
+
+def test_convert_merges_memories_of_one_base(resmem, saved, tmp_path):
+    status, _, err = resmem("convert", saved, "both", "--merge", saved)
+    assert status == 1
+    assert "20 ids are in more than one of the memories, 0 the first" in err
+    assert resmem("convert", saved, "both", "--merge", saved, "--renumber")[0] == 0
+    one, both = LocalMemory.load(saved), LocalMemory.load("both")
+    assert torch.equal(both.ids, torch.arange(40))
+    assert torch.equal(both.search(one._query_rows(one.ids), k=2).ids.sort().values[:, 1], one.ids + 20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--renumber"], "--renumber is for the rows of --merge"),
+        (["--values=dense", "--top-m=3"], "--top-m is for sparse values"),
+        (["--index=Nonsense"], "Nonsense"),
+    ],
+)
+def test_convert_refuses_in_one_line(resmem, saved, tmp_path, arguments, message):
+    status, _, err = resmem("convert", saved, "new", *arguments)
+    assert (status, err.count("\n")) == (1, 1)
+    assert message in err
+    assert not (tmp_path / "new").exists()
+
+
+# -- what holds for all commands
+
+
+def test_debug_shows_where_an_error_comes_from(resmem):
+    assert resmem("stats", "missing")[0] == 1
+    with pytest.raises(StorageError, match="no such directory"):
+        resmem("--debug", "stats", "missing")
+
+
+def test_version(resmem):
+    assert resmem("--version")[:2] == (0, f"{lightning_resmem.__version__}\n")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_every_command_and_option(resmem, shell):
+    status, out, _ = resmem("--print-completion", shell)
+    assert status == 0
+    assert all(word in out for word in [*TRAINING, "stats", "inspect", "convert", "key-dtype", "ckpt_path"])
+
+
+@pytest.mark.slow
+def test_help_and_stats_start_without_torch_and_convert_without_lightning(saved):
+    code = (
+        "import contextlib, sys\n"
+        "from lightning_resmem.cli.main import main\n"
+        "for line in sys.argv[1:]:\n"
+        "    sys.argv = ['resmem', *line.split('|')]\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        main()\n"
+        "    heavy = {'torch', 'lightning', 'torchmetrics', 'ray', 'wandb'}\n"
+        "    print('loaded', *sorted(heavy & {*sys.modules}))\n"
+    )
+    light = ["--help", "inspect|--help", "convert|--help", f"stats|{saved}"]
+    heavier = [f"convert|{saved}|{saved.parent / 'new'}", f"inspect|{saved}|--output|{saved.parent / 'page.html'}"]
+    command = [sys.executable, "-c", code, *light, *heavier]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    loaded = [line for line in done.stdout.splitlines() if line.startswith("loaded")]
+    assert loaded == ["loaded"] * len(light) + ["loaded torch"] * len(heavier)
+
+
+def test_the_commands_of_lightning_are_all_there():
+    assert set(TRAINING) == {*LightningCLI.subcommands(), "memorize", "tune"}
+
+
 def test_inspect_does_without_jsonargparse_and_the_rest_names_the_extra(resmem, saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
     assert resmem("inspect", saved)[0] == 0
@@ -192,7 +334,8 @@ def test_the_command_is_installed():
 def test_what_is_no_subcommand_lists_all_of_them(resmem, arguments, message):
     status, out, err = resmem(*arguments)
     assert (status, out) == (2, "")
-    assert f"error: {message}: give one of fit, validate, test, predict, memorize, tune, inspect, or --help." in err
+    commands = "fit, validate, test, predict, memorize, tune, stats, inspect, convert"
+    assert f"error: {message}: give one of {commands}, or --help." in err
 
 
 # -- the subcommands of LightningCLI, with the config that ships

@@ -7,6 +7,7 @@ comments, invisible to readers and each at the start of a line, steer it:
 - `<!-- not run: REASON -->` right before a block leaves it out.
 """
 
+import ast
 import json
 import os
 import re
@@ -208,3 +209,30 @@ def test_the_token_of_the_cluster_page_is_the_users_alone(tmp_path):
     environment = {"HOME": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     subprocess.run(["bash", "-c", f"umask 022; {made}"], env=environment, check=True, capture_output=True, timeout=120)
     assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
+
+
+TROUBLESHOOTING = ROOT / "docs" / "pages" / "troubleshooting.md"
+
+
+def messages() -> list[str]:
+    """Every text in the package's source, with … where something is put in."""
+    found = []
+    for path in (ROOT / "lightning_resmem").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+                found.append("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts))
+    return found
+
+
+def test_troubleshooting_quotes_what_the_package_says() -> None:
+    quoted = re.findall(r"^### `(.+)`$", TROUBLESHOOTING.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(quoted) > 20
+    assert TROUBLESHOOTING.read_text(encoding="utf-8").count("\n### ") == len(quoted)
+    said = messages()
+    missing = [
+        quote
+        for quote in quoted
+        if not any(re.search(".*".join(map(re.escape, quote.split("…"))), text, re.DOTALL) for text in said)
+    ]
+    assert missing == []

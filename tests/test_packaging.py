@@ -1,4 +1,4 @@
-"""What holds for the package as a whole: its imports, names and version, the pins, and what is in its files."""
+"""What holds for the package as a whole: its imports and names, the pins, and what is in its files."""
 
 import ast
 import importlib.metadata
@@ -15,6 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import lightning_resmem
 
@@ -44,13 +45,13 @@ def direct_dependencies() -> dict[str, SpecifierSet]:
     return found
 
 
-def pins() -> dict[str, str]:
-    """The exact versions in constraints.txt, by canonical name."""
+def pins(file: str = "constraints.txt") -> dict[str, str]:
+    """The exact versions in a file of constraints, by canonical name."""
     found: dict[str, str] = {}
-    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+    for line in (ROOT / file).read_text(encoding="utf-8").splitlines():
         if line.strip() and not line.startswith("#"):
-            name, equals, version = line.partition("==")
-            assert equals, f"constraints.txt: {line!r} is not a pin"
+            name, equals, version = line.partition("#")[0].partition("==")
+            assert equals, f"{file}: {line!r} is not a pin"
             found[canonicalize_name(name.strip())] = version.strip()
     return found
 
@@ -89,21 +90,21 @@ def test_a_shard_starts_without_lightning() -> None:
     assert set(ast.literal_eval(done.stdout)) == {"ray", "torch"}
 
 
-def test_version_is_that_of_pyproject() -> None:
-    version = project()["version"]
-    assert importlib.metadata.version("lightning-resmem") == version
-    assert lightning_resmem.__version__ == version
-
-
-def test_package_is_typed() -> None:
-    assert (Path(lightning_resmem.__file__).parent / "py.typed").is_file()
-
-
 def test_every_direct_dependency_has_a_pin_within_its_range() -> None:
     pinned = pins()
     for name, allowed in direct_dependencies().items():
         assert name in pinned, f"{name} has no pin in constraints.txt"
         assert allowed.contains(pinned[name]), f"{name}=={pinned[name]} is not in {allowed}"
+
+
+def test_the_oldest_versions_are_the_lower_ends_of_the_ranges() -> None:
+    oldest, not_at_hand = pins("tests/constraints-oldest.txt"), {"torch", "triton"}
+    for name, allowed in direct_dependencies().items():
+        lowest = max(Version(each.version) for each in allowed if each.operator == ">=")
+        if name == "faiss-gpu":  # never beside faiss-cpu
+            assert name not in oldest
+        elif name not in not_at_hand:
+            assert Version(oldest[name]) == lowest, f"{name}=={oldest[name]} is not the lower end of {allowed}"
 
 
 def test_installed_versions_are_the_pinned_ones() -> None:

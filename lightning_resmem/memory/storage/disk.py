@@ -18,6 +18,7 @@ from lightning_resmem.errors import StorageError
 from lightning_resmem.memory.storage import directory as directories
 from lightning_resmem.memory.storage import files, leftovers, remote, tensor_file
 from lightning_resmem.memory.storage import manifest as manifests
+from lightning_resmem.memory.storage.glance import read_manifest
 from lightning_resmem.memory.storage.manifest import MANIFEST, damaged, entry
 from lightning_resmem.memory.storage.paths import Url, as_path
 from lightning_resmem.memory.storage.tensor_file import Streamed
@@ -165,20 +166,6 @@ def _write_files(
         entry = put(*os.path.splitext(name), partial(files.write_by, write_file))
         derived[name] = {**entry, "keys_sha256": entries["keys"]["sha256"]}
     return {"tensors": entries, "extra": derived}
-
-
-def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read and check the manifest of a saved memory.
-
-    Raises:
-        StorageError: If there is none, or it is damaged or of another format version.
-    """
-    place = as_path(directory)
-    return manifests.parsed(place, _manifest_bytes(place))
-
-
-def _manifest_bytes(place: Path | Url) -> bytes:
-    return remote.read_manifest(place) if isinstance(place, Url) else directories.read_manifest(place)
 
 
 @contextmanager

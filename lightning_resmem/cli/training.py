@@ -1,8 +1,6 @@
-"""The `resmem` command: LightningCLI with `memorize` and `tune`, and `inspect`, which needs no config."""
+"""The commands that train, test and fill: LightningCLI with `memorize` and `tune`."""
 
-import argparse
 import dataclasses
-import importlib.util
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,13 +11,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from rich.console import Console
 
 from lightning_resmem.callback import ResMemCallback
-from lightning_resmem.errors import InputError, ResMemError, ResMemWarning, StorageError
+from lightning_resmem.errors import InputError, ResMemWarning, StorageError
 from lightning_resmem.memorization import Memorizer
 from lightning_resmem.memory.storage import disk
 from lightning_resmem.model.fingerprint import check_fingerprint
 from lightning_resmem.module import ResMemModule
 from lightning_resmem.progress import shows_progress
-from lightning_resmem.reporting.html_report import write_report
 from lightning_resmem.trainer.job import Job, run_job
 from lightning_resmem.trainer.limits import given_val_limit
 from lightning_resmem.trainer.save_directory import check_replaceable
@@ -29,25 +26,8 @@ from lightning_resmem.tuning.tuner import GridTuner, Tuner
 _DESCRIPTION = (
     "Train, memorize, tune and test with a YAML file that names a LightningModule (model), a LightningDataModule "
     "(data) and callbacks, of them lightning_resmem.ResMemCallback (trainer.callbacks). Modules in the current "
-    "directory can be named. `resmem inspect DIR` writes an HTML report of a saved memory and needs no YAML."
+    "directory can be named."
 )
-
-
-def main() -> int:
-    """Run the command that the command line gives.
-
-    Returns:
-        The exit status: 0, or 1 after an error, which is told in one message.
-    """
-    try:
-        if sys.argv[1:2] == ["inspect"]:
-            _inspect(sys.argv[2:])
-        else:
-            _run_lightning()
-    except ResMemError as error:
-        sys.stderr.write("\n".join([f"resmem: {error}", *getattr(error, "__notes__", [])]) + "\n")
-        return 1
-    return 0
 
 
 class ResMemTrainer(L.Trainer):
@@ -194,11 +174,8 @@ def _check_checkpoint(ckpt_path: str | None) -> None:
         raise InputError(f"ckpt_path={ckpt_path!r}: there is no such file.")
 
 
-def _run_lightning() -> None:
-    if importlib.util.find_spec("jsonargparse") is None:
-        raise InputError(
-            'resmem needs jsonargparse, for all but `resmem inspect`: pip install "lightning-resmem[cli]".'
-        )
+def run_lightning() -> None:
+    """Run the subcommand that the command line gives; needs jsonargparse."""
     from lightning.pytorch.cli import LightningCLI
 
     class ResMemCLI(LightningCLI):
@@ -212,7 +189,6 @@ def _run_lightning() -> None:
 
         before_test = before_predict = before_validate
 
-    _check_command([*ResMemCLI.subcommands(), "inspect"])
     # As `python -m` does, so that the YAML may name the user's own modules.
     sys.path.insert(0, str(Path.cwd()))
     ResMemCLI(
@@ -220,34 +196,6 @@ def _run_lightning() -> None:
         parser_kwargs={"prog": "resmem", "description": _DESCRIPTION},
         save_config_kwargs={"overwrite": True},
     )
-
-
-def _check_command(known: list[str]) -> None:
-    """End with an error unless the first word is a subcommand: LightningCLI's own message would leave out `inspect`."""
-    word = sys.argv[1] if len(sys.argv) > 1 else ""
-    if word not in known and not word.startswith("-"):
-        choices = ", ".join(known)
-        problem = f"{word!r} is no subcommand" if word else "a subcommand is missing"
-        argparse.ArgumentParser(prog="resmem", usage=f"resmem {{{','.join(known)}}} ...").error(
-            f"{problem}: give one of {choices}, or --help."
-        )
-
-
-def _inspect(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="resmem inspect",
-        description="Write a self-contained HTML report of a saved memory: what it holds, its rows' neighbours, and "
-        "likely label errors.",
-    )
-    parser.add_argument("directory", help="the saved memory")
-    parser.add_argument("--output", help="the HTML file (default: NAME-report.html in the current directory)")
-    parser.add_argument("--rows", type=int, default=1000, help="rows whose neighbours are searched (default: 1000)")
-    parser.add_argument("--k", type=int, default=5, help="neighbours shown of a row (default: 5)")
-    parser.add_argument("--no-verify", action="store_true", help="do not compare the files' checksums")
-    given = parser.parse_args(arguments)
-    place = disk.as_path(given.directory)
-    output = given.output or f"{place.resolve().name if isinstance(place, Path) else place.name}-report.html"
-    _say(f"Wrote {write_report(given.directory, output, given.rows, given.k, not given.no_verify)}")
 
 
 def _say(words: str) -> None:
