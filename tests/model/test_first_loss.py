@@ -231,7 +231,8 @@ def look(loss, kind=Numbers, rows=32, head="head", missing=0):
     model.loss = loss
     watching = FirstLoss(model, head, BatchReader(), Regression() if kind.task == "regression" else None)
     batch = data.train[0][:rows], data.train[1][:rows]
-    batch[1][:missing] = torch.nan
+    if missing:
+        batch[1][:missing] = torch.nan
     try:
         watching.watch(batch)
         watching.check(model.training_step(batch, 0))
