@@ -14,6 +14,7 @@ from lightning_resmem.collection.ranks import Ranks, check_strategy
 from lightning_resmem.errors import EmptyMemoryError, InputError, ResMemWarning
 from lightning_resmem.memorization import Memorizer
 from lightning_resmem.memory.interface import ResidualMemory
+from lightning_resmem.memory.token_ids import of_sequences
 from lightning_resmem.metrics.evaluation import Evaluation
 from lightning_resmem.metrics.reported import UserMetrics, as_collection
 from lightning_resmem.model.batches import BatchReader, ForwardFn, IdsFn, TargetsFn
@@ -198,7 +199,8 @@ class ResMemCallback(Callback):
             )
         self._memorized, seconds = True, time.monotonic() - started
         self._kept.save(trainer)
-        pictured = None if self._reader.gives_ids else loaders  # ids are positions in them
+        unpictured = self._reader.gives_ids or of_sequences(self._memory.provenance)
+        pictured = None if unpictured else loaders  # ids are positions in them
         self._report.memorized(trainer, self._memory, self.tuning, seconds, self._kept.directory, pictured)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -161,7 +161,7 @@ class Memorizer:
             chunks = reading.rehearse(parts, check)
             usable = next((rows for rows in map(reading.labels.usable, chunks) if len(rows.ids)), None)
             if usable is not None:
-                self._try(usable, all_rows, metrics)
+                self._try(usable, reading.rows_of(all_rows), metrics)
         with reading.ranks.together("rehearsing tuning on a few validation rows"):
             reading.rehearse(val_parts, check, compare=False)
         return None if reading.tap is None else reading.tap.head
@@ -246,9 +246,10 @@ class Memorizer:
 
     def _fill(self, reading: Pass, model: L.LightningModule, parts: list[Part]) -> None:
         memory = self.memory
-        all_rows = count_rows(reading.ranks, parts)
+        counted = count_rows(reading.ranks, parts)
         with reading.ranks.together("rehearsing the memory pass on two rows"):
             sample = reading.sample(parts)
+            all_rows = reading.rows_of(counted)
             if sample is not None:
                 Storable()(sample)
             if all_rows and sample is not None:
@@ -256,7 +257,7 @@ class Memorizer:
                 needed = memory.estimate_bytes(all_rows, *shape)
                 words = check_capacity(needed, free_bytes(memory.device), copies=reading.num_local_processes)
                 rank_zero_info(f"ResMem: memorizing {all_rows} training rows takes about {words}.")
-            memory.reserve(sum(part.num_rows or 0 for part in parts))
+            memory.reserve(reading.rows_of(sum(part.num_rows or 0 for part in parts)) or 0)
         if reading.ranks.group is not None:
             with reading.ranks.together("reaching the memory"):
                 memory.join(reading.ranks.group)
@@ -283,7 +284,7 @@ class Memorizer:
             *(names for names in reading.ranks.gather_objects(changed) if isinstance(names, set))
         )
         weights = describe_weights(model, ignored) | {"base": kind(model)}
-        self.memory.provenance.update(weights | names | self.reader.provenance)
+        self.memory.provenance.update(weights | names | self.reader.provenance | reading.describe_rows())
 
     def _tunes_on(self, val_loaders: Any) -> bool:
         return self.tuner is not None and val_loaders is not None and val_loaders != []  # both mean none to Lightning
@@ -325,7 +326,7 @@ class Memorizer:
     def _plan(self, reading: Pass, loaders: Any, limit_batches: int | None = None) -> list[Part]:
         ranks = reading.ranks
         with ranks.together("planning which rows to read"):
-            parts = plan(loaders, self.reader.count_rows, ranks.rank, ranks.size, limit_batches)
+            parts = plan(loaders, reading.rows.count_rows, ranks.rank, ranks.size, limit_batches)
         check_agreement(ranks.gather_objects([part.drawn for part in parts]))
         if ranks.size > 1 and not self.reader.gives_ids and not all(part.drawn for part in parts):
             rank_zero_warn(

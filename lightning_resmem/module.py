@@ -14,8 +14,8 @@ from torch import Tensor
 from lightning_resmem.collection.loaders import evaluation_loaders
 from lightning_resmem.collection.ranks import Ranks
 from lightning_resmem.errors import InputError, check_type
-from lightning_resmem.explanation.neighbors import Explanation, explain
-from lightning_resmem.explanation.pictures import entries, find_images
+from lightning_resmem.explanation.neighbors import Explanation, check_no_row, explain
+from lightning_resmem.explanation.pictures import find_images
 from lightning_resmem.memory.answers import Predictions
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.memory.local import LocalMemory
@@ -39,6 +39,7 @@ from lightning_resmem.model.head import Captured, HeadTap
 from lightning_resmem.model.ignored import ignored_labels
 from lightning_resmem.model.modes import evaluation_mode, uncompiled
 from lightning_resmem.model.placing import device_of
+from lightning_resmem.model.sequences import RowReader
 from lightning_resmem.reporting.wandb_report import download_memory
 from lightning_resmem.trainer.base import configure, set_up
 from lightning_resmem.trainer.save_directory import check_replaceable, kind
@@ -131,7 +132,7 @@ class ResMemModule(L.LightningModule):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The combined log-probabilities (logits for `Multilabel`, the prediction for `Regression`), shape `(B, C)`.
 
-        Where the base returns `(B,)`, so does this.
+        Where the base returns `(B,)`, so does this; of sequences, whose positions are rows, it is `(B, T, C)`.
 
         Args:
             *args: As for the base's `forward`; for a base without one, a batch as the loaders yield it.
@@ -148,19 +149,20 @@ class ResMemModule(L.LightningModule):
             else:
                 captured, returned = self._captured_whole(*args, **kwargs), None
             outputs = Answer.outputs_of(self.memory, *captured)
-        is_flat = isinstance(returned, Tensor) and returned.shape == outputs.shape[:1] and outputs.shape[1] == 1
-        return outputs[:, 0] if is_flat else outputs
+        is_flat = isinstance(returned, Tensor) and returned.shape == outputs.shape[:-1] and outputs.shape[-1] == 1
+        return outputs[..., 0] if is_flat else outputs
 
     @uncompiled
     def predictions(self, batch: Any) -> Predictions:
-        """Base, knn and combined prediction for a batch as the loaders yield it, each of shape `(B, C)`.
+        """Base, knn and combined prediction for a batch as the loaders yield it, each `(B, C)` (or `(B, T, C)`).
 
         A list of rows of a dataset, `[dataset[0], dataset[1]]`, is made a batch.
         """
         check_batch(batch)
         with self.memory.reading():
             shapes = self.memory.task.target_shapes(self.memory.num_outputs)
-            return Answer.of(self.memory, *self._captured(self._reader.collate(batch, shapes))).predictions
+            captured = self._captured(self._reader.collate(batch, shapes))
+            return Answer.of(self.memory, *captured).shaped(captured.output)
 
     def explain(self, batch: Any, top: int = 5) -> Explanation:
         """Why the predictions for a batch are what they are: the neighbours behind each, and what each of them added.
@@ -179,15 +181,11 @@ class ResMemModule(L.LightningModule):
             targets = self._reader.targets(batch)
         except InputError:  # a batch to predict has none
             targets = None
-        if targets is not None and not targets.ndim:
-            shapes = [tuple(entry.shape) for entry in entries(batch) if isinstance(entry, Tensor) and entry.ndim]
-            raise InputError(
-                f"batch has one number for its target (shapes: {', '.join(map(str, shapes))}), so it is a single row "
-                "and the batch dimension is missing: give next(iter(dataloader)), or for one row "
-                "torch.utils.data.default_collate([dataset[0]])."
-            )
+        check_no_row(batch, targets)
         with self.memory.reading():
-            explanation = explain(self.memory, *self._captured(batch), top, targets)
+            captured = self._captured(batch)
+            known = targets if captured.output.ndim == 2 else None  # of positions it is not told here which count
+            explanation = explain(self.memory, *captured.rows, top, known)
         return dataclasses.replace(explanation, images=find_images(batch))
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
@@ -327,7 +325,8 @@ class ResMemModule(L.LightningModule):
             loaders = evaluation_loaders(self.trainer)
             board = Scoreboard(self.memory, stage, loaders, self.device, self._metrics, ignored_labels(self.base))
         self._watch.start_run("ResMemModule runs")
-        self._run = Run(self._watch, board, Ranks(self.trainer))
+        rows = RowReader(self._reader, self.base, self.memory.task, self.memory.provenance)
+        self._run = Run(self._watch, board, Ranks(self.trainer), rows)
 
     @uncompiled
     def _evaluate(self, batch: Any, dataloader_idx: int) -> Tensor:
@@ -338,8 +337,8 @@ class ResMemModule(L.LightningModule):
             captured = self._captured(batch)
             answer = Answer.of(self.memory, *captured)
         if run is not None:
-            run.score(answer, self._reader.targets(batch), dataloader_idx)
-        return answer.predictions.resmem
+            run.score(answer, batch, captured.output.shape, dataloader_idx)
+        return answer.shaped(captured.output).resmem
 
     def _finish_run(self) -> None:
         run, self._run = self._run, None

@@ -24,6 +24,7 @@ from lightning_resmem.model.head import Captured, HeadTap
 from lightning_resmem.model.ignored import ignored_labels
 from lightning_resmem.model.modes import eager
 from lightning_resmem.model.placing import device_of
+from lightning_resmem.model.sequences import RowReader
 
 
 def make_ready(memory: ResidualMemory, model: L.LightningModule, reader: BatchReader, doing: str) -> None:
@@ -73,9 +74,11 @@ class Routing:
         prefix: str | None,
         metrics: UserMetrics | None = None,
     ) -> None:
-        self._memory, self._reader, self._ranks = memory, reader, Ranks(trainer)
+        self._memory, self._ranks = memory, Ranks(trainer)
+        self._rows = RowReader(reader, model, memory.task, memory.provenance)
         self._why_no_scores: str | None = None
         self._answers: list[Answer] = []  # of this batch, if they are to be scored
+        self._shape: tuple[int, ...] = ()  # of what the head returned last
         self._was_asked = False
         self._board: Scoreboard | None = None
         self._ignored = ignored_labels(model)
@@ -109,8 +112,8 @@ class Routing:
         if self._board is None or self._why_no_scores is not None:
             return
         try:
-            targets = self._reader.targets(batch)
-            self._board.update(self._of_batch(targets), targets, dataloader_idx)
+            targets, kept, _ = self._rows.targets(batch, self._shape)
+            self._board.update(self._of_batch(targets), targets, dataloader_idx, kept)
         except InputError as error:
             # The model's step has accepted the batch; a test set without labels is no reason to stop the run.
             self._why_no_scores = str(error)
@@ -147,17 +150,17 @@ class Routing:
         self._stack.close()
 
     def _combined(self, captured: Captured) -> Tensor:
+        if self._board is not None:
+            self._look(captured)
+            return self._answers[-1].combined(self._memory.task).reshape(captured.output.shape)
         with self._asking():
-            rows = captured.embedding.float(), captured.output
-            if self._board is None:
-                return Answer.outputs_of(self._memory, *rows)
-            self._answers.append(Answer.of(self._memory, *rows))
-        return self._answers[-1].combined(self._memory.task)
+            return Answer.outputs_of(self._memory, captured.embedding.float(), captured.output)
 
     def _look(self, captured: Captured) -> None:
         with self._asking():
             if self._board is not None:
                 self._answers.append(Answer.of(self._memory, captured.embedding.float(), captured.output))
+                self._shape = captured.output.shape
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
@@ -169,6 +172,13 @@ class Routing:
 
     def _of_batch(self, targets: Tensor) -> Answer:
         """One answer for each target: to the last call of the head, or to several calls on parts of the batch."""
+        if len(self._shape) == 3:
+            if len(self._answers) > 1:
+                raise InputError(
+                    f"The step called the head {self._tap.head!r} {len(self._answers)} times for one batch of "
+                    "sequences, so a position has no single answer: name a module that is called once with head=."
+                )
+            return self._answers[0]
         count = len(targets) if targets.ndim else 0
         if len(self._answers[-1].outputs) == count:
             return self._answers[-1]

@@ -173,7 +173,7 @@ class Multiclass(Task):
     def ignored(self, targets: Tensor, num_outputs: int, labels: Collection[int]) -> Tensor | None:
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool or not targets.ndim:
             return None
-        rows = targets.to(torch.int64).reshape(len(targets), -1)
+        rows = targets.to(torch.int64).flatten(1) if targets.ndim > 1 else targets.to(torch.int64)[:, None]
         found = torch.zeros_like(rows, dtype=torch.bool)
         for label in labels:  # one by one: a tensor of them would have to be sent to a GPU
             if not 0 <= label < num_outputs:

@@ -30,6 +30,7 @@ from torch.utils.data import (
 )
 
 from lightning_resmem import LocalMemory, ResMemCallback, memorize
+from tests import language
 from tests.ddp_processes import GROUP_SECONDS
 
 WIDTH, CLASSES, BATCH = 4, 3, 8
@@ -296,6 +297,15 @@ def everything(rank: int, directory: Path) -> dict[str, Any]:
 
     by_hand = memorize(trainer_of(directory), Net(), train, val)
     found["memorize"] = contents(by_hand.memory)
+
+    model = language.Causal()
+    tokens, test = language.loader(language.texts(23), 3), language.loader(language.texts(11, seed=1), 2)
+    of_tokens = memorize(trainer_of(directory), model, tokens, test)
+    found["tokens"] = contents(of_tokens.memory) | {"shift": of_tokens.memory.provenance["shift"]}
+    answering = ResMemCallback(memory=of_tokens.memory)
+    found["token scores"] = trainer_of(directory, answering).test(model, test, verbose=False)[0]
+    found["token rows"] = answering.evaluation.rows
+    found["token module scores"] = trainer_of(directory).test(of_tokens, test, verbose=False)[0]
 
     norm = Net(norm=True, lr=0.01)
     of_norm = ResMemCallback(tuner=None)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_resmem import ResMemParams
-from tests import ddp_scenarios
+from tests import ddp_scenarios, language
 from tests.ddp_processes import GROUP_SECONDS, run_ranks, run_script
 from tests.ddp_scenarios import TRAIN, Net, rows
 
@@ -106,6 +106,22 @@ def test_the_memory_does_not_depend_on_the_number_of_ranks(found: Found, name: s
         for rank in ranks:
             same_memory(rank[name], alone[name], 1e-6)
             same_memory(rank[name], ranks[0][name], 0.0)  # between ranks, exactly
+
+
+def test_tokens_do_not_depend_on_the_number_of_ranks(found: Found) -> None:
+    wanted = language.rows_of(language.Causal(), language.texts(23))
+    test_rows = sum(len(text) - 1 for text in language.texts(11, seed=1))
+    alone = found[1][0]
+    for ranks in found.values():
+        for rank in ranks:
+            assert rank["tokens"]["ids"].tolist() == wanted.ids
+            assert rank["tokens"]["targets"].tolist() == wanted.targets.tolist()
+            assert rank["tokens"]["shift"] == "1"
+            same_memory(rank["tokens"], alone["tokens"], 1e-5)
+            assert rank["token rows"] == test_rows
+            scores = {name: value for name, value in rank["token scores"].items() if name != "loss"}  # by batch
+            assert scores == pytest.approx({name: alone["token scores"][name] for name in scores}, abs=1e-5)
+            assert rank["token module scores"] == pytest.approx(scores, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["bf16-mixed", "bf16-true"])

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_resmem.collection.parts import Part
@@ -79,18 +79,34 @@ class Labels:
 
     def check(self, chunk: Chunk, part: Part) -> None:
         """Raise an error that names dataset and positions of targets, in usable rows of a part, that cannot be."""
+        targets, numbers, width = chunk.targets.cpu(), part.numbers(chunk.ids.cpu()), chunk.outputs.shape[1]
         try:
-            self._task.check_targets(chunk.targets.cpu(), chunk.outputs.shape[1], chunk.ids.cpu() - part.first_id)
+            self._task.check_targets(targets, width, numbers)
         except InputError as error:
+            if part.stride > 1:
+                self._check_sequences(targets, width, numbers, part)
             raise InputError(f"In {part.dataset}: {error}" if part.dataset else str(error)) from error
+
+    def _check_sequences(self, targets: Tensor, width: int, numbers: Tensor, part: Part) -> None:
+        """The same, with positions of a sequence in the place of rows."""
+        for sequence in (numbers // part.stride).unique().tolist():
+            rows = numbers // part.stride == sequence
+            try:
+                self._task.check_targets(targets[rows], width, numbers[rows] % part.stride)
+            except InputError as error:
+                where = f"sequence {sequence} of {part.dataset}"
+                raise InputError(f"In {where}, whose positions are the rows: {error}") from error
 
 
 class Waiting:
     """Joins small chunks into larger ones, and leaves out the rows that are not finite or that the loss ignores.
 
     Attributes:
-        left_out: Numbers of those that are not finite, by column and dataset: ids relative to the dataset's first.
+        left_out: Numbers of those that are not finite, by column and dataset: see `Part.numbers`.
         ignored: Numbers of those whose label is ignored, by dataset.
+        stride: Of the parts.
+        padding: Positions of sequences that are no rows.
+        empty: Batches of sequences of which no position is a row.
     """
 
     def __init__(self, consume: Callable[[Chunk], None], labels: Labels) -> None:
@@ -99,9 +115,14 @@ class Waiting:
         self._bytes = 0
         self.left_out: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
         self.ignored: defaultdict[str, list[int]] = defaultdict(list)
+        self.stride, self.padding, self.empty = 1, 0, 0
 
-    def add(self, chunk: Chunk, part: Part) -> None:
-        """Take some rows of a part."""
+    def add(self, chunk: Chunk, part: Part, padding: int = 0) -> None:
+        """Take some rows of a part; of sequences, so many positions beside them are no rows."""
+        self.stride, self.padding = part.stride, self.padding + padding
+        if padding and not len(chunk.ids):
+            self.empty += 1
+            return
         size = chunk.embeddings.nbytes + chunk.outputs.nbytes
         if self._chunks and (
             size >= _CHUNK_BYTES
@@ -112,6 +133,11 @@ class Waiting:
         self._bytes += size
         if self._bytes >= _CHUNK_BYTES:
             self.flush(part)
+
+    @property
+    def sequences(self) -> tuple[int, int, int]:
+        """`padding`, `empty` and `stride`."""
+        return self.padding, self.empty, self.stride
 
     def flush(self, part: Part) -> None:
         """Hand on what there is; all of it is of one part."""
@@ -125,11 +151,11 @@ class Waiting:
         self._bytes = 0
         kept = self._labels.kept(chunk)
         if kept is not None:
-            self.ignored[part.dataset] += (chunk.ids[~kept.to(chunk.ids.device)] - part.first_id).tolist()
+            self.ignored[part.dataset] += part.numbers(chunk.ids[~kept.to(chunk.ids.device)]).tolist()
             chunk = chunk.rows(kept)
         named: set[int] = set()
         for column, rows in chunk.unusable().items():
-            ids = [i for i in (chunk.ids[rows.to(chunk.ids.device)] - part.first_id).tolist() if i not in named]
+            ids = [i for i in part.numbers(chunk.ids[rows.to(chunk.ids.device)]).tolist() if i not in named]
             named.update(ids)
             if ids:
                 self.left_out[column, part.dataset] += ids
@@ -155,14 +181,22 @@ def report_left_out(ranks: Ranks, waiting: Waiting, total: int, kind: str) -> No
     """
     merged: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
     ignored: defaultdict[str, list[int]] = defaultdict(list)
-    rows = 0
-    for of_rank in ranks.gather_objects((total, dict(waiting.left_out), dict(waiting.ignored))):
+    rows = padding = empty = 0
+    stride = waiting.stride
+    for of_rank in ranks.gather_objects((total, dict(waiting.left_out), dict(waiting.ignored), *waiting.sequences)):
         assert isinstance(of_rank, tuple)
         rows += of_rank[0]
+        padding, empty, stride = padding + of_rank[3], empty + of_rank[4], max(stride, of_rank[5])
         for key, ids in of_rank[1].items():
             merged[key] += ids
         for dataset, ids in of_rank[2].items():
             ignored[dataset] += ids
+    if stride > 1:
+        none = f"; {empty:,} batches have none" if empty else ""
+        rank_zero_info(
+            f"ResMem: {rows:,} of {rows + padding:,} positions of sequences are {kind}, the others are padding or have "
+            f"a label that the loss ignores{none}."
+        )
     if ignored:
         where = "; ".join(f"rows {_listed(ids)} of {dataset}" for dataset, ids in ignored.items())
         rank_zero_warn(
@@ -174,7 +208,7 @@ def report_left_out(ranks: Ranks, waiting: Waiting, total: int, kind: str) -> No
     if not count:
         return
     where = "; ".join(
-        f"{column} has NaN or infinite entries in rows {_listed(ids)} of {dataset}"
+        f"{column} has NaN or infinite entries in {_named(ids, stride)} of {dataset}"
         for (column, dataset), ids in merged.items()
     )
     look = (
@@ -186,6 +220,14 @@ def report_left_out(ranks: Ranks, waiting: Waiting, total: int, kind: str) -> No
             f"{count:,} of {rows:,} {kind} cannot be used, which is more than one in a hundred: {where}. {look}"
         )
     rank_zero_warn(f"ResMem: {count:,} of {rows:,} {kind} are left out: {where}. {look}", category=ResMemWarning)
+
+
+def _named(ids: list[int], stride: int) -> str:
+    """The first few rows, or of sequences the first one's place."""
+    if stride == 1:
+        return f"rows {_listed(ids)}"
+    more = f" and {len(ids) - 1} more" if len(ids) > 1 else ""
+    return "sequence {}, position {}{}".format(*divmod(min(ids), stride), more)
 
 
 def _listed(ids: list[int]) -> str:

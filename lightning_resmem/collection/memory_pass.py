@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as L
 import torch
@@ -20,17 +20,28 @@ from lightning_resmem.collection.parts import Part
 from lightning_resmem.collection.ranks import Ranks
 from lightning_resmem.collection.rehearsal import Sample, check_augmentation, check_order, naming
 from lightning_resmem.errors import InputError
+from lightning_resmem.memory.checks import as_ids
+from lightning_resmem.memory.token_ids import STRIDE, token_ids
 from lightning_resmem.model.batches import TRANSFER_HOOKS, BatchReader, tensors_of
-from lightning_resmem.model.head import HeadTap
+from lightning_resmem.model.head import Captured, HeadTap
 from lightning_resmem.model.modes import evaluation_mode
 from lightning_resmem.model.placing import device_of
 from lightning_resmem.model.returned import check_diverged, check_returned
+from lightning_resmem.model.sequences import RowReader, merged
 from lightning_resmem.progress import progress_bar
 from lightning_resmem.tasks import Regression, Task
 
 # A pass is timed over its first batches; one of more than so many seconds is announced.
 _TIMED_BATCHES = 5
 _LONG_SECONDS = 20.0
+
+
+class _Read(NamedTuple):
+    """A batch: its rows, how many rows or sequences it had, and how many positions of sequences are no rows."""
+
+    chunk: Chunk
+    size: int
+    padding: int = 0
 
 
 class Pass:
@@ -45,6 +56,8 @@ class Pass:
 
     Attributes:
         labels: Which targets rows may have.
+        rows: Reads targets; of sequences it knows whether they are shifted.
+        length: Positions of the longest sequence so far; 0 where rows are no positions of sequences.
     """
 
     def __init__(
@@ -57,6 +70,7 @@ class Pass:
     ) -> None:
         self._trainer, self._model, self._reader = trainer, model, reader
         self._task, self.labels = task, Labels(task, model)
+        self.rows, self.length = RowReader(reader, model, task), 0
         self.ranks = Ranks(trainer)
         self.num_local_processes = trainer.num_devices
         self._transfers = _transfers(trainer)
@@ -114,7 +128,7 @@ class Pass:
     def _checked(self, chunk: Chunk, part: Part) -> Chunk:
         check_diverged(torch.cat([chunk.outputs, chunk.embeddings], dim=1))
         try:
-            self.labels.check(self.labels.usable(chunk), part)
+            self.labels.check(self.labels.usable(chunk), self._numbered(part))
         except InputError as error:
             raise InputError(str(error) + self._hints()) from error
         return chunk
@@ -152,13 +166,14 @@ class Pass:
         return found[0]
 
     def _samples(self, part: Part, batches: Iterable[Any]) -> list[Sample]:
-        samples: list[Sample] = []
+        samples, first_row = list[Sample](), 0
         for index, batch in enumerate(batches):
             batch = self._moved(batch)
             # Copies: the model may change its input in place.
             inputs = [tensor.detach().clone() for tensor in tensors_of(batch)]
-            first_row = sum(len(sample.chunk.ids) for sample in samples)
-            samples.append(Sample(self._read(batch, part, index, first_row), inputs))
+            found = self._read(batch, part, index, first_row)
+            first_row += found.size
+            samples.append(Sample(found.chunk, inputs))
         return samples
 
     def run(self, parts: Sequence[Part], consume: Callable[[Chunk], None], doing: str) -> int:
@@ -188,9 +203,9 @@ class Pass:
                 read = 0
                 for index, batch in enumerate(part.batches):
                     check()
-                    chunk = self._read(self._moved(batch), part, index, read)
-                    waiting.add(chunk, part)
-                    read += len(chunk.ids)
+                    chunk, count, padding = self._read(self._moved(batch), part, index, read)
+                    waiting.add(chunk, self._numbered(part), padding)
+                    read, rows = read + count, rows + len(chunk.ids)
                     advance()
                     if index == _TIMED_BATCHES and part is parts[0]:
                         seconds = (time.monotonic() - started) / (index + 1) * num_batches
@@ -199,12 +214,33 @@ class Pass:
                 if part.num_rows is not None and read != part.num_rows:
                     raise InputError(
                         f"A loader yielded {read} rows for {part.num_rows} positions, so ids would be wrong: its "
-                        "collate_fn (or batch_size) drops rows. Give memory_dataloader= with one row for each position."
+                        "collate_fn (or batch_size) drops rows, or puts the positions of sequences first, (T, B). "
+                        "Give memory_dataloader= with one row for each position."
                     )
-                waiting.flush(part)
-                rows += read
+                waiting.flush(self._numbered(part))
         report_left_out(self.ranks, waiting, rows, doing.removeprefix("collecting "))
         return rows
+
+    def rows_of(self, count: int | None) -> int | None:
+        """How many rows so many rows of a dataset are: of sequences, each position of the longest so far."""
+        return None if count is None else count * max(1, self.length)
+
+    def describe_rows(self) -> dict[str, str]:
+        """What a memory's provenance says of rows that are positions of sequences; every rank calls this.
+
+        Raises:
+            InputError: If ranks found different things about them.
+        """
+        found = self.ranks.gather_objects(self.rows.describe() if self.length else None)
+        if not any(of_rank is not None for of_rank in found):
+            return {}
+        shift = merged(found)
+        if shift.get("shift") == "1":
+            rank_zero_info(
+                "ResMem: the labels are the model's own inputs, so the output at position t belongs to the label at "
+                "t + 1, as in causal language models. If it does not, give a targets_fn."
+            )
+        return {"stride": str(STRIDE), **shift}
 
     def _moved(self, batch: Any) -> Any:
         """A batch as the model gets it: the same steps, in the same order, as in the trainer's own evaluation loop."""
@@ -214,7 +250,7 @@ class Pass:
             batch = self._trainer.strategy.batch_to_device(batch, dataloader_idx=0)
         return batch
 
-    def _read(self, batch: Any, part: Part, index: int, first_row: int) -> Chunk:
+    def _read(self, batch: Any, part: Part, index: int, first_row: int) -> _Read:
         trainer, model = self._trainer, self._model
         with trainer.precision_plugin.forward_context():
             if self.tap is None:
@@ -234,7 +270,10 @@ class Pass:
         if index == 0:
             returns_outputs, is_regression = self._reader.returns_outputs(model), isinstance(self._task, Regression)
             check_returned(model, self.tap.head, *captured, returned, returns_outputs, is_regression)
-        targets = self._reader.targets(batch)
+        return self._rows(captured, batch, part, index, first_row)
+
+    def _rows(self, captured: Captured, batch: Any, part: Part, index: int, first_row: int) -> _Read:
+        targets, kept, positions = self.rows.targets(batch, captured.output.shape)
         count = len(captured.embedding)
         if not targets.ndim or len(targets) != count:
             raise InputError(
@@ -242,13 +281,20 @@ class Pass:
                 "be the same. Give a targets_fn that returns one target for each row."
             )
         ids = self._reader.ids(batch)
+        chunk = Chunk(*captured, targets.detach(), part.ids(index, first_row, count) if ids is None else ids)
+        padding = 0
+        if kept is not None and positions is not None:
+            self.length = max(self.length, kept.shape[1])
+            chunk = chunk._replace(ids=token_ids(_of_sequences(chunk.ids, count), positions.to(chunk.ids.device)))
+            chunk = chunk.rows(kept)
+            padding = kept.numel() - len(chunk.ids)
         # Autocast leaves bfloat16 or float16 here, which distances and softmax are not computed in.
-        return Chunk(
-            _at_least_float32(captured.embedding),
-            _at_least_float32(captured.output),
-            targets.detach(),
-            part.ids(index, first_row, count) if ids is None else ids,
-        )
+        embeddings, outputs = _at_least_float32(chunk.embeddings), _at_least_float32(chunk.outputs)
+        return _Read(chunk._replace(embeddings=embeddings, outputs=outputs), count, padding)
+
+    def _numbered(self, part: Part) -> Part:
+        """A part with ids as its rows have them, once a batch was read."""
+        return replace(part, stride=STRIDE) if self.length else part
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -276,6 +322,16 @@ def _transfers(trainer: L.Trainer) -> bool:
     owners = [owner for owner in (trainer.lightning_module, trainer.datamodule) if owner is not None]  # type: ignore[attr-defined]
     hooked = any(is_overridden(hook, owner, DataHooks) for hook in TRANSFER_HOOKS for owner in owners)
     return hooked or trainer.strategy.root_device.type != "cpu"
+
+
+def _of_sequences(ids: Tensor, count: int) -> Tensor:
+    """Ids of sequences `(B,)`; raises an error if they are something else."""
+    if ids.shape != (count,):
+        raise InputError(
+            f"ids_fn returned ids of shape {tuple(ids.shape)} for a batch of {count} sequences: give one for each "
+            "sequence, and the positions are added."
+        )
+    return as_ids(ids)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

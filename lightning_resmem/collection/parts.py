@@ -38,6 +38,7 @@ class Part:
         drawn: The rows of all ranks, in short: the same on every rank.
         dataset: What the rows belong to, for messages.
         first_id: The id of its first row.
+        stride: Of sequences, ids from one to the next: then `first_id`, `num_rows` and `ids` are those of sequences.
         note: What the user should know about the choice of rows.
     """
 
@@ -51,7 +52,12 @@ class Part:
     drawn: str = ""
     dataset: str = ""
     first_id: int = 0
+    stride: int = 1
     note: str = ""
+
+    def numbers(self, ids: Tensor) -> Tensor:
+        """The ids of rows, counted from the first of the dataset."""
+        return ids - self.first_id * self.stride
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,8 @@ def part_of_rows(loader: DataLoader[Any], positions: Sequence[int], share: Share
         if len(taken) < count:
             raise InputError(
                 f"The batches of {type(loader.dataset).__name__} have more rows than it has positions "
-                f"({first_row + count} for {len(rows)}), so a row has no id: does collate_fn repeat or cut rows? "
+                f"({first_row + count} for {len(rows)}), so a row has no id: does collate_fn repeat or cut rows, or "
+                "put the positions of sequences first, (T, B)? "
                 f"{WAY_OUT}"
             )
         found: Tensor = torch.from_numpy(as_array(taken) + first_id)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_resmem.errors import InputError
 from lightning_resmem.explanation.class_names import class_name
+from lightning_resmem.explanation.pictures import entries
 from lightning_resmem.functional import neighbor_weights
 from lightning_resmem.memory.answers import Neighbors, Predictions
 from lightning_resmem.memory.checks import as_tensor
@@ -183,6 +184,18 @@ class Explanation:
     def _changes(self, contribution: Tensor, query: int) -> dict[str, float]:
         changes = {name: float(contribution[output[query]]) for name, output in self.watched.items()}
         return {"change" if name == "output" else f"change_{name}": change for name, change in changes.items()}
+
+
+def check_no_row(batch: Any, targets: Tensor | None) -> None:
+    """Raise an error if what should be a batch is a single row, as its target says."""
+    if targets is None or targets.ndim:
+        return
+    shapes = [tuple(entry.shape) for entry in entries(batch) if isinstance(entry, Tensor) and entry.ndim]
+    raise InputError(
+        f"batch has one number for its target (shapes: {', '.join(map(str, shapes))}), so it is a single row and the "
+        "batch dimension is missing: give next(iter(dataloader)), or for one row "
+        "torch.utils.data.default_collate([dataset[0]])."
+    )
 
 
 def explain(

@@ -16,12 +16,13 @@ from lightning_resmem.memory.answers import Neighbors, Predictions, Sums
 from lightning_resmem.memory.checks import checked_batch
 from lightning_resmem.memory.locks import Guarded, ReadWriteLock, exclusive
 from lightning_resmem.memory.storage.paths import Url
+from lightning_resmem.memory.token_ids import Locating
 from lightning_resmem.memory.values.interface import Values
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Multiclass, Task
 
 
-class ResidualMemory(nn.Module, Guarded, ABC):
+class ResidualMemory(nn.Module, Guarded, Locating, ABC):
     """Keys, values and ids of the training rows, and the sum of residuals around a query.
 
     Where a method takes a tensor, a NumPy array or nested lists of numbers work as well.

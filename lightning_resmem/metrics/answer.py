@@ -33,10 +33,10 @@ class Answer(NamedTuple):
 
         Args:
             memory: Filled.
-            embeddings: Shape `(B, D)`.
-            outputs: Shape `(B, C)`.
+            embeddings: Shape `(B, D)`; of sequences `(B, T, D)`, of which each position is a row.
+            outputs: Shape `(B, C)`, or `(B, T, C)`.
         """
-        embeddings, outputs = matching_batch(embeddings, outputs)
+        embeddings, outputs = matching_batch(_as_rows(embeddings), _as_rows(outputs))
         if all_finite(as_compared(embeddings), outputs):
             return cls(outputs, *memory.predictions_of_finite(embeddings, outputs))
         usable = torch.isfinite(as_compared(embeddings)).all(dim=1) & torch.isfinite(outputs).all(dim=1)
@@ -53,10 +53,14 @@ class Answer(NamedTuple):
 
     @staticmethod
     def outputs_of(memory: ResidualMemory, embeddings: Tensor, outputs: Tensor) -> Tensor:
-        """`Answer.of(...).combined(memory.task)`, a block of rows at a time, so that of many classes little is held."""
+        """`Answer.of(...).combined(memory.task)`, a block of rows at a time, so that of many classes little is held.
+
+        In the shape of `outputs`.
+        """
+        shape, embeddings, outputs = outputs.shape, _as_rows(embeddings), _as_rows(outputs)
         return in_blocks(
             lambda rows: Answer.of(memory, embeddings[rows], outputs[rows]).combined(memory.task), *outputs.shape
-        )
+        ).reshape(shape)
 
     @property
     def is_combined(self) -> Tensor:
@@ -71,6 +75,10 @@ class Answer(NamedTuple):
         combined = task.to_outputs(self.predictions.resmem, self.predictions.base)
         outputs = self.outputs.to(combined.dtype)
         return torch.where(self.is_combined[:, None].to(combined.device), combined, outputs)
+
+    def shaped(self, outputs: Tensor) -> Predictions:
+        """The predictions in the shape of what the head returned, `(B, C)` or `(B, T, C)`."""
+        return Predictions(*(prediction.reshape(outputs.shape) for prediction in self.predictions))
 
     def rows(self, kept: Tensor) -> "Answer":
         """The rows of a mask `(B,)`, or with these numbers."""
@@ -108,3 +116,8 @@ class Answer(NamedTuple):
             Predictions(*(prediction.to(device) for prediction in self.predictions)),
             Neighbors(*(part.to(device) for part in self.neighbors)),
         )
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """Positions of sequences `(B, T, ...)` as rows `(B * T, ...)`."""
+    return tensor.flatten(0, -2) if tensor.ndim > 2 else tensor

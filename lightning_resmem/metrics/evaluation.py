@@ -11,7 +11,8 @@ class Flip:
     """A row that the memory turned right or wrong.
 
     Attributes:
-        position: The row's position in the dataset of its dataloader; None where the order of the rows is not known.
+        position: The row's position in the dataset of its dataloader; None where the order of the rows is not known,
+            and of positions of sequences.
         target: Its label.
         base: The base's label.
         resmem: The combined prediction's label; it or `base` is the target.
@@ -59,7 +60,8 @@ class Evaluation:
             them if they are `higher_is_better = False`.
         left_out: Rows beside those counted whose embedding, output or target is NaN or infinite: the base alone
             answered them, and they are not scored.
-        ignored: Rows beside those counted whose label the model's loss ignores, such as -100: they are not scored.
+        ignored: Rows beside those counted whose label the model's loss ignores, such as -100, and of sequences padding:
+            they are not scored.
     """
 
     prefix: str

@@ -1,12 +1,13 @@
 """One run of a trainer with base and memory: the weights stay, and the answers are scored."""
 
-from torch import Tensor
+from typing import Any
 
 from lightning_resmem.collection.ranks import Ranks
 from lightning_resmem.memory.weights_watch import WeightsWatch
 from lightning_resmem.metrics.answer import Answer
 from lightning_resmem.metrics.evaluation import Evaluation
 from lightning_resmem.metrics.scoreboard import Scoreboard
+from lightning_resmem.model.sequences import RowReader
 
 
 class Run:
@@ -16,19 +17,21 @@ class Run:
         weights: Of the base, whose run has started.
         board: Scores the answers, if they are.
         ranks: Of the run.
+        reader: Reads targets.
     """
 
-    def __init__(self, weights: WeightsWatch, board: Scoreboard | None, ranks: Ranks) -> None:
-        self._weights, self._board, self._ranks = weights, board, ranks
+    def __init__(self, weights: WeightsWatch, board: Scoreboard | None, ranks: Ranks, reader: RowReader) -> None:
+        self._weights, self._board, self._ranks, self._reader = weights, board, ranks, reader
 
     def answer(self) -> None:
         """Before a batch is answered."""
         self._weights.check_first()
 
-    def score(self, answer: Answer, targets: Tensor, dataloader_idx: int) -> None:
-        """After a batch was answered."""
+    def score(self, answer: Answer, batch: Any, shape: tuple[int, ...], dataloader_idx: int) -> None:
+        """After a batch was answered, for which the head returned outputs of this shape."""
         if self._board is not None:
-            self._board.update(answer, targets, dataloader_idx)
+            found = self._reader.targets(batch, shape)
+            self._board.update(answer, found.targets, dataloader_idx, found.kept)
 
     def finish(self) -> tuple[Evaluation, ...]:
         """What the run showed, over all ranks.

@@ -54,18 +54,19 @@ class Scoreboard:
         self._parts = [_Part(memory.task, memory.num_outputs, loader, device, metrics, ignored) for loader in loaders]
         self._prefix = prefix
 
-    def update(self, answer: Answer, targets: Tensor, dataloader_idx: int = 0) -> None:
+    def update(self, answer: Answer, targets: Tensor, dataloader_idx: int = 0, kept: Tensor | None = None) -> None:
         """Count a batch, without the rows that only pad it.
 
         Args:
             answer: To the rows of the batch.
-            targets: Of the same rows, as the task wants them.
+            targets: Of the same rows, as the task wants them; of sequences `(B, T, ...)`.
             dataloader_idx: Which dataloader they come from.
+            kept: Of sequences, which positions are rows, a mask `(B, T)`.
 
         Raises:
             InputError: If the targets do not fit; perhaps only when more batches have come, or in `evaluate`.
         """
-        self._parts[dataloader_idx].update(answer, targets)
+        self._parts[dataloader_idx].update(answer, targets, kept)
 
     def finish(self) -> None:
         """Count what is waiting.
@@ -104,10 +105,16 @@ class _Part:
         self._waiting: list[tuple[Answer, Tensor]] = []
         self._num_waiting = self._num_read = self._num_left_out = self._num_ignored = 0
 
-    def update(self, answer: Answer, targets: Tensor) -> None:
+    def update(self, answer: Answer, targets: Tensor, kept: Tensor | None) -> None:
         rows = len(targets) if self._rows_left is None else min(len(targets), self._rows_left)
         if self._rows_left is not None:
             self._rows_left -= rows
+        if kept is not None:
+            self._num_ignored += int((~kept[:rows]).sum())
+            counted = kept.clone()
+            counted[rows:] = False
+            answer, targets = answer.rows(counted.flatten().to(answer.outputs.device)), targets[counted]
+            rows, self._positions = len(targets), None
         if not rows:
             return
         if self._waiting and targets.shape[1:] != self._waiting[0][1].shape[1:]:

@@ -25,7 +25,7 @@ IdsFn = Callable[[Any], Any]
 ForwardFn = Callable[[L.LightningModule, Any], Any]
 
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-_TARGET_KEYS = ("labels", "label", "target", "targets", "y")
+TARGET_KEYS = ("labels", "label", "target", "targets", "y")
 
 
 @dataclass(frozen=True)
@@ -249,21 +249,21 @@ def _num_positional(step: Callable[..., Any]) -> int:
     return min(len(positional), max(2, sum(p.default is p.empty for p in positional)))
 
 
-def _entries(batch: Any) -> Mapping[str, Any] | None:
+def named_entries(batch: Any) -> Mapping[str, Any] | None:
     """What a batch holds by name: a dict, a dataclass, or a namedtuple that names its targets."""
     if isinstance(batch, Mapping):
         return batch
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    if isinstance(batch, tuple) and any(key in getattr(batch, "_fields", ()) for key in _TARGET_KEYS):
+    if isinstance(batch, tuple) and any(key in getattr(batch, "_fields", ()) for key in TARGET_KEYS):
         return dict(zip(batch._fields, batch, strict=True))  # type: ignore[attr-defined]
     return None
 
 
 def _default_targets(batch: Any, tells_inputs: bool) -> Any:
     """The targets of a batch; `tells_inputs` is for the message: whether its inputs have to be told by default, too."""
-    entries = _entries(batch)
-    for key in _TARGET_KEYS:
+    entries = named_entries(batch)
+    for key in TARGET_KEYS:
         if entries is not None and key in entries:
             return entries[key]
         if entries is None and hasattr(batch, key):
@@ -281,7 +281,7 @@ def _default_targets(batch: Any, tells_inputs: bool) -> Any:
         way_out = f"{targets_fn} and {forward_fn}{_PLACES}" if tells_inputs else f"{targets_fn}{_PLACES}"
     raise InputError(
         f"A batch is {found}, so its targets cannot be told: give {way_out}. Understood by default are (inputs, "
-        f"targets) pairs and dicts with one of the keys {', '.join(_TARGET_KEYS)}."
+        f"targets) pairs and dicts with one of the keys {', '.join(TARGET_KEYS)}."
     )
 
 
@@ -312,9 +312,9 @@ def _inputs(model: L.LightningModule, batch: Any, tells_targets: bool) -> tuple[
     named, required, takes_any = _parameters(function or model.forward, function is not None)
     if required == ["batch"]:
         return (batch,), {}
-    entries = _entries(batch)
+    entries = named_entries(batch)
     if entries is not None:
-        inputs = {key: value for key, value in entries.items() if key not in _TARGET_KEYS}
+        inputs = {key: value for key, value in entries.items() if key not in TARGET_KEYS}
         by_name = {name: value for name, value in inputs.items() if takes_any or name in named}
         if all(name in entries for name in required) and (by_name or required):
             return (), {**by_name, **{name: entries[name] for name in required}}

@@ -16,10 +16,15 @@ from lightning_resmem.model.returned import check_diverged, same, tensors, way_o
 
 
 class Captured(NamedTuple):
-    """What one call of the head saw: embedding `(B, D)` and output `(B, C)`."""
+    """What one call of the head saw: embedding `(B, D)` and output `(B, C)`, of sequences `(B, T, D)`, `(B, T, C)`."""
 
     embedding: Tensor
     output: Tensor
+
+    @property
+    def rows(self) -> Captured:
+        """Each position of sequences as a row, `(B * T, D)` and `(B * T, C)`."""
+        return Captured(self.embedding.flatten(0, -2), self.output.flatten(0, -2))
 
 
 class _Seen:
@@ -226,15 +231,23 @@ class HeadTap:
                 "of the model need one, too: for a single row give x[None], or "
                 "torch.utils.data.default_collate([dataset[0]])."
             )
-        if embedding.ndim != 2:
+        if embedding.ndim > 3:
             raise HeadError(
-                f"{name} has shape {tuple(embedding.shape)}, expected (B, D): one vector for every row. Name a module "
-                "with such an output (or a feature map, which is averaged) with embedding=."
+                f"{name} has shape {tuple(embedding.shape)}, expected (B, D), or of sequences (B, T, D): one vector "
+                "for every row. Name a module with such an output (or a feature map, which is averaged) with "
+                "embedding=."
             )
-        if not isinstance(output, Tensor) or output.ndim != 2:
+        if not isinstance(output, Tensor) or output.ndim not in (2, 3):
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise HeadError(
-                f"The head {self.head!r} returned {shape}, expected a tensor (B, C). Name another module with head=."
+                f"The head {self.head!r} returned {shape}, expected a tensor (B, C), or of sequences (B, T, C). Name "
+                "another module with head=."
+            )
+        if embedding.shape[:-1] != output.shape[:-1] and max(embedding.ndim, output.ndim) > 2:
+            raise HeadError(
+                f"{name} has shape {tuple(embedding.shape)} and what the head returned {tuple(output.shape)}: of "
+                "sequences there is one embedding for each output, (B, T, D) and (B, T, C). Name other modules with "
+                "embedding= and head=."
             )
         # Copies: the model may go on in place.
         return Captured(embedding.detach().clone(), output.detach().clone())

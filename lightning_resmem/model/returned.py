@@ -72,8 +72,8 @@ def check_returned(
     Args:
         model: Holds the head.
         head: Its name.
-        embedding: What went into it, or the embedding that was named, shape `(B, D)`.
-        output: What came out of it, shape `(B, C)`.
+        embedding: What went into it, or the embedding that was named, shape `(B, D)` or `(B, T, D)`.
+        output: What came out of it, shape `(B, C)` or `(B, T, C)`.
         returned: What the model returned for this batch.
         compare_widths: Whether a matrix of another width than the head's cannot be right either.
         compare_numbers: Whether they are numbers, as in regression, of which softmax and so on are others.
@@ -90,14 +90,14 @@ def check_returned(
                 "(If another module makes the prediction, name that one with head=; if the steps use other values than "
                 "these, give a forward_fn that returns them.)"
             )
-    widths = {tensor.shape[1] for tensor in found if tensor.ndim == 2}
-    width = output.shape[1]
+    widths = {tensor.shape[-1] for tensor in found if tensor.ndim == output.ndim}
+    width = output.shape[-1]
     if not compare_widths or not widths or width in widths:
         return
     fitting = [n for n, m in named_modules(model).items() if isinstance(m, nn.Linear) and m.out_features in widths]
     way_out = f"head={fitting[-1]!r}" if fitting else "that module"
     raise HeadError(
-        f"head={head!r} makes outputs of width {width} from an embedding of width {embedding.shape[1]}, but the model "
+        f"head={head!r} makes outputs of width {width} from an embedding of width {embedding.shape[-1]}, but the model "
         f"returns width {' and '.join(map(str, sorted(widths)))}: the head is the module whose output is the logits. "
         f"Name {way_out}, or none to have it found. If the model changes the width of its logits, give a forward_fn."
     )
@@ -111,7 +111,7 @@ def way_out(outputs: Mapping[str, Tensor], returned: Any) -> str:
         (name, _relation(outputs[name], tensor))
         for name in names
         for tensor in found
-        if tensor.numel() == outputs[name].numel() and outputs[name].ndim == 2
+        if tensor.numel() == outputs[name].numel() and outputs[name].ndim in (2, 3)
     ]
     name = f"Name the module whose output is the logits: head={names[0]!r}."
     for alike, follows in pairs:
@@ -119,7 +119,7 @@ def way_out(outputs: Mapping[str, Tensor], returned: Any) -> str:
             return f"{name} What it returned is that of {alike!r}, but {follows}. {_WAY_OUT}"
     if pairs:
         return f"{name} If what it returned is made of that of {pairs[0][0]!r}, {_SOMETHING_ELSE}. {_WAY_OUT}"
-    if not any(tensor.ndim == 2 for tensor in found):  # labels, or a loss
+    if not any(tensor.ndim in (2, 3) for tensor in found):  # labels, or a loss
         return name
     return (
         "None of these makes as many numbers as it returned. Name the module whose output is the logits with head=; "
@@ -129,7 +129,8 @@ def way_out(outputs: Mapping[str, Tensor], returned: Any) -> str:
 
 
 def check_diverged(outputs: Tensor) -> None:
-    """Raise an error if a network's outputs `(B, ...)` are NaN or infinite in every row."""
+    """Raise an error if a network's outputs `(B, C)` or `(B, T, C)` are NaN or infinite in every row."""
+    outputs = outputs.flatten(0, -2) if outputs.ndim > 1 else outputs
     rows = len(outputs) if outputs.ndim else 0
     if rows and not torch.isfinite(outputs.reshape(rows, -1)).all(dim=1).any():
         raise InputError(
@@ -139,11 +140,17 @@ def check_diverged(outputs: Tensor) -> None:
         )
 
 
+_SWAPPED = (
+    "with its first two axes swapped: the head reads (T, B, D), and rows of sequences are read as (B, T). Swap the "
+    "axes before the head, as batch_first=True does"
+)
 _SOMETHING_ELSE = "something follows the head that changes them"
 
 
 def _relation(output: Tensor, returned: Tensor) -> str:
-    """How values follow from the head's `(B, C)`, where that is simple."""
+    """How values follow from the head's `(B, C)` or `(B, T, C)`, where that is simple."""
+    if output.ndim == 3 and _equal(output.detach().transpose(0, 1), returned.detach()):
+        return _SWAPPED
     wide, seen = output.detach().double(), returned.detach().double().reshape(output.shape)
     close = 1e-4 * float(seen.abs().max()) + 1e-12
     if wide.numel() > 2:

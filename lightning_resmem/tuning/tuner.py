@@ -14,6 +14,7 @@ from torchmetrics import Metric
 from lightning_resmem.errors import InputError, ResMemWarning
 from lightning_resmem.memory.checks import as_ids, as_tensor, check_shapes
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
+from lightning_resmem.memory.token_ids import of_sequences
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Regression, Task, check_finite
 from lightning_resmem.tuning.balance import measure_balance
@@ -118,10 +119,11 @@ class GridTuner(Tuner):
             training rows.
         softmax_temperature: Divisors of the logits (without effect, and not tried, in regression).
         strength: Factors of the weighted residual.
-        objective: `"accuracy"` (the mean squared error in regression, also called `"mse"`), `"balanced_accuracy"`, in
-            which every class counts the same however few its rows (for `Multiclass`), `"nll"`, the negative
-            log-likelihood (the squared error in regression), `"f1"`, its mean over classes, or any torchmetrics
-            `Metric` of probabilities and targets.
+        objective: By default accuracy, and of rows that are positions of sequences `"nll"`: there, what is best in
+            accuracy may ruin the perplexity. `"accuracy"` (the mean squared error in regression, also called `"mse"`),
+            `"balanced_accuracy"`, in which every class counts the same however few its rows (for `Multiclass`),
+            `"nll"`, the negative log-likelihood (the squared error in regression), `"f1"`, its mean over classes, or
+            any torchmetrics `Metric` of probabilities and targets.
         max_negative_flip_rate: Largest share of the rows (in multilabel tasks: of labels) that the base has right and
             the combined prediction may have wrong. None for no bound.
         refinements: How often the grid is refined around its best setting. A list with one candidate is left alone.
@@ -146,7 +148,7 @@ class GridTuner(Tuner):
         sigma: Sequence[float] = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6),
         softmax_temperature: Sequence[float] = (0.7, 1.0, 1.4, 2.0, 2.8),
         strength: Sequence[float] = (0.25, 0.5, 0.75, 1.0, 1.5),
-        objective: str | Metric = "accuracy",
+        objective: str | Metric | None = None,
         max_negative_flip_rate: float | None = None,
         refinements: int = 1,
         noise: float = 1.0,
@@ -158,7 +160,8 @@ class GridTuner(Tuner):
                 raise InputError(f"{name}={candidates!r}: give a list of candidates, at least one.")
             for candidate in candidates:
                 replace(ResMemParams(), **{name: candidate})  # type: ignore[arg-type]
-        check_objective(objective)
+        if objective is not None:
+            check_objective(objective)
         if max_negative_flip_rate is not None and not _is_number(max_negative_flip_rate, 0, 1):
             raise InputError(
                 f"max_negative_flip_rate={max_negative_flip_rate!r}: give a share between 0 and 1, or None."
@@ -175,7 +178,8 @@ class GridTuner(Tuner):
         self.refinements, self.noise, self.gate = refinements, noise, gate
 
     def check(self, task: Task) -> None:
-        check_task(self.objective, task)
+        if self.objective is not None:
+            check_task(self.objective, task)
         if self.max_negative_flip_rate is not None and isinstance(task, Regression):
             raise InputError(
                 f"max_negative_flip_rate={self.max_negative_flip_rate} is not for task=Regression(), where no answer "
@@ -183,7 +187,7 @@ class GridTuner(Tuner):
             )
 
     def rehearse(self, task: Task, outputs: Tensor, targets: Tensor) -> None:
-        metric = make_objective(self.objective, task, outputs.shape[1])
+        metric = None if self.objective is None else make_objective(self.objective, task, outputs.shape[1])
         if metric is not None:
             base = task.predict(outputs)
             metric.rehearse(task.probabilities(base, base), targets)
@@ -207,8 +211,10 @@ class GridTuner(Tuner):
         temperatures = self.softmax_temperature if memory.task.uses_softmax_temperature else (1.0,)
         sigmas, strengths = tuple(sigma * sweep.scale for sigma in self.sigma), tuple(s for s in self.strength if s)
         axes = Axes(tuple(sweep.ks), sigmas, temperatures, strengths)
-        metric = make_objective(self.objective, memory.task, rows.outputs.shape[1])
-        by_loss = isinstance(self.objective, str) and self.objective == "nll"  # metrics overload ==
+        named = "nll" if of_sequences(memory.provenance) else "accuracy"
+        aim = named if self.objective is None else self.objective
+        metric = make_objective(aim, memory.task, rows.outputs.shape[1])
+        by_loss = isinstance(aim, str) and aim == "nll"  # metrics overload ==
         grid = GridSearch(sweep, metric, by_loss, self.noise, self.max_negative_flip_rate)
         grid.add(axes.settings())
         refined = -len(grid.settings)
@@ -228,7 +234,7 @@ class GridTuner(Tuner):
             score_name=memory.task.score_name,
             rows=sweep.num_rows,
             gain_error=grid.gain_error(choice.place),
-            objective=self.objective if isinstance(self.objective, str) else type(self.objective).__name__,
+            objective=aim if isinstance(aim, str) else type(aim).__name__,
             base_objective=objective[0],
             best_objective=objective[choice.place],
             refined=refined,

@@ -428,7 +428,18 @@ def test_the_input_of_the_head_has_to_be_a_vector_a_row():
     model = nn.Sequential(nn.Linear(8, 3))
     tap = HeadTap(model, "0")
     with pytest.raises(HeadError, match=r"input of the head '0' has shape .*\(B, D\).*embedding="), tap.capture():
-        model(torch.randn(TOKENS))
+        model(torch.randn(2, *TOKENS))
+
+
+def test_positions_of_sequences_are_rows():
+    model, inputs = nn.Sequential(nn.Linear(8, 3)), torch.randn(2, 5, 8)
+    tap = HeadTap(model, "0")
+    with tap.capture():
+        outputs = model(inputs)
+        captured = tap.take()
+    assert torch.equal(captured.embedding, inputs)
+    assert torch.equal(captured.rows.embedding, inputs.reshape(10, 8))
+    assert torch.equal(captured.rows.output, outputs.reshape(10, 3))
 
 
 def test_a_row_is_no_batch():
@@ -461,7 +472,10 @@ def test_a_head_that_is_not_the_last_layer(head, returned, message):
         check_returned(model, head, *captured, result)
 
 
-@pytest.mark.parametrize("returned", [lambda x: (x, x), lambda x: x[:, None], lambda x: x[:, 0], lambda x: {"x": x}])
+@pytest.mark.parametrize(
+    "returned",
+    [lambda x: (x, x), lambda x: x[:, None, None], lambda x: x[:, 0], lambda x: {"x": x}],
+)
 def test_the_output_of_the_head_has_to_be_a_matrix(returned):
     class Odd(nn.Module):
         def forward(self, x):
@@ -471,6 +485,19 @@ def test_the_output_of_the_head_has_to_be_a_matrix(returned):
     tap = HeadTap(model, "0")
     with pytest.raises(HeadError, match=r"head '0' returned .*a tensor \(B, C\).*head="), tap.capture():
         model(torch.randn(4, 6))
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [((4, 6), (4, 1, 6)), ((4, 3, 6), (4, 6)), ((4, 3, 6), (4, 2, 6))])
+def test_there_is_one_embedding_for_each_output(inputs, outputs):
+    class Odd(nn.Module):
+        def forward(self, x):
+            return torch.zeros(outputs)
+
+    model = nn.Sequential(Odd())
+    tap = HeadTap(model, "0")
+    message = r"one embedding for each output, \(B, T, D\) and .*embedding= and head="
+    with pytest.raises(HeadError, match=message), tap.capture():
+        model(torch.randn(inputs))
 
 
 def test_the_input_of_the_head_has_to_be_a_tensor():
