@@ -43,7 +43,7 @@ def check_rows(memory, rows):
 
 
 @pytest.mark.parametrize("options", [{}, {"side": "left"}, {"prompt": 3}, {"side": "left", "prompt": 1}], ids=str)
-@pytest.mark.parametrize("batch_size", [1, 4, 23])
+@pytest.mark.parametrize("batch_size", [1, 5])
 def test_rows_ids_and_targets_do_not_depend_on_padding(options, batch_size, tmp_path):
     """The first batch of `prompt=3` may hold no label at all: it is skipped."""
     model = Causal()

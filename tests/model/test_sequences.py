@@ -1,0 +1,85 @@
+"""Which positions of sequences are rows, and what their targets are."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_resmem.errors import InputError
+from lightning_resmem.model.batches import BatchReader
+from lightning_resmem.model.sequences import RowReader, merged
+from lightning_resmem.tasks import Multiclass, Regression
+
+SHAPE = (2, 4, 9)
+TOKENS = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]])
+MASK = (TOKENS > 0).long()
+
+
+def reader(model=None, task=None, provenance=None, **options):
+    return RowReader(BatchReader(**options), model or nn.Linear(1, 1), task or Multiclass(), provenance)
+
+
+def test_the_last_position_and_those_before_padding_have_no_next_token():
+    found = reader().targets({"input_ids": TOKENS, "attention_mask": MASK}, SHAPE)
+    assert found.kept.tolist() == [[True, True, True, False], [True, False, False, False]]
+    assert found.targets[found.kept].tolist() == [2, 3, 4, 6]
+
+
+def test_positions_are_counted_from_the_first_that_is_no_padding():
+    batch = {"input_ids": TOKENS.flip(1), "attention_mask": MASK.flip(1)}
+    found = reader().targets(batch, SHAPE)
+    assert found.kept.tolist() == [[True, True, True, False], [False, False, True, False]]
+    assert found.positions[found.kept].tolist() == [0, 1, 2, 0]
+
+
+def test_the_mask_of_an_encoder_says_nothing_of_the_decoder():
+    model = nn.Linear(1, 1)
+    model.config = SimpleNamespace(is_encoder_decoder=True)
+    batch = {"input_ids": TOKENS, "attention_mask": MASK, "labels": torch.full((2, 4), 3)}
+    assert reader(model).targets(batch, SHAPE).kept.all()
+    assert reader().targets(batch, SHAPE).kept.sum() == 6
+    batch["decoder_attention_mask"] = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    assert reader(model).targets(batch, SHAPE).kept.sum() == 7
+
+
+def test_masked_tokens_are_not_shifted_whatever_comes_later():
+    rows, labels = reader(), torch.full((2, 4), -100)
+    labels[0, 1] = 7  # the input there is masked
+    batch = {"input_ids": TOKENS, "labels": labels}
+    assert rows.targets(batch, SHAPE).kept.nonzero().tolist() == [[0, 1]]
+    assert rows.describe() == {"shift": "0"}
+    unchanged = {"input_ids": TOKENS, "labels": labels.clone().masked_fill(labels == 7, 2)}
+    assert rows.targets(unchanged, SHAPE).kept.nonzero().tolist() == [[0, 1]]
+    with pytest.raises(InputError, match="so its targets cannot be told"):  # what is right is not its inputs
+        rows.targets({"input_ids": TOKENS}, SHAPE)
+
+
+def test_a_batch_without_labels_decides_nothing():
+    rows = reader()
+    batch = {"input_ids": TOKENS, "labels": torch.full((2, 4), -100)}
+    assert not rows.targets(batch, SHAPE).kept.any()
+    assert rows.describe() == {}
+
+
+def test_a_memory_knows_whether_labels_are_shifted():
+    labels = torch.full((2, 4), -100)
+    labels[0, 1] = 2  # as the input there, by chance
+    batch = {"input_ids": TOKENS, "labels": labels}
+    for shift, place in (("0", [0, 1]), ("1", [0, 0])):
+        assert reader(provenance={"shift": shift}).targets(batch, SHAPE).kept.nonzero().tolist() == [place]
+    given = reader(provenance={"shift": "1"}, targets_fn=lambda batch: batch["labels"])
+    assert given.targets(batch, SHAPE).kept.nonzero().tolist() == [[0, 1]]
+
+
+def test_numbers_for_each_position():
+    targets = torch.randn(2, 4, 9)
+    found = reader(task=Regression()).targets((torch.randn(2, 4), targets), SHAPE)
+    assert found.kept.all()
+    assert torch.equal(found.targets, targets)
+
+
+def test_ranks_that_found_different_things():
+    assert merged([None, {}, {"shift": "1"}, {"shift": "1"}]) == {"shift": "1"}
+    with pytest.raises(InputError, match="On some ranks the labels are the inputs"):
+        merged([{"shift": "0"}, {"shift": "1"}])
