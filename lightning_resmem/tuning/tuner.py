@@ -119,7 +119,7 @@ class GridTuner(Tuner):
             training rows.
         softmax_temperature: Divisors of the logits (without effect, and not tried, in regression).
         strength: Factors of the weighted residual.
-        objective: By default accuracy, and of rows that are positions of sequences `"nll"`: there, what is best in
+        objective: `"auto"` is accuracy, and of rows that are positions of sequences `"nll"`: there, what is best in
             accuracy may ruin the perplexity. `"accuracy"` (the mean squared error in regression, also called `"mse"`),
             `"balanced_accuracy"`, in which every class counts the same however few its rows (for `Multiclass`),
             `"nll"`, the negative log-likelihood (the squared error in regression), `"f1"`, its mean over classes, or
@@ -148,7 +148,7 @@ class GridTuner(Tuner):
         sigma: Sequence[float] = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6),
         softmax_temperature: Sequence[float] = (0.7, 1.0, 1.4, 2.0, 2.8),
         strength: Sequence[float] = (0.25, 0.5, 0.75, 1.0, 1.5),
-        objective: str | Metric | None = None,
+        objective: str | Metric = "auto",
         max_negative_flip_rate: float | None = None,
         refinements: int = 1,
         noise: float = 1.0,
@@ -160,7 +160,7 @@ class GridTuner(Tuner):
                 raise InputError(f"{name}={candidates!r}: give a list of candidates, at least one.")
             for candidate in candidates:
                 replace(ResMemParams(), **{name: candidate})  # type: ignore[arg-type]
-        if objective is not None:
+        if not _is_auto(objective):
             check_objective(objective)
         if max_negative_flip_rate is not None and not _is_number(max_negative_flip_rate, 0, 1):
             raise InputError(
@@ -178,7 +178,7 @@ class GridTuner(Tuner):
         self.refinements, self.noise, self.gate = refinements, noise, gate
 
     def check(self, task: Task) -> None:
-        if self.objective is not None:
+        if not _is_auto(self.objective):
             check_task(self.objective, task)
         if self.max_negative_flip_rate is not None and isinstance(task, Regression):
             raise InputError(
@@ -187,7 +187,7 @@ class GridTuner(Tuner):
             )
 
     def rehearse(self, task: Task, outputs: Tensor, targets: Tensor) -> None:
-        metric = None if self.objective is None else make_objective(self.objective, task, outputs.shape[1])
+        metric = None if _is_auto(self.objective) else make_objective(self.objective, task, outputs.shape[1])
         if metric is not None:
             base = task.predict(outputs)
             metric.rehearse(task.probabilities(base, base), targets)
@@ -212,7 +212,7 @@ class GridTuner(Tuner):
         sigmas, strengths = tuple(sigma * sweep.scale for sigma in self.sigma), tuple(s for s in self.strength if s)
         axes = Axes(tuple(sweep.ks), sigmas, temperatures, strengths)
         named = "nll" if of_sequences(memory.provenance) else "accuracy"
-        aim = named if self.objective is None else self.objective
+        aim = named if _is_auto(self.objective) else self.objective
         metric = make_objective(aim, memory.task, rows.outputs.shape[1])
         by_loss = isinstance(aim, str) and aim == "nll"  # metrics overload ==
         grid = GridSearch(sweep, metric, by_loss, self.noise, self.max_negative_flip_rate)
@@ -304,6 +304,10 @@ def _unbalances(result: TuningResult) -> bool:
     if result.balanced is None or result.objective == result.balanced.objective:
         return False
     return result.balanced.falls and result.gain >= 0
+
+
+def _is_auto(objective: str | Metric) -> bool:
+    return isinstance(objective, str) and objective == "auto"  # metrics overload ==
 
 
 def _is_number(value: object, least: float, most: float) -> bool:
