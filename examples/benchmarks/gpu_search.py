@@ -189,7 +189,7 @@ def whole_memory(clock: Clock, size: tuple[int, int, int], classes: int, values:
     title = f"{num_queries:,} x {num_keys:,} x {width}, {kind}"
     runs = {
         "search": lambda: memory.search(queries, K),
-        "memory(queries)": lambda: memory(queries),
+        "memory(queries)": lambda: memory(queries, outputs),
         "predict": lambda: memory.predict(queries, outputs),
     }
     return [[title, name, f"{clock.milliseconds(run):.3g}", clock.peak(run)] for name, run in runs.items()]

@@ -287,5 +287,5 @@ def test_mapped_memory_is_not_read_when_it_is_opened(tmp_path: Path) -> None:
     path = memory.save(tmp_path / "memory")
     loaded = LocalMemory.load(path, mmap=True)
     assert loaded._rows.index is not None
-    assert loaded._rows.index._squared_norms is None  # the one pass over the keys comes with the first search
+    assert loaded._rows.index._precise._squared_norms is None  # the one pass over the keys comes with the first search
     assert torch.equal(loaded(torch.zeros(1, 4)), memory(torch.zeros(1, 4)))
