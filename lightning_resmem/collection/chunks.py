@@ -143,8 +143,8 @@ class Waiting:
         """Hand on what there is; all of it is of one part."""
         if not self._chunks:
             return
-        [chunk, *others] = self._chunks
-        if others:
+        chunk, joined = self._chunks[0], len(self._chunks) > 1
+        if joined:
             chunk = Chunk(*(torch.cat(column) for column in zip(*self._chunks, strict=True)))
         step = max(1, _PART_BYTES * len(chunk.ids) // max(1, self._bytes))
         self._chunks.clear()
@@ -163,8 +163,9 @@ class Waiting:
         if len(usable.ids):
             self._labels.check(usable, part)
         for start in range(0, len(usable.ids), step):
-            # Copies: the model may use its output's memory again.
-            self._consume(Chunk(*(column[start : start + step].clone() for column in usable)))
+            taken = Chunk(*(column[start : start + step] for column in usable))
+            # A copy: the model may use its output's memory again.
+            self._consume(taken if joined else Chunk(*(column.clone() for column in taken)))
 
 
 def report_left_out(ranks: Ranks, waiting: Waiting, total: int, kind: str) -> None:
