@@ -13,7 +13,7 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo lint test test-cluster test-gpu test-oldest test-newest bench bench-gpu docs diagram dist clean distclean
+.PHONY: help demo lint test test-cluster test-gpu test-oldest test-newest bench bench-gpu docs docs-version diagram dist clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 21
@@ -57,8 +57,13 @@ bench: $(FULL) ## every script in examples/benchmarks/
 	@set -e; for script in $(sort $(filter-out examples/benchmarks/_%,$(wildcard examples/benchmarks/*.py))); do \
 		echo "== $$script"; $(BIN)/python $$script; done
 
-docs: $(FULL) ## the documentation site, into site/
+docs: $(FULL) ## the documentation site, into site/, and its links (LINKS=--check-extern: those to other sites, too)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f docs/mkdocs.yml
+	$(BIN)/linkchecker --no-status --no-warnings $(LINKS) site/index.html
+
+docs-version: $(FULL) ## the site of this version, as a folder of the branch gh-pages (PUSH=--push: and push it)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mike deploy -F docs/mkdocs.yml $(PUSH) --update-aliases \
+		$$($(BIN)/python -c "import lightning_resmem; print(lightning_resmem.__version__)") latest
 
 diagram: $(FULL) ## the picture of the packages in docs/, from the imports and docstrings
 	$(BIN)/python docs/diagram.py docs/pages/assets/packages.svg
