@@ -23,6 +23,13 @@ class Neighbors(NamedTuple):
     Attributes:
         distances: Euclidean, shape `(B, k)`, float32; `inf` where the memory has fewer than `k` rows.
         ids: Shape `(B, k)`, int64; -1 where the memory has fewer than `k` rows.
+
+    Examples:
+        >>> from lightning_resmem import LocalMemory
+        >>> memory = LocalMemory()
+        >>> memory.add(torch.eye(2), outputs=torch.zeros(2, 2), targets=torch.tensor([0, 1]))
+        >>> memory.search(torch.tensor([[0.0, 1.0]]), k=2).ids
+        tensor([[1, 0]])
     """
 
     distances: Tensor
@@ -54,7 +61,16 @@ class Sums(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """The three predictions that are always reported side by side, each of shape `(B, C)`."""
+    """The three predictions that are always reported side by side, each of shape `(B, C)`.
+
+    Examples:
+        >>> from lightning_resmem import LocalMemory, ResMemParams
+        >>> memory = LocalMemory(params=ResMemParams(k=1))
+        >>> memory.add(torch.eye(2), outputs=torch.zeros(2, 2), targets=torch.tensor([0, 1]))
+        >>> found = memory.predictions(torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2))
+        >>> found.base, found.knn, found.resmem
+        (tensor([[0.5000, 0.5000]]), tensor([[0., 1.]]), tensor([[0., 1.]]))
+    """
 
     base: Tensor
     knn: Tensor

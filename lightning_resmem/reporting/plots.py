@@ -42,6 +42,16 @@ def tuning_map(tuning: TuningResult) -> Figure | None:
     """The best score for each `k` and `sigma`, whatever the other params; None if no setting had a memory.
 
     Values of `k` and `sigma` that were tried in all combinations make the cells; other settings are dots.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_resmem import GridTuner, LocalMemory
+        >>> rows = torch.eye(2), torch.zeros(2, 2), torch.tensor([0, 1])
+        >>> memory = LocalMemory()
+        >>> memory.add(*rows)
+        >>> figure = tuning_map(GridTuner(k=[1]).tune(memory, *rows))
+        >>> pixels(figure).shape[2]
+        3
     """
     check_type("tuning", tuning, TuningResult, "a TuningResult, such as ResMemCallback.tuning after a fit that tuned")
     best = _best_scores(tuning)

@@ -32,6 +32,16 @@ class TuningResult:
         balanced: Balanced accuracy of base and choice for `Multiclass`, macro F1 for `Multilabel`, else None. Where
             classes are far from uniform, or labels rare, the summary has it.
         notes: What else there is to say, as sentences without a full stop.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_resmem import GridTuner, LocalMemory
+        >>> rows = torch.eye(2), torch.zeros(2, 2), torch.tensor([0, 1])
+        >>> memory = LocalMemory()
+        >>> memory.add(*rows)
+        >>> found = GridTuner(k=[1]).tune(memory, *rows)
+        >>> found.params.k, found.base_score, found.score, found.gain
+        (1, 0.5, 1.0, 0.5)
     """
 
     params: ResMemParams

@@ -40,6 +40,10 @@ class FaissIndex:
     Raises:
         InputError: If a number is out of its range, also one in `factory`; or FAISS is installed and does not
             understand `factory`, or such an index has no such setting.
+
+    Examples:
+        >>> from lightning_resmem import LocalMemory
+        >>> memory = LocalMemory(index=FaissIndex("IVF4096,Flat", min_recall=0.95))
     """
 
     factory: str

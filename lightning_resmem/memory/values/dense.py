@@ -25,6 +25,11 @@ class DenseConfig:
     Args:
         dtype: What outputs and residuals are stored as; by default what the first chunk's outputs are.
             `torch.float16` halves the bytes of float32 and changes a residual by less than 0.001.
+
+    Examples:
+        >>> from lightning_resmem import LocalMemory
+        >>> LocalMemory(values=DenseConfig(torch.float16)).estimate_bytes(1000, 64, 10)["values"]
+        56000
     """
 
     dtype: torch.dtype | None = None

@@ -25,6 +25,11 @@ class SparseConfig:
 
     Args:
         top_m: How many probabilities are kept of a row; all, if there are not more classes.
+
+    Examples:
+        >>> from lightning_resmem import LocalMemory
+        >>> LocalMemory(values=SparseConfig(top_m=16)).estimate_bytes(1000, 64, 30_000)["values"]
+        84000
     """
 
     top_m: int = 16
