@@ -47,7 +47,7 @@ def use_threads(count: int) -> None:
 @contextmanager
 def without_numba() -> Iterator[None]:
     """What is first searched here does without the compiled loop, then and later."""
-    with patch("lightning_resmem.memory.rough._fused", lambda: None):
+    with patch("lightning_resmem.memory.search.rough._fused", lambda: None):
         yield
 
 
@@ -60,15 +60,15 @@ def features_file() -> Path | None:
 
 def features() -> tuple[torch.Tensor, torch.Tensor, str]:
     """45,000 keys and 1,000 queries of width 64, and where they come from."""
-    file = features_file()
+    file, generator = features_file(), torch.Generator().manual_seed(0)
     if file is None:
-        generator = torch.Generator().manual_seed(0)
         print("No features file (give a path, or set RESMEM_FEATURES): random data of the same size instead.")
         keys, queries = (torch.randn(rows, 64, generator=generator).relu() for rows in (45_000, 1_000))
         return keys, queries, "random"
     with np.load(file) as data:
         keys, queries = (torch.from_numpy(data[f"{part}_embeddings"]).float() for part in ("train", "test"))
-    return keys, queries[:1000].contiguous(), "CIFAR-10 features"
+    drawn = torch.randperm(len(queries), generator=generator)[:1000]  # the files are sorted by class
+    return keys, queries[drawn], "CIFAR-10 features"
 
 
 def show(title: str, header: list[str], rows: list[list[str]]) -> None:
