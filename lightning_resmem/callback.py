@@ -52,7 +52,7 @@ class ResMemCallback(Callback):
             out of it in turn. `"auto"` is `GridTuner()`, unless the memory was given params; None keeps them.
         head: Name of the module whose input is the embedding and whose output is the logits, e.g. `"net.fc"`; by
             default the last `nn.Linear` that a forward executes.
-        embedding: Name of the module whose output is the key, e.g. `"net.layer4"`; by default the head's input.
+        embedding: Name of the module whose output is the key, or input, `"net.mlp:input"`; by default the head's input.
         targets_fn: `targets_fn(batch)` returns the targets; by default the second of a pair, or the entry `labels`,
             `label`, `target`, `targets` or `y` of a dict (or an attribute of that name).
         forward_fn: `forward_fn(model, batch)` runs the model in the memory pass; by default `model(inputs)`, with the

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_resmem.errors import HeadError, InputError
 from lightning_resmem.model.names import named_modules, quoted, submodule
+from lightning_resmem.model.places import Place, same_positions
 from lightning_resmem.model.pooling import Pooling
 from lightning_resmem.model.returned import check_diverged, same, tensors, way_out
 
@@ -32,7 +33,8 @@ class _Seen:
 
     def __init__(self) -> None:
         self.calls: list[Captured] = []
-        self.pooled: Tensor | None = None
+        self.key: Tensor | None = None  # of another module than the head, which was called so often:
+        self.keys = 0
 
 
 class HeadTap:
@@ -45,8 +47,9 @@ class HeadTap:
     Args:
         model: The model that holds the head.
         head: Name of the head in `model`, e.g. `"net.fc"`.
-        embedding: Name of the module whose output is the key, e.g. `"net.layer4"` (feature maps are averaged over their
-            positions, see `Pooling`). By default the key is the input of the head.
+        embedding: Name of the module whose output is the key, e.g. `"net.layer4"`, or whose input, `"net.mlp:input"`
+            (see `Place`; feature maps are averaged over their positions, see `Pooling`). By default the key is the
+            input of the head.
         channels: Where the feature maps of `embedding` have their channels, `"first"` or `"last"`, if that is known.
 
     Raises:
@@ -68,7 +71,7 @@ class HeadTap:
         self._pooling: Pooling | None = None
         if embedding is not None:
             width = getattr(self._head, "in_features", None)
-            self._pooling = Pooling(model, embedding, submodule(model, "embedding", embedding), width, channels)
+            self._pooling = Pooling(model, Place.parse(embedding), width, channels)
         self._seen: dict[int, _Seen] = {}  # by each thread: its hooks look at its own calls only
 
     @classmethod
@@ -159,9 +162,9 @@ class HeadTap:
         """What the one call of the head since `clear` saw; clears it.
 
         Raises:
-            HeadError: If the head was not called, or more than once.
+            HeadError: If the head, or the module of the embedding, was not called, or more than once.
         """
-        calls = self._own.calls
+        calls, keys = self._own.calls, self._own.keys
         if not calls:
             raise HeadError(self.silent_message())
         if len(calls) > 1:
@@ -169,6 +172,11 @@ class HeadTap:
                 f"The head {self.head!r} was called {len(calls)} times in one forward, so a row has no single "
                 "embedding. Name a module that is called once with head=, or give a forward_fn that runs the model "
                 "once on a batch."
+            )
+        if keys > 1:
+            raise HeadError(
+                f"The module of embedding={self.embedding!r} was called {keys} times in one forward, so a row has no "
+                "single key. Name one that is called once."
             )
         captured = calls[0]
         self.clear()
@@ -198,8 +206,9 @@ class HeadTap:
         def on_head(_: nn.Module, args: tuple[Any, ...], *rest: Any) -> Tensor | None:
             return handle(self._captured(args, *rest)) if threading.get_ident() == thread else None
 
-        def take(pooled: Tensor) -> None:
-            self._own.pooled = pooled
+        def take(key: Tensor) -> None:
+            own = self._own
+            own.key, own.keys = key, own.keys + 1
 
         self.clear()
         with ExitStack() as stack:
@@ -212,12 +221,11 @@ class HeadTap:
             yield
 
     def _captured(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Captured:
+        inputs = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if self._pooling is None:
-            embedding = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            name = f"The input of the head {self.head!r}"
+            embedding, name = inputs, f"The input of the head {self.head!r}"
         else:
-            embedding = self._own.pooled
-            name = f"The embedding {self.embedding!r}"
+            embedding, name = self._own.key, f"The embedding {self.embedding!r}"
         if embedding is None:
             raise HeadError(
                 f"{name} is not a tensor."
@@ -225,24 +233,15 @@ class HeadTap:
                 else f"{name} was not computed before the head {self.head!r} was called: name a module that runs "
                 "earlier in the same forward."
             )
-        if embedding.ndim < 2:
-            raise InputError(
-                f"{name} has shape {tuple(embedding.shape)}, expected (B, D): the batch dimension is missing. Inputs "
-                "of the model need one, too: for a single row give x[None], or "
-                "torch.utils.data.default_collate([dataset[0]])."
-            )
-        if embedding.ndim > 3:
-            raise HeadError(
-                f"{name} has shape {tuple(embedding.shape)}, expected (B, D), or of sequences (B, T, D): one vector "
-                "for every row. Name a module with such an output (or a feature map, which is averaged) with "
-                "embedding=."
-            )
+        _check_vectors(name, embedding)
         if not isinstance(output, Tensor) or output.ndim not in (2, 3):
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise HeadError(
                 f"The head {self.head!r} returned {shape}, expected a tensor (B, C), or of sequences (B, T, C). Name "
                 "another module with head=."
             )
+        if self._pooling is not None and embedding.ndim == 3:
+            embedding = self._of_tokens(embedding, output, inputs)
         if embedding.shape[:-1] != output.shape[:-1] and max(embedding.ndim, output.ndim) > 2:
             raise HeadError(
                 f"{name} has shape {tuple(embedding.shape)} and what the head returned {tuple(output.shape)}: of "
@@ -251,3 +250,35 @@ class HeadTap:
             )
         # Copies: the model may go on in place.
         return Captured(embedding.detach().clone(), output.detach().clone())
+
+    def _of_tokens(self, keys: Tensor, output: Tensor, inputs: Tensor | None) -> Tensor:
+        """Keys of tokens `(B, T, D)`, for those positions that the head has an output for."""
+        assert self._pooling is not None
+        if output.ndim == 2:
+            raise self._pooling.unfit(keys)
+        if inputs is None or inputs.ndim != 3 or output.shape[1] >= keys.shape[1]:
+            return keys
+        asked = same_positions(keys, inputs)
+        if asked is None:
+            raise HeadError(
+                f"The embedding {self.embedding!r} has shape {tuple(keys.shape)}, and the head {self.head!r} was asked "
+                f"for {output.shape[1]} of the {keys.shape[1]} positions: it cannot be told for which, as its input is "
+                "no slice of them. Ask for all (logits_to_keep=0 in transformers), or for the last ones."
+            )
+        return asked
+
+
+def _check_vectors(name: str, embedding: Tensor) -> None:
+    """Raise an error if what has this name is not one vector a row, or a position."""
+    if embedding.ndim < 2:
+        raise InputError(
+            f"{name} has shape {tuple(embedding.shape)}, expected (B, D): the batch dimension is missing. Inputs "
+            "of the model need one, too: for a single row give x[None], or "
+            "torch.utils.data.default_collate([dataset[0]])."
+        )
+    if embedding.ndim > 3:
+        raise HeadError(
+            f"{name} has shape {tuple(embedding.shape)}, expected (B, D), or of sequences (B, T, D): one vector "
+            "for every row. Name a module with such an output (or a feature map, which is averaged) with "
+            "embedding=."
+        )

@@ -1,4 +1,4 @@
-"""One vector a row of an embedding module's output: feature maps are averaged over their positions."""
+"""One vector a row of what goes into a module or comes out of it: feature maps are averaged over their positions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
 
 from lightning_resmem.errors import HeadError, ResMemWarning
-from lightning_resmem.model.returned import tensors
+from lightning_resmem.model.places import Place, input_of, output_of
 
 Channels = Literal["first", "last"]
 _Ran = list[tuple[tuple[int, ...], Channels]]  # shapes of outputs, and where their channels are
@@ -29,33 +29,35 @@ _CHANNELS_FIRST = (
 
 
 class Pooling:
-    """Averages the feature maps of one module, whose channels are the first or the last axis after the rows.
+    """Averages the feature maps at one place, whose channels are the first or the last axis after the rows.
 
     Which of them is told by the layers that ran before, whose outputs have the same shape: those of convolutions and
     batch norms have their channels first, those of `nn.Linear` and `nn.LayerNorm` last. It is found out once.
 
     Args:
         model: The model.
-        name: Of the module.
-        module: Whose output is averaged.
+        place: The module whose output, or input, is averaged.
         width: Of the head's input, where it is known: it decides where no such layer does.
         channels: Where the channels are, if that is known.
     """
 
-    def __init__(
-        self, model: nn.Module, name: str, module: nn.Module, width: int | None, channels: str | None = None
-    ) -> None:
-        self._model, self._name, self._module, self._width = model, name, module, width
+    def __init__(self, model: nn.Module, place: Place, width: int | None, channels: str | None = None) -> None:
+        self._model, self._place, self._module, self._width = model, place, place.find(model), width
+        self._said = f"embedding={str(place)!r} {place.verb}"
         self.channels: Channels | None = None if channels is None else "last" if channels == "last" else "first"
 
     @contextmanager
     def watching(self, take: Callable[[Tensor], None]) -> Iterator[None]:
-        """Give `take` one vector a row, `(B, D)`, whenever this thread has called the module."""
+        """Give `take` one vector a row, `(B, D)`, or of sequences `(B, T, D)`, when this thread calls the module."""
         thread, ran = threading.get_ident(), _Ran()
 
-        def on_module(_module: nn.Module, _args: Any, output: Any) -> None:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if threading.get_ident() == thread:
-                take(self._pooled(output, ran))
+                take(self._pooled(input_of(module, args, kwargs), ran))
+
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            if threading.get_ident() == thread:
+                take(self._pooled(output_of(output), ran))
 
         def on_layer(layer: nn.Module, _args: Any, output: Any) -> None:
             if threading.get_ident() != thread or self.channels is not None or not isinstance(output, Tensor):
@@ -67,33 +69,41 @@ class Pooling:
             for layer in self._model.modules() if self.channels is None else ():
                 if isinstance(layer, (*_CHANNELS_FIRST, nn.Linear, nn.LayerNorm, nn.RMSNorm)):
                     stack.callback(layer.register_forward_hook(on_layer).remove)
-            stack.callback(self._module.register_forward_hook(on_module).remove)
+            if self._place.side == "input":
+                hook = self._module.register_forward_pre_hook(before, with_kwargs=True)
+            else:
+                hook = self._module.register_forward_hook(after)
+            stack.callback(hook.remove)
             yield
 
-    def _pooled(self, output: Any, ran: _Ran) -> Tensor:
-        tensor = next(iter(tensors(output)), None)
-        if tensor is None or tensor.ndim not in (2, 4, 5):
-            shape = "no tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
-            tokens = " Of tokens (B, T, D), choose or average in the model" if shape != "no tensor" else " Do it there"
-            raise HeadError(
-                f"embedding={self._name!r} returns {shape}, expected (B, D), or a feature map of 4 or 5 dimensions to "
-                f"be averaged over its positions. Name another module.{tokens}: pass tokens.mean(dim=1) through an "
-                "nn.Identity() of its own, and name that."
-            )
-        if tensor.ndim == 2:
+    def _pooled(self, tensor: Tensor | None, ran: _Ran) -> Tensor:
+        if tensor is None or tensor.ndim not in (2, 3, 4, 5):
+            raise self.unfit(tensor)
+        if tensor.ndim < 4:
             return tensor.clone()  # an in-place activation may follow before the head is called
         if self.channels is None:
             self.channels = self._found(tuple(tensor.shape), ran)
             first, last = (2, tensor.ndim - 1) if self.channels == "first" else (1, tensor.ndim - 2)
             _log.info(
                 "embedding=%r of shape %s has its channels %s: averaged over the axes %s.",
-                self._name,
+                str(self._place),
                 tuple(tensor.shape),
                 self.channels,
                 ", ".join(map(str, range(first, last + 1))),
             )
         ran.clear()
         return tensor.flatten(2).mean(dim=2) if self.channels == "first" else tensor.flatten(1, -2).mean(dim=1)
+
+    def unfit(self, tensor: Tensor | None) -> HeadError:
+        """The error of a key that is not one vector a row."""
+        none = "no tensor of floats" if self._place.side == "input" else "no tensor"
+        shape = none if tensor is None else f"shape {tuple(tensor.shape)}"
+        tokens = " Do it there" if tensor is None else " Of tokens (B, T, D), choose or average in the model"
+        return HeadError(
+            f"{self._said} {shape}, expected (B, D), or a feature map of 4 or 5 dimensions to be averaged over its "
+            f"positions. Name another module.{tokens}: pass tokens.mean(dim=1) through an nn.Identity() of its own, "
+            "and name that."
+        )
 
     def _found(self, shape: tuple[int, ...], ran: _Ran) -> Channels:
         told: list[Channels] = [where for seen, where in ran if seen == shape]
@@ -107,11 +117,11 @@ class Pooling:
         )
         if told:
             raise HeadError(
-                f"embedding={self._name!r} returns shape {shape}, and it cannot be told whether its channels are the "
+                f"{self._said} shape {shape}, and it cannot be told whether its channels are the "
                 f"first or the last axis after the rows. {way_out}"
             )
         warnings.warn(
-            f"embedding={self._name!r} returns shape {shape}, and no layer tells where its channels are: they are "
+            f"{self._said} shape {shape}, and no layer tells where its channels are: they are "
             f"taken to be the first axis after the rows. If they are not: {way_out[0].lower()}{way_out[1:]}",
             ResMemWarning,
             stacklevel=2,
