@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_resmem.collection.ranks import Ranks, check_strategy
+from lightning_resmem.collection.row_limit import RowLimit
 from lightning_resmem.errors import EmptyMemoryError, InputError, ResMemWarning
 from lightning_resmem.memorization import Memorizer
 from lightning_resmem.memory.interface import ResidualMemory
@@ -29,6 +30,7 @@ from lightning_resmem.trainer.loaders import offered_loader, validation_loaders
 from lightning_resmem.trainer.processes import trainer_of
 from lightning_resmem.trainer.restoring import RestorableMemory
 from lightning_resmem.trainer.save_directory import SaveDirectory
+from lightning_resmem.trainer.siblings import Sibling, check_siblings
 from lightning_resmem.trainer.weights import check_weights, memorized_weights, naming_averaging
 from lightning_resmem.tuning.result import TuningResult
 from lightning_resmem.tuning.tuner import Tuner, choose_tuner
@@ -63,6 +65,9 @@ class ResMemCallback(Callback):
         memory_dataloader: The rows to memorize, e.g. without augmentation; by default what a method
             `memory_dataloader()` of the datamodule or the model returns, else those of the training loader. Of a stream
             without a length at most as many rows are read as training has read.
+        max_rows: Keep at most so many rows, the same for any number of ranks and any batches; by default all.
+        keep: Which of more rows than that: `"uniform"`, chosen by a hash of their ids, or `"residual"`, those that the
+            base has most wrong, which is cheaper in rows and biased: see the page on training.
         weights: `"last"` memorizes the weights at the end of training; `"best"` those of the checkpoint that
             `trainer.test(ckpt_path="best")` takes.
         dirpath: Where the memory is saved after the pass, a path or a URL such as `s3://bucket/memory`. A memory of the
@@ -95,6 +100,8 @@ class ResMemCallback(Callback):
         forward_fn: ForwardFn | None = None,
         ids_fn: IdsFn | None = None,
         memory_dataloader: Any = None,
+        max_rows: int | None = None,
+        keep: Literal["uniform", "residual"] = "uniform",
         weights: Literal["last", "best"] = "last",
         dirpath: str | Path | None = None,
         name: str = "resmem",
@@ -111,7 +118,10 @@ class ResMemCallback(Callback):
         self.tuning: TuningResult | None = None
         self.evaluations: tuple[Evaluation, ...] = ()
         self._tuner = choose_tuner(tuner, self._memory)
-        self._reader = BatchReader(targets_fn, forward_fn, ids_fn, head, embedding)
+        self._reader, self._limit = (
+            BatchReader(targets_fn, forward_fn, ids_fn, head, embedding),
+            RowLimit(max_rows, keep),
+        )
         self._memory_dataloader, self._weights, self._dirpath = memory_dataloader, weights, dirpath
         self._name, self._route = name, route
         self._report = Report(name, log_memory_artifact)
@@ -157,7 +167,8 @@ class ResMemCallback(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         check_strategy(trainer.strategy)
-        _check_siblings([c for c in trainer.callbacks if isinstance(c, ResMemCallback)])  # type: ignore[attr-defined]
+        siblings = [c for c in trainer.callbacks if isinstance(c, ResMemCallback)]  # type: ignore[attr-defined]
+        check_siblings([Sibling(type(c).__name__, c._name, c._route) for c in siblings])
         if stage != TrainerFn.FITTING:
             return
         self._memorized, self.tuning = False, None
@@ -314,7 +325,7 @@ class ResMemCallback(Callback):
         return self._kept.memory
 
     def _memorizer(self, trainer: L.Trainer) -> Memorizer:
-        return Memorizer(self._memory, self._tuner, self._reader, shows_progress(trainer))
+        return Memorizer(self._memory, self._tuner, self._reader, shows_progress(trainer), self._limit)
 
     def _rows(self, trainer: L.Trainer) -> tuple[Any, int | None]:
         """The rows to memorize: their loaders, and how many batches of them a rank reads, None for all."""
@@ -331,19 +342,3 @@ class ResMemCallback(Callback):
             self._kept.look(trainer)
         self._kept.has_rows()
         return base
-
-
-def _check_siblings(callbacks: list[ResMemCallback]) -> None:
-    if sum(callback._route for callback in callbacks) > 1:
-        raise InputError(
-            f"{len(callbacks)} ResMemCallbacks would each replace the head's output. Keep one of them, and give the "
-            'others name="..." and route=False: they fill memories and log scores of their own under that name.'
-        )
-    for index, callback in enumerate(callbacks):
-        twin = next((other for other in callbacks[:index] if other._name == callback._name), None)
-        if twin is not None:
-            raise InputError(
-                f"A {type(twin).__name__} and a {type(callback).__name__} on this Trainer both have "
-                f"name={callback._name!r}, under which each would save its memory and log its scores. Give one of them "
-                'another name: ResMemCallback(name="...").'
-            )

@@ -19,6 +19,7 @@ from lightning_resmem.collection.memory_pass import Pass
 from lightning_resmem.collection.parts import Part, count_rows
 from lightning_resmem.collection.ranks import Ranks, check_strategy
 from lightning_resmem.collection.rehearsal import Storable
+from lightning_resmem.collection.row_limit import Kept, RowLimit
 from lightning_resmem.collection.samplers import draws_unevenly
 from lightning_resmem.errors import InputError, ResMemWarning, check_type
 from lightning_resmem.memory.answers import Predictions
@@ -58,6 +59,8 @@ def memorize(
     targets_fn: TargetsFn | None = None,
     forward_fn: ForwardFn | None = None,
     ids_fn: IdsFn | None = None,
+    max_rows: int | None = None,
+    keep: Literal["uniform", "residual"] = "uniform",
     limit_batches: int | float | None = None,
     ckpt_path: str | Path | None = None,
     weights_only: bool | None = None,
@@ -83,6 +86,8 @@ def memorize(
         targets_fn: As for `ResMemCallback`.
         forward_fn: As for `ResMemCallback`.
         ids_fn: As for `ResMemCallback`.
+        max_rows: As for `ResMemCallback`.
+        keep: As for `ResMemCallback`.
         limit_batches: Read only so many batches of training rows on each rank. An IterableDataset without a length
             needs it, as it may have no end; `math.inf` reads it to its end.
         ckpt_path: Checkpoint with the weights, loaded after `configure_model`; by default the model has them.
@@ -113,7 +118,8 @@ def memorize(
     check_limit(limit_batches)
     check_strategy(trainer.strategy)
     reader = BatchReader(targets_fn, forward_fn, ids_fn, head, embedding)
-    memorizer = Memorizer(memory, choose_tuner(tuner, memory), reader, shows_progress(trainer))
+    limit = RowLimit(max_rows, keep)
+    memorizer = Memorizer(memory, choose_tuner(tuner, memory), reader, shows_progress(trainer), limit)
     fill = partial(memorizer.rehearse_and_run, limit_batches=limit_batches)
     memory = run_job(trainer, Job(model, memory, fill, dataloader, val_dataloader), ckpt_path, weights_only)
     return ResMemModule(model, memory, targets_fn=targets_fn, forward_fn=forward_fn)
@@ -127,6 +133,7 @@ class Memorizer:
     tuner: Tuner | None
     reader: BatchReader
     show_progress: bool = False
+    limit: RowLimit = RowLimit()  # noqa: RUF009 -- frozen
 
     def rehearse(
         self,
@@ -150,6 +157,7 @@ class Memorizer:
         Returns:
             The name of the head, unless reading a few rows would use them up.
         """
+        self.limit.check_tuning(self.tuner is not None and not self._tunes_on(val_loaders))
         reading = self._reading(trainer, model)
         parts = self._plan(reading, loaders, limit_batches)
         all_rows = count_rows(reading.ranks, parts)
@@ -161,7 +169,7 @@ class Memorizer:
             chunks = reading.rehearse(parts, check)
             usable = next((rows for rows in map(reading.labels.usable, chunks) if len(rows.ids)), None)
             if usable is not None:
-                self._try(usable, reading.rows_of(all_rows), metrics)
+                self._try(usable, self.limit.of(reading.rows_of(all_rows)), metrics)
         with reading.ranks.together("rehearsing tuning on a few validation rows"):
             reading.rehearse(val_parts, check, compare=False)
         return None if reading.tap is None else reading.tap.head
@@ -221,7 +229,7 @@ class Memorizer:
                 if reading.ranks.rank == 0:
                     look_at_base(memory)
             rank_zero_info(
-                f"ResMem: memorized {len(memory)} training rows ({size(memory.stats()['bytes'])}, head "
+                f"ResMem: memorized {self.limit.told(memory)} ({size(memory.stats()['bytes'])}, head "
                 f"{memory.provenance['head']!r}) in {time.monotonic() - started:.1f} s."
             )
             result = None
@@ -245,11 +253,11 @@ class Memorizer:
             raise
 
     def _fill(self, reading: Pass, model: L.LightningModule, parts: list[Part]) -> None:
-        memory = self.memory
+        memory, kept = self.memory, Kept(self.limit, self.memory)
         counted = count_rows(reading.ranks, parts)
         with reading.ranks.together("rehearsing the memory pass on two rows"):
             sample = reading.sample(parts)
-            all_rows = reading.rows_of(counted)
+            all_rows = self.limit.of(reading.rows_of(counted))
             if sample is not None:
                 Storable()(sample)
             if all_rows and sample is not None:
@@ -257,11 +265,13 @@ class Memorizer:
                 needed = memory.estimate_bytes(all_rows, *shape)
                 words = check_capacity(needed, free_bytes(memory.device), copies=reading.num_local_processes)
                 rank_zero_info(f"ResMem: memorizing {all_rows} training rows takes about {words}.")
-            memory.reserve(reading.rows_of(sum(part.num_rows or 0 for part in parts)) or 0)
+            memory.reserve(self.limit.of(reading.rows_of(sum(part.num_rows or 0 for part in parts))) or 0)
         if reading.ranks.group is not None:
             with reading.ranks.together("reaching the memory"):
                 memory.join(reading.ranks.group)
-        reading.run(parts, lambda chunk: memory.add(*chunk), "collecting training rows")
+        reading.run(parts, kept.add, "collecting training rows")
+        with reading.ranks.together("choosing which rows to keep"):
+            kept.finish(reading.ranks)
         memory.show_progress = reading.show_progress
         show = reading.show_progress and isinstance(memory, LocalMemory)  # others tell how far their parts are
         with reading.ranks.together("building the memory"), working(show, "building the memory"):

@@ -307,6 +307,9 @@ def everything(rank: int, directory: Path) -> dict[str, Any]:
     found["token rows"] = answering.evaluation.rows
     found["token module scores"] = trainer_of(directory).test(of_tokens, test, verbose=False)[0]
 
+    sample = memorize(trainer_of(directory), model, tokens, max_rows=30, tuner=None).memory
+    found["sampled tokens"] = contents(sample) | {"stats": sample.stats()}
+
     norm = Net(norm=True, lr=0.01)
     of_norm = ResMemCallback(tuner=None)
     trainer_of(directory, of_norm).fit(norm, train)

@@ -118,6 +118,9 @@ def test_tokens_do_not_depend_on_the_number_of_ranks(found: Found) -> None:
             assert rank["tokens"]["targets"].tolist() == wanted.targets.tolist()
             assert rank["tokens"]["shift"] == "1"
             same_memory(rank["tokens"], alone["tokens"], 1e-5)
+            same_memory(rank["sampled tokens"], alone["sampled tokens"], 1e-5)
+            assert rank["sampled tokens"]["stats"] == alone["sampled tokens"]["stats"]
+            assert len(rank["sampled tokens"]["ids"]) == 30
             assert rank["token rows"] == test_rows
             scores = {name: value for name, value in rank["token scores"].items() if name != "loss"}  # by batch
             assert scores == pytest.approx({name: alone["token scores"][name] for name in scores}, abs=1e-5)

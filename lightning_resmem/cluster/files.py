@@ -40,8 +40,8 @@ def to_files(shards: ShardClient) -> dict[str, Tensor | Streamed]:
     }
 
 
-def from_files(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """The rows of a saved memory in chunks, from tensors over its files, `(N, ...)` each."""
+def in_parts(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The rows of a memory in chunks, from its tensors (or those over its files), `(N, ...)` each."""
     step = max(1, _CHUNK_BYTES // sum(tensor[:1].nbytes for tensor in tensors.values()))
     for start in range(0, len(tensors["ids"]), step):
         yield {name: tensor[start : start + step] for name, tensor in tensors.items()}

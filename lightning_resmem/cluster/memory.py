@@ -19,8 +19,8 @@ from lightning_resmem.cluster.merging import PendingSearch, overview, total
 from lightning_resmem.cluster.sharded_memory import ShardedMemory
 from lightning_resmem.functional import neighbor_weights
 from lightning_resmem.memory.answers import Neighbors, Sums
+from lightning_resmem.memory.capacity import sample_of
 from lightning_resmem.memory.checks import as_ids, checked_changes, checked_rows, checked_search, repeated
-from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.memory.storage import disk
 from lightning_resmem.memory.storage.saved import Saved, manifest, read_saved
@@ -136,12 +136,9 @@ class RayMemory(ShardedMemory):
                 raise repeated(known)
         self._shape = (embeddings.shape[1], outputs.shape[1])
         # What travels and is journaled is what a shard stores: with sparse values a small part of the outputs.
-        config = self._shards.config
-        chunk = LocalMemory(self.task, ResMemParams(), "exact", config.values, config.key_dtype)
+        chunk = self.staged()
         chunk.add(embeddings, outputs, targets, ids)
-        self._send("add", chunk.stored(slice(None)), {"num_outputs": torch.tensor(outputs.shape[1])})
-        self._rows += len(ids)
-        self._last_id = max(self._last_id, int(ids.max()) if len(ids) else -1)
+        self._send_rows(chunk.stored(slice(None)), outputs.shape[1])
 
     def remove(self, ids: Tensor) -> None:
         ids = as_ids(ids).cpu()
@@ -219,6 +216,7 @@ class RayMemory(ShardedMemory):
         """
         width, num_outputs = self._shape or (0, 0)
         stats = self._template.stats() | {"rows": len(self), "width": width, "outputs": num_outputs, "shards": []}
+        stats |= sample_of(self.provenance)
         if self._shards.name is None:
             return stats
         self._shards.flush()

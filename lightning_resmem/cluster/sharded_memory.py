@@ -11,7 +11,7 @@ from lightning_resmem.cluster import ranks
 from lightning_resmem.cluster.about import About, about_of
 from lightning_resmem.cluster.client import BYTES_UNDERWAY, ShardClient
 from lightning_resmem.cluster.config import PoolConfig
-from lightning_resmem.cluster.files import from_files
+from lightning_resmem.cluster.files import in_parts
 from lightning_resmem.errors import EmptyMemoryError, InputError, ShardUnavailableError, StorageError
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.memory.local import LocalMemory
@@ -123,6 +123,23 @@ class ShardedMemory(ResidualMemory):
         self._last_id = max(state["last_id"] for state in firsts)
         self._shape = next(((s["width"], s["outputs"]) for s in firsts if s["rows"]), self._shape)
 
+    # -- rows
+
+    def staged(self) -> LocalMemory:
+        config = self._shards.config
+        return LocalMemory(self.task, ResMemParams(), "exact", config.values, config.key_dtype)
+
+    def take(self, staged: LocalMemory) -> None:
+        for rows in in_parts(staged.stored(slice(None))):
+            self._send_rows(rows, staged.stats()["outputs"])
+
+    def _send_rows(self, rows: dict[str, Tensor], num_outputs: int) -> None:
+        """Send rows as the shards store them."""
+        self._shape = rows["keys"].shape[1], num_outputs
+        self._send("add", rows, {"num_outputs": torch.tensor(num_outputs)})
+        self._rows += len(rows["ids"])
+        self._last_id = max(self._last_id, int(rows["ids"].max()) if len(rows["ids"]) else -1)
+
     # -- the ranks of a job
 
     def join(self, group: dist.ProcessGroup) -> None:
@@ -186,11 +203,8 @@ class ShardedMemory(ResidualMemory):
         if self._rows:
             return
         saved.verify()
-        num_outputs = saved.values.num_outputs
-        self._shape = saved.tensors["keys"].shape[1], num_outputs
-        for rows in from_files({name: saved.tensors[name] for name in ("keys", "ids", *saved.values.names)}):
-            self._send("add", rows, {"num_outputs": torch.tensor(num_outputs)})
-            self._rows += len(rows["ids"])
+        for rows in in_parts({name: saved.tensors[name] for name in ("keys", "ids", *saved.values.names)}):
+            self._send_rows(rows, saved.values.num_outputs)
 
     def _send(self, operation: str, rows: dict[str, Tensor], extra: dict[str, Tensor] | None = None) -> None:
         self._shards.send(operation, rows, extra)

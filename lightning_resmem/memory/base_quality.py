@@ -37,6 +37,8 @@ def look_at_base(memory: ResidualMemory) -> None:
     Args:
         memory: Filled.
     """
+    if memory.provenance.get("keep") == "residual":  # the rows that it has most wrong
+        return
     ids, count = memory.ids, min(len(memory), _ROWS, max(_LEAST_ROWS, _ENTRIES // max(1, memory.num_outputs)))
     if count < _LEAST_ROWS:
         return

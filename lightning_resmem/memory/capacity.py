@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -60,12 +61,24 @@ def check_capacity(needed: dict[str, int], available: int | None, copies: int = 
         on_each = f" in each of {copies} processes" if copies > 1 else ""
         warnings.warn(
             f"The memory will need {words}{on_each}, but only {size(available)} are free. Store keys in half precision "
-            "(LocalMemory(key_dtype=torch.float16)), memorize fewer rows (memory_dataloader=), take a narrower "
+            "(LocalMemory(key_dtype=torch.float16)), memorize fewer rows (max_rows=), take a narrower "
             "embedding (embedding=), or use fewer processes on this machine.",
             ResMemWarning,
             stacklevel=2,
         )
     return words
+
+
+def sample_of(provenance: Mapping[str, str]) -> dict[str, int | str]:
+    """Of which rows a memory is a sample: `max_rows`, `keep` and `rows_seen`; nothing if it was to have all.
+
+    Args:
+        provenance: Of the memory.
+    """
+    if "max_rows" not in provenance:
+        return {}
+    counts = {name: int(provenance[name]) for name in ("max_rows", "rows_seen")}
+    return {**counts, "keep": provenance["keep"]}
 
 
 def size(count: int) -> str:

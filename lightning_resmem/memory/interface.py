@@ -199,16 +199,14 @@ class ResidualMemory(nn.Module, Guarded, Locating, ABC):
 
     @abstractmethod
     def estimate_bytes(self, rows: int, width: int, num_outputs: int) -> dict[str, int]:
-        """What a memory of so many rows will take in this process.
+        """Bytes that `N` rows of widths `D` and `C` will take in this process, by part (`keys`, `values`, `index`)."""
 
-        Args:
-            rows: `N`.
-            width: `D`.
-            num_outputs: `C`.
+    def staged(self) -> "ResidualMemory":
+        """A memory in this process, for rows some of which are dropped again before `take` has the others."""
+        return self
 
-        Returns:
-            Bytes by part: `keys`, `values` and `index`.
-        """
+    def take(self, staged: Any) -> None:
+        """Take over the rows of what `staged` returned, if that is another memory."""
 
     def metrics(self) -> dict[str, float]:
         """Numbers to log about the state of the memory, by their names; a memory in this process has none."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_resmem.functional import neighbor_weights
 from lightning_resmem.memory.answers import Neighbors, Sums
+from lightning_resmem.memory.capacity import sample_of
 from lightning_resmem.memory.checks import as_compared, as_ids, checked_changes, checked_rows, checked_search
 from lightning_resmem.memory.exchange import all_gather_rows
 from lightning_resmem.memory.local_config import LocalConfig
@@ -182,7 +183,7 @@ class LocalMemory(PartMemory):
             return self._rows.values.select(self._positions(ids))
 
     def stats(self) -> dict[str, Any]:
-        """Rows, key width, outputs, bytes, index, values, key_dtype and device.
+        """Rows, key width, outputs, bytes, index, values, key_dtype and device, and of which rows they are a sample.
 
         Bytes are those of keys, values and ids, and of what exact search keeps on a GPU from the first search on.
         """
@@ -191,6 +192,7 @@ class LocalMemory(PartMemory):
                 "index": self._rows.index_name or self._config.index_name,
                 "key_dtype": str(self.key_dtype).removeprefix("torch."),
                 "device": str(self.device),
+                **sample_of(self.provenance),
             }
 
     def __repr__(self) -> str:
