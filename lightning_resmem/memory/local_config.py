@@ -105,17 +105,19 @@ class LocalConfig:
     def estimate_bytes(self, rows: int, width: int, num_outputs: int, device: torch.device) -> dict[str, int]:
         """Bytes of `keys`, `values` and `index` for `N` rows of widths `D` and `C` on a device."""
         values = self.values_config(num_outputs).bytes_per_row(num_outputs)
-        if isinstance(self.index, FaissIndex):  # at most about a copy of the keys with links or centroids
-            index = rows * (width * 4 + 256)
-        elif device.type == "cuda":  # and what a search takes beside it
-            index = groups.kept_bytes(rows, width, self.key_dtype, self.half_copy) + groups.WORK_BYTES
-        else:
-            index = rows * 4  # a norm a row
         return {
             "keys": rows * width * self.key_dtype.itemsize,
             "values": rows * (values + 16),  # a target and an id
-            "index": index,
+            "index": self.index_bytes(rows, width, device),
         }
+
+    def index_bytes(self, rows: int, width: int, device: torch.device) -> int:
+        """Bytes of what a search over `N` rows of width `D` keeps on a device, and on a GPU takes, beside the rows."""
+        if isinstance(self.index, FaissIndex):  # at most about a copy of the keys with links or centroids
+            return rows * (width * 4 + 256)
+        if device.type == "cuda":
+            return groups.kept_bytes(rows, width, self.key_dtype, self.half_copy) + groups.WORK_BYTES
+        return rows * 4  # a norm a row
 
     @property
     def index_name(self) -> str:

@@ -1,17 +1,16 @@
 """Exact search on a GPU: the neighbours of float64, in the bytes and with the waits that are promised."""
 
 import warnings
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from lightning_resmem import LocalMemory, ResMemParams
 from lightning_resmem.memory.search import groups
 from lightning_resmem.memory.search.exact import ExactIndex
 from lightning_resmem.memory.search.groups import Groups
+from tests.hard_keys import DATA, Draw, check
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")]
 
@@ -19,44 +18,7 @@ GPU = torch.device("cuda", 0)
 MIB = 2**20
 
 
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator(GPU).manual_seed(seed), device=GPU)
-
-
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(*shape, generator=torch.Generator(GPU).manual_seed(seed), device=GPU)
-
-
-def with_outlier(keys: Tensor) -> Tensor:
-    keys[7:8] *= 1e6
-    return keys
-
-
-DATA: dict[str, Callable[[int, int], Tensor]] = {
-    "normal": lambda n, d: randn(n, d),
-    "features after a ReLU": lambda n, d: randn(n, d).relu() * 3,
-    "far from zero": lambda n, d: randn(n, d) + 100,
-    "one outlier": lambda n, d: with_outlier(randn(n, d)),
-    "very different norms": lambda n, d: randn(n, d) * randn(n, 1, seed=3).exp().square(),
-    "clusters": lambda n, d: randn(8, d, seed=4)[torch.arange(n, device=GPU) % 8] + 0.01 * randn(n, d),
-    "one direction": lambda n, d: randn(n, 1) * torch.ones(d, device=GPU),
-    "on a grid": lambda n, d: (randn(n, d) * 2).round(),
-    "every key twice": lambda n, d: randn(-(-n // 2), d).repeat(2, 1)[:n],
-    "rounded differences": lambda n, d: randn(1, d).sign() * 30 + 0.02 * randn(n, d, seed=6),
-    "tiny": lambda n, d: randn(n, d) * 1e-25,
-    "huge": lambda n, d: randn(n, d) * 1e25,
-}
-
-
-def check(keys: Tensor, queries: Tensor, found: tuple[Tensor, Tensor], k: int) -> None:
-    """Each distance is float64's to float tolerance, and that of the row that was found, once; equal ones in order."""
-    distances, positions = found
-    away = torch.cdist(queries.double(), keys.double(), compute_mode="donot_use_mm_for_euclid_dist")
-    expected = away.topk(k, largest=False).values
-    torch.testing.assert_close(distances.double(), expected, rtol=1e-5, atol=1e-44)
-    torch.testing.assert_close(away.gather(1, positions), expected, rtol=1e-5, atol=1e-44)
-    assert bool((positions.sort(dim=1).values.diff(dim=1) > 0).all())
-    assert bool((positions.diff(dim=1) > 0)[distances.diff(dim=1) == 0].all())
+draw = Draw(GPU)
 
 
 @pytest.fixture(params=["triton", "torch"])
@@ -89,7 +51,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     ],
 )
 def test_the_neighbours_of_float64(rows: int, width: int, count: int, k: int, dtype: torch.dtype) -> None:
-    keys, queries = randn(rows, width).to(dtype), randn(count, width, seed=1)
+    keys, queries = draw.normal(rows, width).to(dtype), draw.normal(count, width, seed=1)
     check(keys, queries, ExactIndex(keys).search(queries, k), k)
 
 
@@ -97,15 +59,16 @@ def test_the_neighbours_of_float64(rows: int, width: int, count: int, k: int, dt
 @pytest.mark.parametrize("half_copy", [True, False])
 @pytest.mark.parametrize("data", DATA)
 def test_whatever_the_keys(data: str, half_copy: bool) -> None:
-    keys = DATA[data](20_000, 24)
-    queries = torch.cat([keys[:20], DATA[data](100, 24) * 1.1, torch.zeros(1, 24, device=GPU)])
+    keys = DATA[data](draw, 20_000, 24)
+    queries = torch.cat([keys[:20], DATA[data](draw, 100, 24) * 1.1, torch.zeros(1, 24, device=GPU)])
+    queries = queries.clamp(-torch.finfo(torch.float32).max, torch.finfo(torch.float32).max)
     check(keys, queries, ExactIndex(keys, half_copy).search(queries, 53), 53)
 
 
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
 def test_queries_of_another_magnitude_than_the_keys(scale: float) -> None:
-    keys = randn(20_000, 8) * scale
+    keys = draw.normal(20_000, 8) * scale
     magnitudes = torch.tensor([1e-30, 1e-20, 1e10, 1e20, 1e25, 1e38], device=GPU)
     queries = magnitudes[:, None] * torch.ones(8, device=GPU)
     check(keys, queries, ExactIndex(keys).search(queries, 10), 10)
@@ -114,8 +77,8 @@ def test_queries_of_another_magnitude_than_the_keys(scale: float) -> None:
 @pytest.mark.usefixtures("way")
 def test_equal_keys_are_found_by_lowest_position() -> None:
     constant = torch.full((20_000, 8), 0.3, device=GPU)
-    assert ExactIndex(constant).search(randn(3, 8), 40)[1].tolist() == [list(range(40))] * 3
-    thrice = randn(10_000, 16).repeat_interleave(3, dim=0)
+    assert ExactIndex(constant).search(draw.normal(3, 8), 40)[1].tolist() == [list(range(40))] * 3
+    thrice = draw.normal(10_000, 16).repeat_interleave(3, dim=0)
     assert ExactIndex(thrice).search(thrice[:2], 2)[1].tolist() == [[0, 1]] * 2
     assert ExactIndex(thrice).search(thrice[:0], 2)[1].shape == (0, 2)
 
@@ -123,7 +86,7 @@ def test_equal_keys_are_found_by_lowest_position() -> None:
 @pytest.mark.parametrize("width", [64, 128, 512])
 def test_ordinary_queries_are_sure_at_once(width: int) -> None:
     for data in ("normal", "features after a ReLU", "far from zero", "every key twice"):
-        keys, queries = DATA[data](100_000, width), DATA[data](101_000, width)[100_000:]
+        keys, queries = DATA[data](draw, 100_000, width), DATA[data](draw, 101_000, width)[100_000:]
         sure = Groups(keys, half_copy=True).nearest(queries, 53)[2]
         assert float(sure.float().mean()) > 0.99, data
 
@@ -131,7 +94,7 @@ def test_ordinary_queries_are_sure_at_once(width: int) -> None:
 @pytest.mark.parametrize("rows", [500, 50_000])
 @pytest.mark.usefixtures("way")
 def test_the_gpu_is_waited_for_once(rows: int) -> None:
-    keys, queries = randn(rows, 32), randn(3000, 32, seed=1)
+    keys, queries = draw.normal(rows, 32), draw.normal(3000, 32, seed=1)
     index = ExactIndex(keys)
     index.search(queries, 10)
     torch.cuda.synchronize()
@@ -149,7 +112,7 @@ def test_the_gpu_is_waited_for_once(rows: int) -> None:
 @pytest.mark.parametrize("half_copy", [True, False])
 def test_peak_memory_is_bounded(half_copy: bool) -> None:
     rows, width = 2_000_000, 64
-    keys, queries = randn(rows, width), randn(8192, width, seed=1)
+    keys, queries = draw.normal(rows, width), draw.normal(8192, width, seed=1)
     index = ExactIndex(keys, half_copy)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -162,7 +125,7 @@ def test_peak_memory_is_bounded(half_copy: bool) -> None:
 
 @pytest.mark.usefixtures("way")
 def test_the_users_contexts_change_nothing() -> None:
-    keys, queries = randn(50_000, 48), randn(300, 48, seed=1)
+    keys, queries = draw.normal(50_000, 48), draw.normal(300, 48, seed=1)
     expected = ExactIndex(keys).search(queries, 20)
     index, stream = ExactIndex(keys), torch.cuda.Stream(GPU)
     stream.wait_stream(torch.cuda.current_stream(GPU))
@@ -181,7 +144,7 @@ def test_the_users_contexts_change_nothing() -> None:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")
 def test_another_gpu_than_the_current_one() -> None:
-    keys, queries = randn(50_000, 48), randn(300, 48, seed=1)
+    keys, queries = draw.normal(50_000, 48), draw.normal(300, 48, seed=1)
     expected = ExactIndex(keys).search(queries, 20)
     assert torch.cuda.current_device() == 0
     found = ExactIndex(keys.to("cuda:1")).search(queries.to("cuda:1"), 20)
@@ -192,10 +155,10 @@ def test_a_memory_counts_what_its_search_keeps() -> None:
     for half_copy in (True, False):
         memory = LocalMemory(params=ResMemParams(k=10, sigma=1.0), half_copy=half_copy)
         memory.to(GPU)
-        memory.add(randn(60_000, 40), randn(60_000, 4), torch.zeros(60_000, dtype=torch.long, device=GPU))
+        memory.add(draw.normal(60_000, 40), draw.normal(60_000, 4), torch.zeros(60_000, dtype=torch.long, device=GPU))
         memory.build()
         before = memory.stats()["bytes"]
-        memory.search(randn(5, 40), 10)
+        memory.search(draw.normal(5, 40), 10)
         kept = memory.stats()["bytes"] - before
         expected = groups.kept_bytes(60_000, 40, torch.float32, half_copy)
         assert np.isclose(kept, expected, rtol=0.05)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,9 +119,27 @@ def _full_precision(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _highest() -> Iterator[None]:
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """What `torch.set_float32_matmul_precision("highest")` does, for a while.
+
+    Once `torch.backends.cuda.matmul.fp32_precision` or one like it was set, torch refuses to tell that precision.
+    """
+    backends: Any = torch.backends
+    kinds = backends.cuda.matmul, getattr(backends.mkldnn, "matmul", None)
+    if not all(hasattr(kind, "fp32_precision") for kind in kinds):  # torch < 2.9
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+        return
+    everywhere = backends.fp32_precision
+    before = [kind.fp32_precision for kind in kinds]
     try:
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for kind, precision in zip(kinds, before, strict=True):
+            # One that was not set is that of everything, and stays so when that changes.
+            kind.fp32_precision = "none" if precision == everywhere else precision

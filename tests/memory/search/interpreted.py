@@ -15,6 +15,7 @@ from lightning_resmem.memory.search import exact, groups, kernels
 from lightning_resmem.memory.search.exact import ExactIndex
 from lightning_resmem.memory.search.groups import Groups
 from tests import oracle
+from tests.hard_keys import DATA, Draw, check
 
 settings.register_profile("interpreted", deadline=None, derandomize=True, database=None, max_examples=10)
 settings.load_profile("interpreted")
@@ -32,12 +33,7 @@ def _few_and_large_programs() -> Iterator[None]:
         yield
 
 
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+draw = Draw()
 
 
 def signs(count: int) -> Tensor:
@@ -45,61 +41,28 @@ def signs(count: int) -> Tensor:
     return 1.0 - 2 * (torch.arange(count)[:, None] % 2)
 
 
-def with_outlier(keys: Tensor) -> Tensor:
-    keys[7:8] *= 1e6
-    return keys
+def quarter(rows: int, width: int) -> Tensor:
+    return draw.uniform(rows, width) < 0.25
 
-
-DATA: dict[str, Callable[[int, int], Tensor]] = {
-    "normal": lambda n, d: randn(n, d),
-    "features after a ReLU": lambda n, d: randn(n, d).relu() * 3,
-    "far from zero": lambda n, d: randn(n, d) + 100,
-    "one outlier": lambda n, d: with_outlier(randn(n, d)),
-    "very different norms": lambda n, d: randn(n, d) * randn(n, 1, seed=3).exp().square(),
-    "clusters": lambda n, d: randn(8, d, seed=4)[torch.arange(n) % 8] + 0.01 * randn(n, d),
-    "one direction": lambda n, d: randn(n, 1) * torch.ones(d),
-    "on a grid": lambda n, d: (randn(n, d) * 2).round(),
-    "every key twice": lambda n, d: randn(-(-n // 2), d).repeat(2, 1)[:n],
-    "constant": lambda n, d: torch.full((n, d), 0.3),
-    "zero": lambda n, d: torch.zeros(n, d),
-    "1e25": lambda n, d: randn(n, d) * 1e25,
-    "1e38": lambda n, d: rand(n, d) * 3e38,
-    "1e-20": lambda n, d: randn(n, d) * 1e-20,
-    "1e-30": lambda n, d: randn(n, d) * 1e-30,
-    "1e-38": lambda n, d: randn(n, d) * 1e-38,
-    "1e-30 to 1e30": lambda n, d: randn(n, d) * 10 ** (rand(n, 1, seed=5) * 60 - 30),
-}
 
 # Keys whose differences are those that rounding to float16 makes: 2^-11 of a number.
-BOUNDARY: dict[str, Callable[[int, int], Tensor]] = {
+BOUNDARY: dict[str, Callable[[Draw, int, int], Tensor]] = {
     # The error of rounding is parallel to the query: as large in the score as the bound allows.
     **{
-        f"all numbers of a key equal, within {spread}": lambda n, d, spread=spread: (
-            signs(n) * (1.3 + spread * rand(n, 1)) * torch.ones(d)
+        f"all numbers of a key equal, within {spread}": lambda draw, n, d, spread=spread: (
+            signs(n) * (1.3 + spread * draw.uniform(n, 1)) * torch.ones(d)
         )
         for spread in (0.5, 0.03, 0.002)
     },
     # The nearest keys are rounded away from the query, others towards it.
-    "halfway between two float16": lambda n, d: (
-        signs(n) * (1.5 + 2.0**-10 * torch.where(torch.arange(n)[:, None] % 50 < 2, 0.51, 1.49 * (rand(n, d) < 0.25)))
+    "halfway between two float16": lambda draw, n, d: (
+        signs(n) * (1.5 + 2.0**-10 * torch.where(draw.count(n)[:, None] % 50 < 2, 0.51, 1.49 * quarter(n, d)))
     ),
-    "large, with small differences": lambda n, d: signs(n) * (randn(1, d).sign() * 30 + 0.02 * randn(n, d)),
-    "rings": lambda n, d: torch.nn.functional.normalize(randn(n, d), dim=1) * (1 + rand(n, 1) * 2.0**-9),
+    "large, with small differences": lambda draw, n, d: signs(n) * DATA["small differences"](draw, n, d),
+    "rings": lambda draw, n, d: (
+        torch.nn.functional.normalize(draw.normal(n, d), dim=1) * (1 + draw.uniform(n, 1) * 2.0**-9)
+    ),
 }
-
-
-def check(keys: Tensor, queries: Tensor, found: tuple[Tensor, Tensor], k: int) -> None:
-    """Each distance is the oracle's to float tolerance of itself, and that of the row that was found, once."""
-    most = np.finfo(np.float32).max
-    distances, positions = (part.numpy() for part in found)
-    keys_, queries_ = keys.double().numpy(), queries.double().numpy()
-    expected = np.minimum(oracle.neighbors(keys_, None, queries_, k)[0], most)
-    np.testing.assert_allclose(distances, expected, rtol=1e-5, atol=1e-44)
-    away = np.linalg.norm(keys_[positions] - queries_[:, None], axis=2)
-    np.testing.assert_allclose(np.minimum(away, most), expected, rtol=1e-5, atol=1e-44)
-    assert all(len({*row}) == k for row in positions.tolist())
-    earlier = distances[:, 1:] == distances[:, :-1]
-    assert (positions[:, 1:] > positions[:, :-1])[earlier].all()
 
 
 @given(
@@ -114,10 +77,10 @@ def test_the_index_finds_the_nearest(
     data: str, rows: int, width: int, dtype: torch.dtype, k: int, half_copy: bool
 ) -> None:
     # The interpreter, other than a GPU, reads subnormal bfloat16 wrongly.
-    keys = DATA[data](rows, width).to(torch.float32 if data == "1e-38" else dtype)
+    keys = DATA[data](draw, rows, width).to(torch.float32 if data == "1e-38" else dtype)
     if not torch.isfinite(keys).all():  # what float16 cannot hold is no key
-        keys = DATA[data](rows, width).bfloat16()
-    queries = torch.cat([keys[:3].float(), DATA[data](2, width) * 1.1, torch.zeros(1, width)])
+        keys = DATA[data](draw, rows, width).bfloat16()
+    queries = torch.cat([keys[:3].float(), DATA[data](draw, 2, width) * 1.1, torch.zeros(1, width)])
     queries = queries.clamp(-torch.finfo(torch.float32).max, torch.finfo(torch.float32).max)
     check(keys, queries, ExactIndex(keys, half_copy).search(queries, k), k)
 
@@ -129,7 +92,7 @@ def test_the_index_finds_the_nearest(
     + [(data, torch.float16, 32) for data in ("normal", "one direction")],
 )
 def test_no_key_is_nearer_than_the_minimum_of_its_group(data: str, dtype: torch.dtype, alike: int) -> None:
-    keys = (DATA | BOUNDARY)[data](640 // alike, 16).repeat_interleave(alike, dim=0).to(dtype)
+    keys = (DATA | BOUNDARY)[data](draw, 640 // alike, 16).repeat_interleave(alike, dim=0).to(dtype)
     queries = torch.cat([keys[::130].float(), keys[-1] * torch.linspace(0.7, 1.3, 8)[:, None]])
     index = Groups(keys, half_copy=True)
     asked = kernels.round_queries(queries, index._center, index._scale, index._typical, index._width)
@@ -145,7 +108,7 @@ def test_no_key_is_nearer_than_the_minimum_of_its_group(data: str, dtype: torch.
 @pytest.mark.parametrize("width", [1, 16])
 @pytest.mark.parametrize("data", BOUNDARY)
 def test_what_is_sure_is_right_however_keys_are_rounded(data: str, width: int) -> None:
-    keys = BOUNDARY[data](1500, width)
+    keys = BOUNDARY[data](draw, 1500, width)
     queries = torch.cat([keys[:6], keys[100:106] * (1 + 2.0**-12), torch.full((1, width), 1.5)])
     distances, positions, sure = Groups(keys, half_copy=True).nearest(queries, 3)
     assert sure.dtype == torch.bool
@@ -164,8 +127,8 @@ def test_what_is_sure_is_right_however_keys_are_rounded(data: str, width: int) -
     ],
 )
 def test_ordinary_queries_are_sure(data: str, width: int) -> None:
-    keys = DATA[data](3000, width)
-    queries = torch.cat([keys[20:23], DATA[data](3003, width)[3000:]])
+    keys = DATA[data](draw, 3000, width)
+    queries = torch.cat([keys[20:23], DATA[data](draw, 3003, width)[3000:]])
     distances, positions, sure = Groups(keys, half_copy=True).nearest(queries, 5)
     assert sure.all()
     check(keys, queries, (distances, positions), 5)
@@ -173,7 +136,7 @@ def test_ordinary_queries_are_sure(data: str, width: int) -> None:
 
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
 def test_queries_of_another_magnitude_than_the_keys(scale: float) -> None:
-    keys = randn(1300, 8) * scale
+    keys = draw.normal(1300, 8) * scale
     queries = torch.tensor([1e-30, 1e-20, 1e10, 1e20, 1e25, 3e38])[:, None] * torch.ones(8)
     sure = Groups(keys, half_copy=True).nearest(queries, 3)[2]
     assert not sure[5]
@@ -184,7 +147,7 @@ def test_few_keys_are_all_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groups, "_GROUPS", 4)
     monkeypatch.setattr(kernels, "group_minima", None)
     for data in ("on a grid", "1e25", "1e-30 to 1e30"):
-        keys = DATA[data](300, 5)
+        keys = DATA[data](draw, 300, 5)
         queries = torch.cat([keys[:3], torch.full((1, 5), 1e20)])
         assert groups.is_worthwhile(queries, keys, 40)
         check(keys, queries, ExactIndex(keys).search(queries, 40), 40)
@@ -194,7 +157,7 @@ def test_of_equal_keys_the_first_are_found() -> None:
     keys = torch.randint(0, 3, (2500, 3), generator=torch.Generator().manual_seed(0)).float()
     found = ExactIndex(keys).search(keys[:4], 40)
     np.testing.assert_array_equal(found[1].numpy(), oracle.neighbors(keys.numpy(), None, keys[:4].numpy(), 40)[1])
-    keys = randn(800, 16).repeat_interleave(3, dim=0)
+    keys = draw.normal(800, 16).repeat_interleave(3, dim=0)
     distances, positions, sure = Groups(keys, half_copy=True).nearest(keys[:5], 4)
     assert sure.all()
     assert torch.equal(positions[:, :3], torch.tensor([[0, 1, 2]] * 3 + [[3, 4, 5]] * 2))
@@ -202,7 +165,7 @@ def test_of_equal_keys_the_first_are_found() -> None:
 
 
 def test_results_do_not_depend_on_the_division_of_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys, queries = randn(5000, 12), randn(18, 12, seed=1)
+    keys, queries = draw.normal(5000, 12), draw.normal(18, 12, seed=1)
     whole = Groups(keys, half_copy=True).nearest(queries, 6)
     monkeypatch.setattr(groups, "_ROUNDED", 2048 * 16)
     monkeypatch.setattr(groups, "_MINIMA_BYTES", 1)
@@ -214,11 +177,11 @@ def test_results_do_not_depend_on_the_division_of_the_work(monkeypatch: pytest.M
 
 def test_the_smallest_and_the_largest() -> None:
     assert ExactIndex(torch.ones(1, 3)).search(torch.zeros(2, 3), 1)[1].tolist() == [[0], [0]]
-    none = ExactIndex(randn(2000, 3)).search(torch.empty(0, 3), 4)
+    none = ExactIndex(draw.normal(2000, 3)).search(torch.empty(0, 3), 4)
     assert none[0].shape == none[1].shape == (0, 4)
-    wide, queries = randn(600, 4096), randn(1, 4096, seed=1)
+    wide, queries = draw.normal(600, 4096), draw.normal(1, 4096, seed=1)
     check(wide, queries, ExactIndex(wide).search(queries, 3), 3)
-    keys, queries = randn(3000, 4), randn(1, 4, seed=1)
+    keys, queries = draw.normal(3000, 4), draw.normal(1, 4, seed=1)
     distances, positions, sure = Groups(keys, half_copy=True).nearest(queries, 2048)  # among all groups
     assert sure.all()
     check(keys, queries, (distances, positions), 2048)
@@ -240,7 +203,7 @@ def test_a_gpu_with_less_shared_memory_than_thought(monkeypatch: pytest.MonkeyPa
             raise kernels.OutOfResources(2**18, 2**17, "shared memory")
         multiply(*given)
 
-    keys, queries = randn(1500, 12), randn(2, 12, seed=1)
+    keys, queries = draw.normal(1500, 12), draw.normal(2, 12, seed=1)
     expected = Groups(keys, half_copy=True).nearest(queries, 3)
     monkeypatch.setattr(kernels, "_multiply", refuse)
     monkeypatch.setattr(kernels, "_fitting", {})
@@ -255,7 +218,7 @@ def test_a_device_is_tried_before_it_is_used() -> None:
 
 
 def test_the_users_contexts_change_nothing() -> None:
-    keys, queries = randn(2000, 24), randn(3, 24, seed=1).requires_grad_()
+    keys, queries = draw.normal(2000, 24), draw.normal(3, 24, seed=1).requires_grad_()
     expected = ExactIndex(keys).search(queries.detach(), 5)
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         index = ExactIndex(keys)
@@ -290,9 +253,9 @@ def test_the_copy_is_counted() -> None:
         (16, torch.float32, False, 0),
         (16, torch.float16, True, 0),
     ):
-        index = ExactIndex(randn(2500, width).to(dtype), half_copy)
+        index = ExactIndex(draw.normal(2500, width).to(dtype), half_copy)
         assert index.nbytes == 0
-        index.search(randn(2, width), 1)
+        index.search(draw.normal(2, width), 1)
         rest = index.nbytes - copied
         assert 2500 * 4.25 <= rest <= 2560 * 4.25
         assert math.isclose(groups.kept_bytes(2500, width, dtype, half_copy) - copied, 2500 * 4.25, abs_tol=1)

@@ -1,5 +1,7 @@
 """Exact search against brute force in float64."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -115,6 +117,25 @@ def test_reduced_precision_of_the_user_changes_nothing() -> None:
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
     assert not found[0].requires_grad
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch >= 2.9")
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["everywhere", "on CPUs", "on CUDA"])
+def test_reduced_precision_as_newer_versions_of_torch_set_it(place: int) -> None:
+    keys, queries = torch.randn(20_000, 64), torch.randn(8, 64)
+    expected = ExactIndex(keys).search(queries, 20)
+    kinds: list[Any] = [torch.backends, torch.backends.mkldnn.matmul, torch.backends.cuda.matmul]
+    kinds[place].fp32_precision = "tf32"
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        found = ExactIndex(keys).search(queries, 20)
+        assert [kind.fp32_precision for kind in kinds] == before
+    finally:
+        for kind in kinds:
+            kind.fp32_precision = "none"
+    assert [kind.fp32_precision for kind in kinds] == ["none"] * 3  # none was pinned
+    for part, wanted in zip(found, expected, strict=True):
+        assert torch.equal(part, wanted)
 
 
 def test_only_unsure_queries_are_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:

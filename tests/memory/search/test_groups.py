@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lightning_resmem import InputError, LocalMemory, Multiclass, RayMemory, ResMemParams
+from lightning_resmem.memory import following
 from lightning_resmem.memory.local_config import LocalConfig
 from lightning_resmem.memory.search import groups
 
@@ -79,3 +80,18 @@ def test_the_estimate_counts_the_copy_and_what_a_search_takes() -> None:
     )
     assert with_copy["index"] - without["index"] == rows * 104 * 2
     assert without["index"] > 4 * rows + 512 * 2**20
+
+
+@pytest.mark.parametrize(("half_copy", "goes"), [(True, False), (False, True)])
+def test_a_memory_goes_where_its_copy_has_room_too(
+    half_copy: bool, goes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved_to = []
+    memory = LocalMemory(params=ResMemParams(k=1, sigma=1.0), half_copy=half_copy)
+    memory.add(torch.randn(1000, 64), torch.zeros(1000, 2), torch.zeros(1000, dtype=torch.long))
+    with_copy = memory.stats()["bytes"] + groups.kept_bytes(1000, 64, torch.float32, half_copy=True)
+    monkeypatch.setattr(following, "free_bytes", lambda device: 2 * (with_copy + groups.WORK_BYTES) - 1)
+    monkeypatch.setattr(memory, "to", moved_to.append)
+    following.build_near(memory, torch.device("cuda"))
+    assert bool(moved_to) == goes
+    assert memory.is_built
