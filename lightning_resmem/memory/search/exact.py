@@ -124,7 +124,7 @@ def _highest() -> Iterator[None]:
     Once `torch.backends.cuda.matmul.fp32_precision` or one like it was set, torch refuses to tell that precision.
     """
     backends: Any = torch.backends
-    kinds = backends.cuda.matmul, getattr(backends.mkldnn, "matmul", None)
+    kinds: list[Any] = [backends.cuda.matmul, getattr(backends.mkldnn, "matmul", None)]
     if not all(hasattr(kind, "fp32_precision") for kind in kinds):  # torch < 2.9
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
