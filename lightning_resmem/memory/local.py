@@ -104,12 +104,6 @@ class LocalMemory(PartMemory):
     def estimate_bytes(self, rows: int, width: int, num_outputs: int) -> dict[str, int]:
         return self._config.estimate_bytes(rows, width, num_outputs, self.device)
 
-    def bytes_on(self, device: torch.device) -> int:
-        """What its rows, and the search among them, will take on a device."""
-        with self._lock.reading():
-            width, _ = self._rows.shape or (0, 0)
-            return int(self._rows.stats()["bytes"]) + self._config.index_bytes(len(self), width, device)
-
     @exclusive
     def add(self, embeddings: Tensor, outputs: Tensor, targets: Tensor, ids: Tensor | None = None) -> None:
         rows = self._rows

@@ -23,8 +23,8 @@ from lightning_resmem.tasks import Task
 class PartMemory(ResidualMemory):
     """Rows in this process, what state they are in, and ways to hand them over as they are stored.
 
-    `wanted_index`, `is_built` and `last_id` say what state it is in, and `values_config` what it keeps; `build_with`
-    builds another index; `has` and `places` find rows by their ids; `stored` and `add_stored` hand rows over,
+    `wanted_index`, `is_built` and `last_id` say what state it is in, `values_config` what it keeps, and `bytes_on` what
+    that takes; `build_with` builds another index; `has` and `places` find rows by their ids; `stored` and `add_stored` hand rows over,
     `stored_of` and `put_back` undo an edit; `weighted_sums` takes weights that were made elsewhere.
 
     Args:
@@ -53,6 +53,12 @@ class PartMemory(ResidualMemory):
     def wanted_index(self) -> tuple[str | FaissIndex, bytes | None]:
         """What `build` builds: an index, and what `faiss_search.train` returned, if it shares its centroids."""
         return self._config.index, self._config.trained
+
+    def bytes_on(self, device: torch.device) -> int:
+        """What its rows, and the search among them, will take on a device."""
+        with self._lock.reading():
+            width, _ = self._rows.shape or (0, 0)
+            return int(self._rows.stats()["bytes"]) + self._config.index_bytes(len(self._rows), width, device)
 
     def values_config(self, num_outputs: int) -> DenseConfig | SparseConfig:
         """The kind of values that is kept for outputs of width `C`."""
