@@ -24,8 +24,8 @@ class PartMemory(ResidualMemory):
     """Rows in this process, what state they are in, and ways to hand them over as they are stored.
 
     `wanted_index`, `is_built` and `last_id` say what state it is in, `values_config` what it keeps, and `bytes_on` what
-    that takes; `build_with` builds another index; `has` and `places` find rows by their ids; `stored` and `add_stored` hand rows over,
-    `stored_of` and `put_back` undo an edit; `weighted_sums` takes weights that were made elsewhere.
+    that takes; `build_with` builds another index; `has` and `places` find rows by their ids; `stored` and `add_stored`
+    hand rows over, `stored_of` and `put_back` undo an edit; `weighted_sums` takes weights that were made elsewhere.
 
     Args:
         task: What a residual is; `Multiclass()` by default.
