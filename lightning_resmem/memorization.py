@@ -27,6 +27,7 @@ from lightning_resmem.memory.base_quality import look_at_base
 from lightning_resmem.memory.capacity import check_capacity, free_bytes, size
 from lightning_resmem.memory.following import build_near
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
+from lightning_resmem.memory.knn_lm import note_knn_lm
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.metrics.side_by_side import ResMemMetrics
 from lightning_resmem.model.batches import BatchReader, ForwardFn, IdsFn, TargetsFn
@@ -241,6 +242,7 @@ class Memorizer:
                 if result.balanced is not None and draws_unevenly([loaders, trainer.train_dataloader]):
                     result = replace(result, balanced=result.balanced._replace(uneven=True))
                 memory.params = result.params
+                note_knn_lm(memory, result.knn_lm)
                 rank_zero_info(f"ResMem: {result.summary()}.")
             memory.publish()
             return result

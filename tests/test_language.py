@@ -9,6 +9,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_resmem import GridTuner, HeadError, InputError, LocalMemory, ResMemCallback, ResMemParams, memorize
+from lightning_resmem.memory.knn_lm import knn_lm_params
+from lightning_resmem.reporting.summary import evaluation_summary
 from tests import oracle
 from tests.language import VOCABULARY, Causal, Collate, Texts, loader, rows_of, texts
 from tests.models import trainer
@@ -134,6 +136,19 @@ def test_callback_and_module_against_the_oracle(tmp_path, caplog):
         right = getattr(wanted, name).argmax(axis=1) == queries.targets
         assert found.scores[f"acc_{name}"] == pytest.approx(right.mean())
     assert found.scores["nll_resmem"] == pytest.approx(nll.mean(), abs=1e-5)
+    peer = knn_lm_params(callback.memory)
+    assert peer == callback.tuning.knn_lm
+    train = rows_of(model, TRAIN)
+    settings = {"k": peer.k, "sigma": peer.sigma, "softmax_temperature": peer.softmax_temperature, "strength": 1.0}
+    parts = oracle.predict(train.keys, train.outputs, train.targets, queries.keys, queries.outputs, **settings)
+    mixed = (1 - peer.strength) * parts.base + peer.strength * parts.knn
+    assert found.scores["acc_knn_lm"] == pytest.approx((mixed.argmax(axis=1) == queries.targets).mean())
+    nll = -np.log(mixed[range(len(queries.targets)), queries.targets])
+    assert found.scores["nll_knn_lm"] == pytest.approx(nll.mean(), abs=1e-5)
+    assert {name for name in found.shown if name.endswith("_knn_lm")} >= {"acc_knn_lm", "nll_knn_lm"}
+    assert "ece_knn_lm" not in found.shown
+    table, *_ = evaluation_summary(found, callback.memory.stats())
+    assert [column.header for column in table.columns] == ["", "base", "knn", "knn_lm", "resmem", "gain"]
     assert all(flip.position is None for flip in found.flips)
 
     combined = callback.module

@@ -13,6 +13,7 @@ from rich.console import Console
 from lightning_resmem.callback import ResMemCallback
 from lightning_resmem.errors import InputError, ResMemWarning, StorageError
 from lightning_resmem.memorization import Memorizer
+from lightning_resmem.memory.knn_lm import note_knn_lm
 from lightning_resmem.memory.storage import disk
 from lightning_resmem.model.fingerprint import check_fingerprint
 from lightning_resmem.module import ResMemModule
@@ -146,6 +147,7 @@ class _Retuner(Memorizer):
         if result is None:
             raise InputError("The validation loader yielded no rows to tune on.")
         self.memory.params = result.params
+        note_knn_lm(self.memory, result.knn_lm)
         return result
 
 

@@ -1,6 +1,6 @@
 """What the memory said to a call of the head, as it is kept until it is counted."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_resmem.memory.answers import Neighbors, Predictions, in_blocks
 from lightning_resmem.memory.checks import as_compared, matching_batch
 from lightning_resmem.memory.interface import ResidualMemory
+from lightning_resmem.memory.knn_lm import knn_lm_params, predict_knn_lm
 from lightning_resmem.tasks import Task, all_finite
 
 _FLIP_NEIGHBORS = 5  # that a flip shows
@@ -21,11 +22,13 @@ class Answer(NamedTuple):
         outputs: What the head returned, shape `(B, C)`.
         predictions: Each of shape `(B, C)`.
         neighbors: At least the nearest, shapes `(B, k)`.
+        knn_lm: The prediction of kNN-LM, shape `(B, C)`, where it is to be scored.
     """
 
     outputs: Tensor
     predictions: Predictions
     neighbors: Neighbors
+    knn_lm: Tensor | None = None
 
     @classmethod
     def of(cls, memory: ResidualMemory, embeddings: Tensor, outputs: Tensor) -> "Answer":
@@ -80,41 +83,46 @@ class Answer(NamedTuple):
         """The predictions in the shape of what the head returned, `(B, C)` or `(B, T, C)`."""
         return Predictions(*(prediction.reshape(outputs.shape) for prediction in self.predictions))
 
+    def with_knn_lm(self, memory: ResidualMemory) -> "Answer":
+        """With the prediction of kNN-LM, if tuning has found out how `memory` is read for it."""
+        params = knn_lm_params(memory)
+        if params is None:
+            return self
+        return self._replace(knn_lm=predict_knn_lm(memory, params, self.outputs, self.neighbors))
+
     def rows(self, kept: Tensor) -> "Answer":
         """The rows of a mask `(B,)`, or with these numbers."""
-        return Answer(
-            self.outputs[kept],
-            Predictions(*(prediction[kept] for prediction in self.predictions)),
-            Neighbors(*(part[kept] for part in self.neighbors)),
-        )
+        return self._each(lambda part: part[kept])
 
     @classmethod
     def cat(cls, answers: Sequence["Answer"]) -> "Answer":
         """The rows of several answers, one after the other."""
         if len(answers) == 1:
             return answers[0]
-        outputs, predictions, neighbors = zip(*answers, strict=True)
+        outputs, predictions, neighbors, knn_lm = zip(*answers, strict=True)
         return cls(
             torch.cat(outputs),
             Predictions(*map(torch.cat, zip(*predictions, strict=True))),
             Neighbors(*map(torch.cat, zip(*neighbors, strict=True))),
+            None if knn_lm[0] is None else torch.cat(knn_lm),
         )
 
     def head(self, rows: int) -> "Answer":
         """The first rows, with as many neighbours as a flip shows."""
         near = min(_FLIP_NEIGHBORS, self.neighbors.ids.shape[1])
-        return Answer(
-            self.outputs[:rows],
-            Predictions(*(prediction[:rows] for prediction in self.predictions)),
-            # A copy, as a view would keep all neighbours.
-            Neighbors(*(part[:rows, :near].clone() for part in self.neighbors)),
-        )
+        # A copy, as a view would keep all neighbours.
+        nearest = Neighbors(*(part[:rows, :near].clone() for part in self.neighbors))
+        return self._each(lambda part: part[:rows])._replace(neighbors=nearest)
 
     def to(self, device: torch.device) -> "Answer":
+        return self._each(lambda part: part.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Answer":
         return Answer(
-            self.outputs.to(device),
-            Predictions(*(prediction.to(device) for prediction in self.predictions)),
-            Neighbors(*(part.to(device) for part in self.neighbors)),
+            change(self.outputs),
+            Predictions(*map(change, self.predictions)),
+            Neighbors(*map(change, self.neighbors)),
+            None if self.knn_lm is None else change(self.knn_lm),
         )
 
 

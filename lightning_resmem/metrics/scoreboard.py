@@ -11,6 +11,7 @@ from lightning_resmem.collection.ranks import Ranks
 from lightning_resmem.collection.samplers import num_unpadded_rows, row_positions
 from lightning_resmem.errors import InputError, ResMemWarning
 from lightning_resmem.memory.interface import ResidualMemory
+from lightning_resmem.memory.knn_lm import knn_lm_params
 from lightning_resmem.metrics.answer import Answer
 from lightning_resmem.metrics.bins import Neighborhoods, ReliabilityBins
 from lightning_resmem.metrics.evaluation import Evaluation
@@ -18,7 +19,7 @@ from lightning_resmem.metrics.flips import FirstFlips, first_flips
 from lightning_resmem.metrics.reported import UserMetrics
 from lightning_resmem.metrics.side_by_side import ResMemMetrics
 from lightning_resmem.model.ignored import IGNORE_INDEX
-from lightning_resmem.tasks import Regression, Task
+from lightning_resmem.tasks import Regression
 
 # Entries of a prediction that wait to be counted together: an update has a price of its own (on a GPU, most of it is to
 # wait for what was asked before), and so has a large tensor.
@@ -51,7 +52,7 @@ class Scoreboard:
         # MPS has no float64; its tensors are near the CPU's.
         device = torch.device("cpu" if torch.device(device).type == "mps" else device)
         # Made beforehand, so that a rank without rows takes part in the sum over ranks.
-        self._parts = [_Part(memory.task, memory.num_outputs, loader, device, metrics, ignored) for loader in loaders]
+        self._parts = [_Part(memory, loader, device, metrics, ignored) for loader in loaders]
         self._prefix = prefix
 
     def update(self, answer: Answer, targets: Tensor, dataloader_idx: int = 0, kept: Tensor | None = None) -> None:
@@ -91,16 +92,16 @@ class _Part:
 
     def __init__(
         self,
-        task: Task,
-        num_outputs: int,
+        memory: ResidualMemory,
         loader: Any,
         device: torch.device,
         metrics: UserMetrics | None,
         ignored: Collection[int],
     ) -> None:
-        self._task, self._device, self._ignored = task, device, ignored
-        self._metrics = ResMemMetrics(task, num_outputs, metrics).to(device)
-        self._flips = FirstFlips(task)
+        self._memory, self._device, self._ignored = memory, device, ignored
+        task, with_knn_lm = memory.task, knn_lm_params(memory) is not None
+        self._metrics = ResMemMetrics(task, memory.num_outputs, metrics, with_knn_lm).to(device)
+        self._task, self._flips = task, FirstFlips(task)
         self._positions, self._rows_left = row_positions(loader), num_unpadded_rows(loader)
         self._waiting: list[tuple[Answer, Tensor]] = []
         self._num_waiting = self._num_read = self._num_left_out = self._num_ignored = 0
@@ -122,7 +123,7 @@ class _Part:
                 f"The targets of a batch have shape {tuple(targets.shape)}, those of the batch before "
                 f"{tuple(self._waiting[-1][1].shape)}."
             )
-        self._waiting.append((answer.head(rows), targets[:rows]))
+        self._waiting.append((answer.with_knn_lm(self._memory).head(rows), targets[:rows]))
         self._num_waiting += answer.predictions.base[:rows].numel()
         # The first batch at once: if something does not fit, it shows in the first step.
         most = _WAITING_ENTRIES if self._device.type == "cpu" else _WAITING_ENTRIES_GPU
@@ -149,7 +150,8 @@ class _Part:
             usable = usable & ~ignored
             answer, target, numbers = answer.rows(usable), target[usable], numbers[usable]
         target = self._task.check_targets(target, answer.predictions.base.shape[1])
-        self._metrics.update(answer.predictions, target, answer.neighbors.distances[:, 0].contiguous(), answer.outputs)
+        nearest = answer.neighbors.distances[:, 0].contiguous()
+        self._metrics.update(answer.predictions, target, nearest, answer.outputs, answer.knn_lm)
         self._flips.add(answer, target, self._positions, numbers)
 
     def evaluate(self, ranks: Ranks, prefix: str, suffix: str) -> Evaluation:

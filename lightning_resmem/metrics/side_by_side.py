@@ -47,11 +47,12 @@ class ResMemMetrics(WrapperMetric):
         metrics: Your own torchmetrics metrics, by name or named by their class; copies of them are reported for base,
             knn and resmem. They get probabilities `(B, C)` and int64 targets `(B,)`; in multilabel tasks both `(B, C)`;
             in regression both `(B, C)` as they are. If `C` is 1, all of them are `(B,)`.
+        with_knn_lm: Whether kNN-LM is reported beside them, for `Multiclass`: those names end in `_knn_lm`.
 
     Attributes:
         scores: A `MeanScores`.
         neighborhoods: A `NeighborhoodAccuracy`.
-        base: What is reported of the base: a `PredictionMetrics`. So are `knn` and `resmem`.
+        base: What is reported of the base: a `PredictionMetrics`. So are `knn`, `resmem` and, if there, `knn_lm`.
 
     Raises:
         InputError: If `metrics` holds something else, or a name that is taken.
@@ -66,20 +67,29 @@ class ResMemMetrics(WrapperMetric):
         (0.0, 1.0, 1.0)
     """
 
-    def __init__(self, task: Task, num_outputs: int, metrics: UserMetrics | None = None) -> None:
+    def __init__(
+        self, task: Task, num_outputs: int, metrics: UserMetrics | None = None, with_knn_lm: bool = False
+    ) -> None:
         super().__init__()
         self.task, self.scores, self.neighborhoods = task, MeanScores(task.higher_is_better), NeighborhoodAccuracy()
         users = None if metrics is None else as_collection(metrics, task, num_outputs)
         self.base, self.knn, self.resmem = (PredictionMetrics(task, num_outputs, users) for _ in Predictions._fields)
+        self.knn_lm = PredictionMetrics(task, num_outputs, users) if with_knn_lm else None
         self.positive_flips, self.negative_flips = PositiveFlipRate(), NegativeFlipRate()
 
     @property
     def predictions(self) -> dict[str, "PredictionMetrics"]:
-        """What is reported of base, knn and resmem."""
-        return {"base": self.base, "knn": self.knn, "resmem": self.resmem}
+        """What is reported of base, knn and resmem, and of kNN-LM if it is."""
+        reported = {"base": self.base, "knn": self.knn, "resmem": self.resmem}
+        return reported if self.knn_lm is None else {**reported, "knn_lm": self.knn_lm}
 
     def update(
-        self, predictions: Predictions, targets: Tensor, distances: Tensor, outputs: Tensor | None = None
+        self,
+        predictions: Predictions,
+        targets: Tensor,
+        distances: Tensor,
+        outputs: Tensor | None = None,
+        knn_lm: Tensor | None = None,
     ) -> None:
         """Add rows.
 
@@ -89,6 +99,7 @@ class ResMemMetrics(WrapperMetric):
             distances: Of each row to its nearest neighbour, shape `(B,)`; `inf` without one.
             outputs: What the head returned, shape `(B, C)`: the base is then reported as it is without a memory, while
                 `predictions.base` may be at another `softmax_temperature`.
+            knn_lm: The prediction of kNN-LM, shape `(B, C)`, if it is reported.
         """
         task, base = self.task, predictions.base
         targets = task.check_targets(targets, base.shape[1])
@@ -106,12 +117,17 @@ class ResMemMetrics(WrapperMetric):
         scores = torch.stack([task.score(prediction, targets) for prediction in predictions], dim=1)
         self.scores.update(scores)
         self.neighborhoods.update(distances, scores)
-        for of, probabilities, given in zip(self.predictions.values(), proper, labels, strict=True):
+        for of, probabilities, given in zip((self.base, self.knn, self.resmem), proper, labels, strict=True):
             of.update(probabilities, given, targets)
+        if self.knn_lm is not None and knn_lm is not None:
+            self.knn_lm.update(knn_lm, functional.labels(knn_lm, targets), targets)
 
     def compute(self) -> dict[str, Tensor]:
         """The scores by name, over all ranks: every rank has to ask."""
         means = self.scores.compute()
+        if self.knn_lm is not None:
+            right, _, rows = self.knn_lm.counts.compute().sum(dim=1)
+            means["knn_lm"] = right / rows
         parts = {name: {self.task.score_name: means[name], **of.compute()} for name, of in self.predictions.items()}
         scores = {f"{score}_{name}": part[score] for score in parts["base"] for name, part in parts.items()}
         if not isinstance(self.task, Regression):
@@ -125,15 +141,17 @@ class ResMemMetrics(WrapperMetric):
         Balanced accuracies are where classes are far from uniform, F1 where some of several labels are rare; after
         `compute`, on all ranks.
         """
-        score, _, prediction = name.rpartition("_")
+        prediction = next((prediction for prediction in self.predictions if name.endswith(f"_{prediction}")), "")
+        score = name.removesuffix(f"_{prediction}")
         if score == BALANCED and score in self.base.names:
             return functional.far_from_uniform(self.base.counts.compute()[2])
         if score == F1 and score in self.base.names and isinstance(self.task, Multilabel):
             rows = int(self.scores.compute()["rows"])
             return functional.has_rare_labels(self.base.counts.compute()[2], rows)
         if score in self.base.names:
-            return score in ("nll", "ece", "r2") and prediction != "knn"
-        return score != "gain" and name != "gain"
+            shown = {"knn": (), "knn_lm": ("nll",)}.get(prediction, ("nll", "ece", "r2"))
+            return score in shown
+        return name not in ("gain", "gain_error")
 
     @property
     def less_is_better(self) -> frozenset[str]:

@@ -24,10 +24,16 @@ _NAMES = {
 
 
 def score_rows(scores: dict[str, float]) -> list[tuple[str, list[float]]]:
-    """Scores side by side: `("acc", [base, knn, resmem])` for each that all three predictions have."""
+    """Scores side by side, `("acc", [base, knn, resmem])`, in the order of `score_columns`: those that all have."""
     stems = [name.removesuffix("_base") for name in scores if name.endswith("_base")]
-    columns = {stem: [f"{stem}_{name}" for name in Predictions._fields] for stem in stems}
+    columns = {stem: [f"{stem}_{name}" for name in score_columns(scores)] for stem in stems}
     return [(stem, [scores[name] for name in names]) for stem, names in columns.items() if set(names) <= set(scores)]
+
+
+def score_columns(scores: dict[str, float]) -> tuple[str, ...]:
+    """The predictions whose scores these are: base, knn and resmem, and before the last one kNN-LM if it is there."""
+    base, knn, resmem = Predictions._fields
+    return (base, knn, "knn_lm", resmem) if "nll_knn_lm" in scores else (base, knn, resmem)
 
 
 def evaluation_summary(evaluation: Evaluation, stats: dict[str, Any]) -> list[Table | Text]:
@@ -38,12 +44,13 @@ def evaluation_summary(evaluation: Evaluation, stats: dict[str, Any]) -> list[Ta
         stats: `memory.stats()`.
     """
     table = _table(
-        f"ResMem: {evaluation.prefix}{evaluation.suffix}, {counted(evaluation.rows, 'row')}", *Predictions._fields
+        f"ResMem: {evaluation.prefix}{evaluation.suffix}, {counted(evaluation.rows, 'row')}",
+        *score_columns(evaluation.scores),
     )
-    for index, (stem, (base, knn, resmem)) in enumerate(score_rows(evaluation.scores)):
+    for index, (stem, values) in enumerate(score_rows(evaluation.scores)):
         error = f" ± {evaluation.gain_error:.4f}" if index == 0 else ""
         gain = f"{evaluation.gain_in(stem):+.4f}{error}"
-        table.add_row(Text(_long(stem)), f"{base:.4f}", f"{knn:.4f}", f"{resmem:.4f}", gain)
+        table.add_row(Text(_long(stem)), *(f"{value:.4f}" for value in values), gain)
     lines = []
     if evaluation.left_out:
         kind = counted(evaluation.left_out, "row")

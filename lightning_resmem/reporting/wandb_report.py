@@ -16,13 +16,12 @@ from lightning.pytorch.loggers import WandbLogger
 
 from lightning_resmem.errors import InputError, StorageError, check_type
 from lightning_resmem.explanation.pictures import Picture
-from lightning_resmem.memory.answers import Predictions
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.memory.single_rows import fetch_neighbors
 from lightning_resmem.memory.storage.disk import local
 from lightning_resmem.memory.storage.paths import Url
 from lightning_resmem.metrics.evaluation import Evaluation, Flip
-from lightning_resmem.reporting.summary import score_rows
+from lightning_resmem.reporting.summary import score_columns, score_rows
 from lightning_resmem.trainer.processes import runs_elsewhere
 from lightning_resmem.tuning.result import TuningResult
 
@@ -56,7 +55,7 @@ def log_tuning(logger: WandbLogger, name: str, tuning: TuningResult, step: int) 
 def log_scores(logger: WandbLogger, name: str, evaluation: Evaluation, step: int) -> None:
     """The scores of base, knn and resmem, as a table."""
     rows = [[stem, *scores, evaluation.gain_in(stem)] for stem, scores in score_rows(evaluation.scores)]
-    logger.log_table(name, ["score", *Predictions._fields, "gain"], rows, step=step)
+    logger.log_table(name, ["score", *score_columns(evaluation.scores), "gain"], rows, step=step)
 
 
 def log_flips(

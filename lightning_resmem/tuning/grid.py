@@ -79,6 +79,17 @@ class GridSearch:
             if len(self.settings) == 1 and self._values[0].isnan():
                 raise InputError(f"objective={self._metric.name} is NaN for the base on these rows: give more of them.")
 
+    def explore(self, axes: Axes, refinements: int) -> int:
+        """Measure a grid, and finer ones around its best setting; returns how many settings these have."""
+        self.add(axes.settings())
+        before = len(self.settings)
+        for _ in range(refinements):
+            favourite = self.favourite()
+            if favourite:
+                axes = axes.around(self.settings[favourite], self._sweep.ks[-1])
+                self.add(axes.settings())
+        return len(self.settings) - before
+
     @property
     def measured(self) -> Measured:
         """Of all settings."""

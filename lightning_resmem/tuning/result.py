@@ -31,6 +31,8 @@ class TuningResult:
         leave_one_out: Whether the rows were those of the memory itself.
         balanced: Balanced accuracy of base and choice for `Multiclass`, macro F1 for `Multilabel`, else None. Where
             classes are far from uniform, or labels rare, the summary has it.
+        knn_lm: Of positions of sequences, how the same neighbours are best read as kNN-LM: `strength` is the share of
+            their labels.
         notes: What else there is to say, as sentences without a full stop.
 
     Examples:
@@ -58,6 +60,7 @@ class TuningResult:
     leave_one_out: bool = False
     notes: tuple[str, ...] = ()
     balanced: BalancedScore | None = None
+    knn_lm: ResMemParams | None = None
 
     @property
     def gain(self) -> float:

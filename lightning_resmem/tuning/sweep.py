@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Multiclass, Regression
 from lightning_resmem.tuning.multiclass import multiclass_sweep
 from lightning_resmem.tuning.objectives import MetricObjective
-from lightning_resmem.tuning.tables import Table, narrow_table
+from lightning_resmem.tuning.tables import LabelTable, Table, narrow_table
 
 Gather = Callable[[Tensor], Tensor]
 Number = TypeVar("Number", int, float)
@@ -113,6 +114,12 @@ class Sweep:
         self.counts_flips = self._base_right is not None
         self._order = gather(self.task.loss(base, base, rows.targets)).argsort(stable=True)
         self._all_targets = gather(rows.targets)[self._order]
+
+    def of_knn_lm(self) -> "Sweep":
+        """The same neighbours read as kNN-LM: `strength` is the share of their labels."""
+        sweep = copy(self)
+        sweep._whole, sweep._narrow, sweep._scores = LabelTable(self._whole), LabelTable(self._narrow), []
+        return sweep
 
     def known_rows(self) -> int:
         """How many rows look like rows of the memory, over all ranks: at distance 0 of one of them, with its target."""

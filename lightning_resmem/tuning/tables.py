@@ -44,6 +44,10 @@ class Table:
         """As `Values.residual_sum`, over some of the neighbours of each row, with weights `(V, n)`."""
         return self._values.residual_sum(self._positions[:, places], weights, softmax_temperature)
 
+    def label_sum(self, places: slice, weights: Tensor) -> Tensor:
+        """As `Values.label_sum`, over some of the neighbours of each row, with weights `(V, n)`."""
+        return self._values.label_sum(self._positions[:, places], weights)
+
 
 class NarrowTable(Table):
     """A column for each class that a row's neighbours tell something about, and one for all others together.
@@ -109,6 +113,27 @@ class NarrowTable(Table):
                 .scatter_add_(1, self._labels[rows, places], share)
             )
         return sums, (weights * tails[near]).sum(dim=1)
+
+    def label_sum(self, places: slice, weights: Tensor) -> Tensor:
+        sums = weights.new_zeros(len(weights), self._columns.shape[1] + 1)
+        return sums.scatter_add_(1, self._labels[:, places], weights)
+
+
+class LabelTable(Table):
+    """What kNN-LM is tuned on: the query's own base prediction stands for those of all neighbours.
+
+    Args:
+        table: Of the same rows.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self._table, self.targets, self.has_rest = table, table.targets, table.has_rest
+
+    def base(self, softmax_temperature: float) -> Tensor:
+        return self._table.base(softmax_temperature)
+
+    def residual_sum(self, places: slice, weights: Tensor, softmax_temperature: float) -> tuple[Tensor, Tensor]:
+        return self._table.label_sum(places, weights), weights.sum(dim=1)
 
 
 def narrow_table(task: Task, outputs: Tensor, targets: Tensor, values: Values, positions: Tensor) -> Table:

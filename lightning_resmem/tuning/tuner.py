@@ -16,11 +16,12 @@ from lightning_resmem.memory.checks import as_ids, as_tensor, check_shapes
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.memory.token_ids import of_sequences
 from lightning_resmem.params import ResMemParams
-from lightning_resmem.tasks import Regression, Task, check_finite
+from lightning_resmem.tasks import Multiclass, Regression, Task, check_finite
 from lightning_resmem.tuning.balance import measure_balance
 from lightning_resmem.tuning.gate import with_gate
 from lightning_resmem.tuning.grid import Axes, GridSearch
 from lightning_resmem.tuning.interpolation import Residuals, measure_residuals
+from lightning_resmem.tuning.knn_lm import with_knn_lm
 from lightning_resmem.tuning.objectives import check_objective, check_task, make_objective
 from lightning_resmem.tuning.result import TuningResult
 from lightning_resmem.tuning.sweep import Gather, Rows, Sweep
@@ -216,14 +217,7 @@ class GridTuner(Tuner):
         metric = make_objective(aim, memory.task, rows.outputs.shape[1])
         by_loss = isinstance(aim, str) and aim == "nll"  # metrics overload ==
         grid = GridSearch(sweep, metric, by_loss, self.noise, self.max_negative_flip_rate)
-        grid.add(axes.settings())
-        refined = -len(grid.settings)
-        for _ in range(self.refinements):
-            favourite = grid.favourite()
-            if favourite:
-                axes = axes.around(grid.settings[favourite], sweep.ks[-1])
-                grid.add(axes.settings())
-        refined += len(grid.settings)
+        refined = grid.explore(axes, self.refinements)
         choice = grid.choice()
         objective, score = grid.objective.tolist(), grid.measured.score.tolist()
         result = TuningResult(
@@ -241,6 +235,9 @@ class GridTuner(Tuner):
             leave_one_out=ids is not None,
             notes=() if choice.note is None else (choice.note,),
         )
+        if of_sequences(memory.provenance) and isinstance(memory.task, Multiclass):
+            peer = GridSearch(sweep.of_knn_lm(), metric, by_loss, self.noise, self.max_negative_flip_rate)
+            result = with_knn_lm(result, peer, axes, self.refinements)
         if self.gate and choice.place:
             result = with_gate(result, sweep, self.max_negative_flip_rate)
         result = replace(result, balanced=measure_balance(memory, rows, sweep, result.params, gather))
