@@ -21,7 +21,6 @@ from lightning_resmem.tuning.balance import measure_balance
 from lightning_resmem.tuning.gate import with_gate
 from lightning_resmem.tuning.grid import Axes, GridSearch
 from lightning_resmem.tuning.interpolation import Residuals, measure_residuals
-from lightning_resmem.tuning.knn_lm import with_knn_lm
 from lightning_resmem.tuning.objectives import check_objective, check_task, make_objective
 from lightning_resmem.tuning.result import TuningResult
 from lightning_resmem.tuning.sweep import Gather, Rows, Sweep
@@ -30,6 +29,9 @@ from lightning_resmem.tuning.sweep import Gather, Rows, Sweep
 _FEW_KNOWN_ROWS, _FEW_KNOWN_SHARE = 5, 0.01
 # Tuning rows below which a choice says little.
 _FEW_ROWS = 50
+
+# From nothing but the base to almost nothing but the neighbours.
+SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
 
 
 class Tuner(ABC):
@@ -237,7 +239,7 @@ class GridTuner(Tuner):
         )
         if of_sequences(memory.provenance) and isinstance(memory.task, Multiclass):
             peer = GridSearch(sweep.of_knn_lm(), metric, by_loss, self.noise, self.max_negative_flip_rate)
-            result = with_knn_lm(result, peer, axes, self.refinements)
+            result = _with_knn_lm(result, peer, axes, self.refinements)
         if self.gate and choice.place:
             result = with_gate(result, sweep, self.max_negative_flip_rate)
         result = replace(result, balanced=measure_balance(memory, rows, sweep, result.params, gather))
@@ -249,6 +251,24 @@ class GridTuner(Tuner):
             result = replace(result, notes=(*result.notes, note))
         _warn(result, measure_residuals(memory, rows, gather), 0 if result.leave_one_out else sweep.known_rows())
         return result
+
+
+def _with_knn_lm(result: TuningResult, grid: GridSearch, axes: Axes, refinements: int) -> TuningResult:
+    """A tuner's result with the peer beside it: same objective, rows and neighbours, and the best one, be it luck.
+
+    Args:
+        result: Of ResMem.
+        grid: Over the sweep's `of_knn_lm`.
+        axes: Of ResMem; `k` is what was chosen, as one search is to answer both.
+        refinements: As for ResMem.
+    """
+    grid.explore(axes._replace(k=(result.params.k,), strength=SHARES), refinements)
+    place = grid.favourite()
+    score, objective = float(grid.measured.score[place]), float(grid.objective[place])
+    named = "" if result.objective == "accuracy" else f", {result.objective} {objective:.4f}"
+    params = grid.settings[place]
+    note = f"kNN-LM with a share of {params.strength:.4g} has {result.score_name} {score:.4f}{named} on these rows"
+    return replace(result, knn_lm=params, notes=(*result.notes, note))
 
 
 def _checked_rows(memory: ResidualMemory, embeddings: Tensor, outputs: Tensor, targets: Tensor, ids: Any) -> Rows:

@@ -8,7 +8,7 @@ import torch
 
 from lightning_resmem import GridTuner, LocalMemory, ResMemParams, SparseConfig
 from lightning_resmem.memory.knn_lm import knn_lm_params, note_knn_lm, predict_knn_lm
-from lightning_resmem.tuning.knn_lm import SHARES
+from lightning_resmem.tuning.tuner import SHARES
 from tests import oracle
 
 CLASSES, K = 20, 6
