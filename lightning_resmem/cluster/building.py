@@ -64,6 +64,8 @@ def build(pool: Pool, index: str | FaissIndex, show_progress: bool) -> list[list
 
 def _choose(states: list[dict[str, Any]]) -> str | FaissIndex:
     """What `index="auto"` is, the same for all shards."""
+    if any(state["dated"] for state in states):
+        return "exact"
     largest = max(states, key=lambda state: int(state["rows"]))
     config, reason = faiss_index.choose(
         largest["rows"],

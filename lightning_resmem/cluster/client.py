@@ -262,11 +262,12 @@ class ShardClient:
         return {**self.__dict__, "_pool": None}
 
 
-def queries_in_store(queries: Tensor) -> Any:
-    """Queries `(B, D)` for all shards, copied once from where they are; raises an error unless they are finite."""
+def queries_in_store(queries: Tensor, asked_at: Tensor | None) -> Any:
+    """Queries `(B, D)`, and when they are asked, for all shards; raises an error unless they are finite."""
     [sent] = moved(CPU, as_compared(queries.detach()))
     check_finite("queries", sent)
-    return in_store(sent.float().numpy())
+    times = [] if asked_at is None else [asked_at.cpu().numpy()]
+    return in_store(sent.float().numpy(), *times)
 
 
 def in_store(*arrays: np.ndarray[Any, Any]) -> Any:

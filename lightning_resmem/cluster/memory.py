@@ -125,7 +125,14 @@ class RayMemory(ShardedMemory):
         self.build()
         return torch.cat([torch.from_numpy(part.copy()) for part in self._ask("ids")]).sort().values
 
-    def add(self, embeddings: Tensor, outputs: Tensor, targets: Tensor, ids: Tensor | None = None) -> None:
+    def add(
+        self,
+        embeddings: Tensor,
+        outputs: Tensor,
+        targets: Tensor,
+        ids: Tensor | None = None,
+        times: Tensor | None = None,
+    ) -> None:
         self._drop_refused()
         embeddings, outputs, targets, ids = checked_rows(
             self.task, embeddings, outputs, targets, ids, self._shape, self._last_id + 1
@@ -137,7 +144,7 @@ class RayMemory(ShardedMemory):
         self._shape = (embeddings.shape[1], outputs.shape[1])
         # What travels and is journaled is what a shard stores: with sparse values a small part of the outputs.
         chunk = self.staged()
-        chunk.add(embeddings, outputs, targets, ids)
+        chunk.add(embeddings, outputs, targets, ids, times)
         self._send_rows(chunk.stored(slice(None)), outputs.shape[1])
 
     def remove(self, ids: Tensor) -> None:
@@ -182,7 +189,9 @@ class RayMemory(ShardedMemory):
         self.build()
         assert self._shape is not None
         queries, k = checked_search(queries, self._shape[0], k, len(self))
-        request = self._shards.ask("search", queries_in_store(queries), k, partial=self._is_partial)
+        request = self._shards.ask(
+            "search", queries_in_store(queries, self._asked(len(queries))), k, partial=self._is_partial
+        )
         return PendingSearch(request, len(queries), k, queries.device)
 
     def sums(self, neighbors: Neighbors) -> Sums:
@@ -197,14 +206,6 @@ class RayMemory(ShardedMemory):
         rows, values = self._stored(as_ids(ids).cpu()), self._empty_values()
         values.replace(rows)
         return values
-
-    def _stored(self, ids: Tensor) -> dict[str, Tensor]:
-        """Rows as they are stored, in the order of `ids` `(n,)`."""
-        self.build()
-        return self._shards.rows_of(ids, like=self._filled_shard())
-
-    def _query_rows(self, ids: Tensor) -> Tensor:
-        return self._stored(as_ids(ids).cpu())["keys"].float()
 
     # -- what is told
 

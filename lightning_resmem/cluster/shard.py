@@ -123,14 +123,18 @@ class Shard:
     # -- questions; who asks says what it knows, the last change and which rows
 
     @ray.method(concurrency_group=SEARCHES)
-    def search(self, held: tuple[Array], k: int, known: int, filling: str | None = None) -> tuple[Array, Array]:
-        """The nearest rows of this shard to queries `(B, D)`: distances and ids, both `(B, min(k, rows))`."""
-        [queries] = held
+    def search(self, held: tuple[Array, ...], k: int, known: int, filling: str | None = None) -> tuple[Array, Array]:
+        """The nearest rows of this shard to queries `(B, D)`: distances and ids, both `(B, min(k, rows))`.
+
+        Where rows have times, those of the queries `(B,)` come with them.
+        """
+        queries, *asked_at = held
         with self._reading(known, filling) as memory:
             started = time.perf_counter()
             if not len(memory):
                 return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-            found = memory.search(_tensor(queries), min(k, len(memory)))
+            asked = memory.at(_tensor(asked_at[0]) if asked_at else None)
+            found = asked.search(_tensor(queries), min(k, len(memory)))
             seconds = time.perf_counter() - started
         self._meters.searched(seconds)
         return found.distances.numpy(), found.ids.numpy()
@@ -255,6 +259,7 @@ class Shard:
             **{name: stats[name] for name in ("rows", "width", "outputs", "bytes", "values")},
             "last_id": memory.last_id,
             "built": memory.is_built,
+            "dated": memory.are_dated,
             "number": self._rows.number,
             "about": memory.provenance.get("about", ""),
             "filling": self._rows.filling,

@@ -13,6 +13,7 @@ from lightning_resmem.cluster.client import BYTES_UNDERWAY, ShardClient
 from lightning_resmem.cluster.config import PoolConfig
 from lightning_resmem.cluster.files import in_parts
 from lightning_resmem.errors import EmptyMemoryError, InputError, ShardUnavailableError, StorageError
+from lightning_resmem.memory.checks import as_ids
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.storage.saved import Saved
@@ -127,7 +128,7 @@ class ShardedMemory(ResidualMemory):
 
     def staged(self) -> LocalMemory:
         config = self._shards.config
-        return LocalMemory(self.task, ResMemParams(), "exact", config.values, config.key_dtype)
+        return LocalMemory(self.task, ResMemParams(), config.index, config.values, config.key_dtype)
 
     def take(self, staged: LocalMemory) -> None:
         for rows in in_parts(staged.stored(slice(None))):
@@ -203,12 +204,23 @@ class ShardedMemory(ResidualMemory):
         if self._rows:
             return
         saved.verify()
-        for rows in in_parts({name: saved.tensors[name] for name in ("keys", "ids", *saved.values.names)}):
+        for rows in in_parts(saved.rows):
             self._send_rows(rows, saved.values.num_outputs)
 
     def _send(self, operation: str, rows: dict[str, Tensor], extra: dict[str, Tensor] | None = None) -> None:
         self._shards.send(operation, rows, extra)
         self._built = False
+
+    def _stored(self, ids: Tensor) -> dict[str, Tensor]:
+        """Rows as they are stored, in the order of `ids` `(n,)`."""
+        self.build()
+        return self._shards.rows_of(ids, like=self._filled_shard())
+
+    def _query_rows(self, ids: Tensor) -> Tensor:
+        return self._stored(as_ids(ids).cpu())["keys"].float()
+
+    def _row_times(self, ids: Tensor) -> Tensor | None:
+        return self._stored(as_ids(ids).cpu()).get("times")
 
     def _drop_refused(self) -> None:
         """Count the chunks no more that the shards did not take."""

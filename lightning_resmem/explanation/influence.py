@@ -147,7 +147,7 @@ def usefulness(
     scores = torch.zeros(len(known), dtype=torch.float64)
     block = max(1, _ENTRIES // (min(params.k, len(memory)) * outputs.shape[1]))
     for rows in torch.arange(len(targets)).split(block):
-        neighbors = _nearest(memory, embeddings[rows], params.k)
+        neighbors = _nearest(memory.for_queries(rows), embeddings[rows], params.k)
         weights = neighbor_weights(neighbors.distances, params.sigma).cpu()
         values, positions = fetch_neighbors(memory, neighbors.ids)
         base = task.predict(outputs[rows].cpu(), params.softmax_temperature)

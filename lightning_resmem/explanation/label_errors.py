@@ -91,7 +91,7 @@ def other_neighbors(memory: ResidualMemory, ids: Tensor, k: int) -> Iterator[tup
         A few thousand ids `(b,)` at a time, and the `k` neighbours of each, ascending, without the row itself.
     """
     for block in ids.to(memory.device).split(_block(memory)):
-        found = memory.search(memory._query_rows(block), k + 1)
+        found = memory.at_rows(block).search(memory._query_rows(block), k + 1)
         itself = found.ids == block[:, None]
         # The row itself goes last and is cut off; where others at distance 0 came before it, the last of them is.
         order = itself.byte().argsort(dim=1, stable=True)[:, :k]

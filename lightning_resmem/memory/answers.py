@@ -93,7 +93,9 @@ def combined(task: Task, params: ResMemParams, outputs: Tensor, neighbors: Neigh
     base = task.predict(outputs, params.softmax_temperature)
     residual = sums.whole_residual(base)
     strengths = params.strengths(task, base, neighbors.distances[:, 0].to(base.device))
-    return Predictions(base, sums.labels, combine(base, residual, strengths))
+    # To a query without any neighbour the base answers alone.
+    knn = sums.labels.where(torch.isfinite(neighbors.distances[:, :1]), base.to(sums.labels))
+    return Predictions(base, knn, combine(base, residual, strengths))
 
 
 def combined_in_blocks(

@@ -77,7 +77,7 @@ def _take(memory: LocalMemory, source: Saved, rows: dict[str, Tensor]) -> None:
     else:
         values = source.values.like()
         values.replace(rows)
-        memory.add(rows["keys"], values.outputs, values.targets, rows["ids"])
+        memory.add(rows["keys"], values.outputs, values.targets, rows["ids"], rows.get("times"))
 
 
 def _chunks(source: Saved) -> Iterator[dict[str, Tensor]]:

@@ -8,21 +8,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_resmem.errors import EmptyMemoryError, InputError, check_type
 from lightning_resmem.memory import answers
 from lightning_resmem.memory.answers import Neighbors, Predictions, Sums
 from lightning_resmem.memory.checks import checked_batch
 from lightning_resmem.memory.locks import Guarded, ReadWriteLock, exclusive
+from lightning_resmem.memory.moving import Movable
 from lightning_resmem.memory.storage.paths import Url
+from lightning_resmem.memory.times import Dated
 from lightning_resmem.memory.token_ids import Locating
 from lightning_resmem.memory.values.interface import Values
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Multiclass, Task
 
 
-class ResidualMemory(nn.Module, Guarded, Locating, ABC):
+class ResidualMemory(Movable, Dated, Guarded, Locating, ABC):
     """Keys, values and ids of the training rows, and the sum of residuals around a query.
 
     Where a method takes a tensor, a NumPy array or nested lists of numbers work as well.
@@ -35,8 +37,7 @@ class ResidualMemory(nn.Module, Guarded, Locating, ABC):
     Methods that a memory implements come first: rows are added and edited (`add`, `update`, `remove`, `clear`,
     `build`), found and summed up (`search`, `sums`, `fetch`), saved and counted (`save`, `stats`, `estimate_bytes`); it
     may want to know of rows before they come (`rehearse`, `reserve`) and of the ranks (`join`, `gather`, `publish`).
-    From these follow predictions (`forward`, `knn`, `predict`, ...) and what they are read with (`params`,
-    `distance_scale`).
+    From these follow predictions (`forward`, `knn`, `predict`, ...) and how they are read (`params`, `distance_scale`).
 
     Attributes:
         provenance: Where the rows come from, plain strings that are saved with the memory: the `fingerprint` of the
@@ -69,13 +70,15 @@ class ResidualMemory(nn.Module, Guarded, Locating, ABC):
     def ids(self) -> Tensor:
         """Ids of all rows, ascending, shape `(N,)`, int64."""
 
-    @property
     @abstractmethod
-    def device(self) -> torch.device:
-        """Where the rows are."""
-
-    @abstractmethod
-    def add(self, embeddings: Tensor, outputs: Tensor, targets: Tensor, ids: Tensor | None = None) -> None:
+    def add(
+        self,
+        embeddings: Tensor,
+        outputs: Tensor,
+        targets: Tensor,
+        ids: Tensor | None = None,
+        times: Tensor | None = None,
+    ) -> None:
         """Append a chunk of rows.
 
         Args:
@@ -83,6 +86,7 @@ class ResidualMemory(nn.Module, Guarded, Locating, ABC):
             outputs: What the head returned for them, shape `(N, C)`.
             targets: As the task wants them, e.g. class labels `(N,)`.
             ids: Unique, at least 0, int64, shape `(N,)`; by default the numbers after the largest id so far.
+            times: When each was asked for and its target known, shape `(N, 2)`, in any one unit: see `at`.
 
         Raises:
             InputError: If shapes or dtypes do not fit, a value is NaN or infinite, a target out of range, or an id
@@ -322,24 +326,13 @@ class ResidualMemory(nn.Module, Guarded, Locating, ABC):
         """
         with self.reading():
             sample = answers.evenly_spaced(self.ids)
-            return answers.typical_distance(sample, self.search(self._query_rows(sample), k=11))
+            return answers.typical_distance(sample, self.at_rows(sample).search(self._query_rows(sample), k=11))
 
     def _forget(self) -> None:
         self.fillings += 1
         self.provenance = {}
         if self.tunable:
             self._params = None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ResidualMemory":
-        # `.to(device)` moves the rows, but `.half()` or a trainer's precision must not round keys and residuals.
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = fn(torch.empty(0)).device
-        if device != self.device:
-            self._move(device)
-        return self
-
-    def _move(self, device: torch.device) -> None:
-        """Move all rows to a device."""
 
 
 def check_memory(memory: object) -> None:

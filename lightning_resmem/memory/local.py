@@ -21,6 +21,7 @@ from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.memory.search.faiss_search import FILE, FaissSearch
 from lightning_resmem.memory.storage import disk
 from lightning_resmem.memory.storage.saved import Saved, manifest, read_index, read_saved
+from lightning_resmem.memory.times import checked_times
 from lightning_resmem.memory.values.dense import DenseConfig
 from lightning_resmem.memory.values.interface import Values
 from lightning_resmem.memory.values.sparse import SparseConfig
@@ -105,7 +106,14 @@ class LocalMemory(PartMemory):
         return self._config.estimate_bytes(rows, width, num_outputs, self.device)
 
     @exclusive
-    def add(self, embeddings: Tensor, outputs: Tensor, targets: Tensor, ids: Tensor | None = None) -> None:
+    def add(
+        self,
+        embeddings: Tensor,
+        outputs: Tensor,
+        targets: Tensor,
+        ids: Tensor | None = None,
+        times: Tensor | None = None,
+    ) -> None:
         rows = self._rows
         embeddings, outputs, targets, ids = checked_rows(
             self.task, embeddings, outputs, targets, ids, rows.shape, rows.ids.last + 1
@@ -114,6 +122,9 @@ class LocalMemory(PartMemory):
         values = rows.growing_values(self._config, outputs.shape[1])
         keys = self._config.stored_keys(embeddings, ids, self.device)
         stored = values.stored(outputs.to(self.device), targets.to(self.device))
+        if times is not None:
+            self._config.check_dated()
+            stored["times"] = checked_times(times, len(ids)).to(self.device)
         rows.append({"keys": keys, "ids": ids, **stored}, values)
 
     @exclusive
@@ -163,11 +174,12 @@ class LocalMemory(PartMemory):
         with self.reading():
             queries, k = self._checked_search(queries, k)
             check_finite("queries", as_compared(queries))
-            return self._rows.search(queries, k)
+            return self._rows.search(queries, k, self._asked(len(queries)))
 
     def _search_finite(self, queries: Tensor, k: int) -> Neighbors:
         with self.reading():
-            return self._rows.search(*self._checked_search(queries, k))
+            queries, k = self._checked_search(queries, k)
+            return self._rows.search(queries, k, self._asked(len(queries)))
 
     def _checked_search(self, queries: Tensor, k: int) -> tuple[Tensor, int]:
         return checked_search(queries, self._rows.keys.finish().shape[1], k, len(self))
@@ -257,3 +269,7 @@ class LocalMemory(PartMemory):
     def _query_rows(self, ids: Tensor) -> Tensor:
         with self.reading():
             return self._rows.keys.finish()[self._positions(ids)].float()
+
+    def _row_times(self, ids: Tensor) -> Tensor | None:
+        with self.reading():
+            return self._rows.times.finish()[self._positions(ids)] if self._rows.are_dated else None

@@ -93,8 +93,22 @@ class LocalConfig:
         if isinstance(self.index, FaissIndex):
             faiss_index.check(self.index, rows, width, device)
 
-    def new_index(self, keys: Tensor, k: int | None) -> ExactIndex | FaissSearch:
-        """An index over keys `(N, D)`, from which `k` neighbours will be asked for, if that is known."""
+    def check_dated(self) -> None:
+        """Raise an error if the index cannot search among the rows that were known at some time."""
+        if isinstance(self.index, FaissIndex):
+            raise InputError(
+                f"index={self.index.factory!r} finds the nearest of all rows, and rows with times are searched as they "
+                'were known when they are asked for, exactly: give index="exact".'
+            )
+
+    def new_index(self, keys: Tensor, k: int | None, available_at: Tensor | None = None) -> ExactIndex | FaissSearch:
+        """An index over keys `(N, D)`, from which `k` neighbours will be asked for, if that is known.
+
+        `available_at` `(N,)` is since when they are known, if a query may not see all of them.
+        """
+        if available_at is not None:
+            self.check_dated()
+            return ExactIndex(keys, self.half_copy, available_at)
         config = faiss_index.choose_here(keys) if self.index == "auto" else self.index
         if not isinstance(config, FaissIndex):
             return ExactIndex(keys, self.half_copy)

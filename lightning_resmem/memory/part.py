@@ -23,9 +23,10 @@ from lightning_resmem.tasks import Task
 class PartMemory(ResidualMemory):
     """Rows in this process, what state they are in, and ways to hand them over as they are stored.
 
-    `wanted_index`, `is_built` and `last_id` say what state it is in, `values_config` what it keeps, and `bytes_on` what
-    that takes; `build_with` builds another index; `has` and `places` find rows by their ids; `stored` and `add_stored`
-    hand rows over, `stored_of` and `put_back` undo an edit; `weighted_sums` takes weights that were made elsewhere.
+    `wanted_index`, `is_built`, `are_dated` and `last_id` say what state it is in, `values_config` what it keeps, and
+    `bytes_on` what that takes; `build_with` builds another index; `has` and `places` find rows by their ids; `stored`
+    and `add_stored` hand rows over, `stored_of` and `put_back` undo an edit; `weighted_sums` takes weights that were
+    made elsewhere.
 
     Args:
         task: What a residual is; `Multiclass()` by default.
@@ -43,6 +44,11 @@ class PartMemory(ResidualMemory):
     def is_built(self) -> bool:
         """Whether nothing has changed since the last `build`."""
         return self._rows.index is not None
+
+    @property
+    def are_dated(self) -> bool:
+        """Whether rows have times."""
+        return self._rows.are_dated
 
     @property
     def last_id(self) -> int:
@@ -135,7 +141,7 @@ class PartMemory(ResidualMemory):
             places: Which rows, in the order of `ids`.
 
         Returns:
-            `keys`, `ids` and the tensors of the values.
+            `keys`, `ids`, `times` if rows have any, and the tensors of the values.
         """
         self._rows.settle()
         return {name: tensor[places] for name, tensor in self._rows.tensors().items()}

@@ -15,6 +15,7 @@ from lightning_resmem.memory.local_config import LocalConfig
 from lightning_resmem.memory.row_ids import RowIds
 from lightning_resmem.memory.search.exact import ExactIndex
 from lightning_resmem.memory.search.faiss_search import FaissSearch
+from lightning_resmem.memory.times import check_asked, mixed_times
 from lightning_resmem.memory.transfer import moved
 from lightning_resmem.memory.values.interface import Values
 
@@ -29,6 +30,7 @@ class Rows:
         device: Where they are.
         keys: `(N, D)`.
         ids: `(N,)`.
+        times: When each was asked for and known, `(N, 2)`, or nothing.
         shape: `(D, C)`; None before the first rows.
         index: Finds keys; None where rows have changed since it was built, if it was.
         mapped: Where the rows are mapped from, directory and manifest, if their checksums were not looked at.
@@ -36,7 +38,7 @@ class Rows:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.keys, self.ids = GrowingTensor(), RowIds()
+        self.keys, self.ids, self.times = GrowingTensor(), RowIds(), GrowingTensor()
         self._values: Values | None = None
         self.shape: tuple[int, int] | None = None
         self.index: ExactIndex | FaissSearch | None = None
@@ -51,6 +53,11 @@ class Rows:
         """Of `N` rows; there are none before the first."""
         assert self._values is not None
         return self._values
+
+    @property
+    def are_dated(self) -> bool:
+        """Whether rows have times."""
+        return len(self.times) > 0
 
     def reserve(self, rows: int) -> None:
         """Expect `rows` more rows."""
@@ -79,13 +86,18 @@ class Rows:
         """Add rows, all or none.
 
         Args:
-            tensors: `keys` `(n, D)`, `ids` `(n,)`, on the CPU, and what `values` stores.
+            tensors: `keys` `(n, D)`, `ids` `(n,)`, on the CPU, what `values` stores, and perhaps `times` `(n, 2)`.
             values: From `growing_values`.
 
         Raises:
-            InputError: If a number is too large for the dtype that other rows are stored as.
+            InputError: If a number is too large for the dtype that other rows are stored as, or some have times and
+                others none.
         """
         ids, parts = tensors["ids"], {"keys": self.keys, **values.parts()}
+        if "times" in tensors:
+            parts["times"] = self.times
+        if len(self) and len(ids) and self.are_dated != ("times" in tensors):
+            raise mixed_times(self.are_dated)
         stored = {name: narrowed(name, tensors[name], part.dtype, ids) for name, part in parts.items()}
         before, ids_before = {name: part.mark() for name, part in parts.items()}, self.ids.mark()
         try:
@@ -105,6 +117,9 @@ class Rows:
         tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
         self.keys.replace(tensors["keys"])
         self.ids.replace(tensors["ids"])
+        self.times = GrowingTensor()
+        if "times" in tensors:
+            self.times.replace(tensors["times"])
         values.replace(tensors)
         self._values, self.shape, self.index = values, (tensors["keys"].shape[1], values.num_outputs), None
 
@@ -117,6 +132,8 @@ class Rows:
         order = self.ids.sort()
         if order is not None:
             self.keys.reorder(order)
+            if self.are_dated:
+                self.times.reorder(order)
             if self._values is not None:
                 self._values.reorder(order)
 
@@ -132,13 +149,13 @@ class Rows:
             if not len(self):
                 raise EmptyMemoryError("The memory is empty: add(embeddings, outputs, targets) before it is used.")
             self.values.tensors()  # joins them: threads that read change nothing
-            self.index = config.new_index(self.keys.finish(), k)
+            self.index = config.new_index(self.keys.finish(), k, self._available_at())
 
     def drop(self, positions: Tensor) -> None:
         """Forget the rows at `positions` `(n,)`."""
         kept = torch.ones(len(self), dtype=torch.bool, device=self.device)
         kept[positions] = False
-        for part in (self.keys, self.ids, self._values):
+        for part in (self.keys, self.ids, self._values, self.times if self.are_dated else None):
             if part is not None:
                 part.keep(kept)
         self.index = None
@@ -168,16 +185,22 @@ class Rows:
         """Move all rows."""
         self.device, self.index = device, None
         if len(self):
-            self.keys.replace(self.keys.finish().to(device))
+            for part in (self.keys, *([self.times] if self.are_dated else [])):
+                part.replace(part.finish().to(device))
             self.ids.to(device)
             if self._values is not None:
                 self._values.to(device)
 
-    def search(self, queries: Tensor, k: int) -> Neighbors:
+    def search(self, queries: Tensor, k: int, asked_at: Tensor | None = None) -> Neighbors:
         """The nearest rows of built ones, as `ResidualMemory.search` returns them, for checked queries and `k`."""
-        assert self.index is not None
+        check_asked(asked_at, self.are_dated)
         [own] = moved(self.device, queries)
-        distances, positions = self.index.search(own, min(k, len(self)))
+        if asked_at is None:
+            assert self.index is not None
+            distances, positions = self.index.search(own, min(k, len(self)))
+        else:
+            assert isinstance(self.index, ExactIndex)
+            distances, positions = self.index.search(own, min(k, len(self)), asked_at.to(self.device))
         ids = self.ids.finish()[positions.clamp_min(0)].masked_fill_(positions < 0, -1)
         missing = k - distances.shape[1]
         if missing > 0:
@@ -196,8 +219,10 @@ class Rows:
             return Sums(*moved(ids.device, *found))
 
     def tensors(self) -> dict[str, Tensor]:
-        """`keys`, `ids` and the tensors of the values; there have to be some."""
+        """`keys`, `ids`, `times` if there are any, and the tensors of the values; there have to be some."""
         held = {} if self._values is None else self._values.tensors()
+        if self.are_dated:
+            held["times"] = self.times.finish()
         return {"keys": self.keys.finish(), "ids": self.ids.finish(), **held}
 
     @property
@@ -212,13 +237,16 @@ class Rows:
         width, num_outputs = self.shape or (0, 0)
         stats: dict[str, Any] = {"rows": len(self), "width": width, "outputs": num_outputs, "bytes": 0, "values": ""}
         if self._values is not None:
-            stats["bytes"] = self._values.nbytes() + self.keys.nbytes + self.ids.nbytes
+            stats["bytes"] = self._values.nbytes() + self.keys.nbytes + self.ids.nbytes + self.times.nbytes
             stats["values"] = self._values.name
         if isinstance(self.index, ExactIndex):
             stats["bytes"] += self.index.nbytes
         if isinstance(self.index, FaissSearch):
             stats |= {"recall": self.index.recall, **self.index.settings()}
         return stats
+
+    def _available_at(self) -> Tensor | None:
+        return self.times.finish()[:, 1].contiguous() if self.are_dated else None
 
     def __getstate__(self) -> dict[str, Any]:
         # An index refers to the keys, which would be written twice; of an exact one there is nothing else.
@@ -230,4 +258,7 @@ class Rows:
         index = state["index"]
         if index is not None:
             keys = self.keys.finish()
-            self.index = ExactIndex(keys, index) if isinstance(index, bool) else FaissSearch.unpacked(keys, *index)
+            is_exact = isinstance(index, bool)
+            self.index = (
+                ExactIndex(keys, index, self._available_at()) if is_exact else FaissSearch.unpacked(keys, *index)
+            )

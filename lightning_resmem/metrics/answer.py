@@ -43,7 +43,7 @@ class Answer(NamedTuple):
         if all_finite(as_compared(embeddings), outputs):
             return cls(outputs, *memory.predictions_of_finite(embeddings, outputs))
         usable = torch.isfinite(as_compared(embeddings)).all(dim=1) & torch.isfinite(outputs).all(dim=1)
-        found, near = memory.predictions_of_finite(embeddings[usable], outputs[usable])
+        found, near = memory.for_queries(usable).predictions_of_finite(embeddings[usable], outputs[usable])
         base = memory.task.predict(outputs, memory.params.softmax_temperature)
         predictions = Predictions(*(base.clone() for _ in Predictions._fields))
         for whole, part in zip(predictions, found, strict=True):
@@ -62,7 +62,8 @@ class Answer(NamedTuple):
         """
         shape, embeddings, outputs = outputs.shape, _as_rows(embeddings), _as_rows(outputs)
         return in_blocks(
-            lambda rows: Answer.of(memory, embeddings[rows], outputs[rows]).combined(memory.task), *outputs.shape
+            lambda rows: Answer.of(memory.for_queries(rows), embeddings[rows], outputs[rows]).combined(memory.task),
+            *outputs.shape,
         ).reshape(shape)
 
     @property

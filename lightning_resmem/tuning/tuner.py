@@ -93,7 +93,7 @@ class Tuner(ABC):
         drawn = torch.randperm(len(memory), generator=torch.Generator().manual_seed(seed))[:rows].sort().values
         ids = memory.ids.cpu()[drawn[rank::num_ranks]]
         values = memory.fetch(ids)
-        return self.tune(memory, memory._query_rows(ids), values.outputs, values.targets, gather, ids)
+        return self.tune(memory.at_rows(ids), memory._query_rows(ids), values.outputs, values.targets, gather, ids)
 
     def check(self, task: Task) -> None:  # noqa: B027 -- for those that cannot tune every task
         """Raise an error, before any training, if this tuner cannot tune the memory of a task."""

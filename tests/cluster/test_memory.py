@@ -34,10 +34,12 @@ from lightning_resmem import (
     label_errors,
 )
 from lightning_resmem.cluster.files import to_files
+from lightning_resmem.memory.storage.saved import read_saved
 from lightning_resmem.trainer.restoring import RestorableMemory
 from lightning_resmem.trainer.save_directory import SaveDirectory
 from tests.cluster.ending import SECONDS, ended
 from tests.memory.test_contract import CLASSES, PARAMS, ROWS, WIDTH, Data
+from tests.memory.test_times import Dated
 from tests.saved_files import file_of
 from tests.simulated_gpu import DEVICE, simulated_gpu
 
@@ -567,3 +569,31 @@ def test_an_index_is_trained_once_for_all_shards(
     one = LocalMemory(params=PARAMS)
     one.add(keys, torch.zeros(800, 2), torch.zeros(800).long())
     assert torch.equal(memory.search(keys[:50], 10).ids, one.search(keys[:50], 10).ids)
+
+
+def test_rows_with_times_as_in_a_local_memory(pools: dict[str, RayMemory], tmp_path: Path) -> None:
+    data, memory, local = Dated(), cleared(pools["3"]), LocalMemory(params=PARAMS)
+    labels = data.targets.argmax(dim=1)
+    for each in (memory, local):
+        each.add(data.keys, data.outputs, labels, data.ids, data.times)
+        each.remove(data.ids[:20])
+    columns = [column[:20] for column in (data.keys, data.outputs, labels, data.ids, data.times)]
+    for each in (memory, local):
+        each.add(*columns)
+        each.update(data.ids[:5], embeddings=data.keys[:5] + 1)
+    expected, found = local.at(data.asked_at), memory.at(data.asked_at)
+    for ours, theirs in zip(found.search(data.queries, 9), expected.search(data.queries, 9), strict=True):
+        assert torch.equal(ours, theirs)
+    answers = (each.predictions(data.queries, data.query_outputs) for each in (found, expected))
+    for ours, theirs in zip(*answers, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert memory.distance_scale() == local.distance_scale()
+    with pytest.raises(InputError, match=r"memory.at\(now\)"):
+        memory.search(data.queries, 3)
+    memory.save(tmp_path / "memory")
+    loaded = LocalMemory.load(tmp_path / "memory").at(data.asked_at)
+    assert torch.equal(loaded.search(data.queries, 9).ids, expected.search(data.queries, 9).ids)
+    restored = cleared(pools["3"])
+    with read_saved(tmp_path / "memory", mmap=True) as saved:
+        restored._take(saved)
+    assert torch.equal(restored.at(data.asked_at).search(data.queries, 9).ids, loaded.search(data.queries, 9).ids)

@@ -33,13 +33,21 @@ class ExactIndex:
         keys: Shape `(N, D)`, floating point; half precision is searched in float32, block by block.
         half_copy: Whether a GPU keeps a copy of the keys in half precision, from the first search on; otherwise they
             are rounded at every search, which takes longer. Without effect where keys are searched in another way.
+        available_at: Since when each key is known, shape `(N,)`, if a query may not see all of them: such keys are
+            searched by products in float32.
     """
 
     name = "exact"
 
-    def __init__(self, keys: Tensor, half_copy: bool = True) -> None:
+    def __init__(self, keys: Tensor, half_copy: bool = True, available_at: Tensor | None = None) -> None:
         self.keys, self.half_copy = keys, half_copy
-        self._precise = Precise(keys)
+        # Of n keys that a query may see, the last became known as the n-th: whole numbers say all that there is to say.
+        self._available_at: Tensor | None = None
+        turns: Tensor | None = None
+        if available_at is not None:
+            self._available_at, order = available_at.sort()
+            turns = order.argsort()
+        self._precise = Precise(keys, turns)
         self._screen: rough.Screen | None = None
         self._groups: groups.Groups | None = None
         self._preparing = Lock()
@@ -50,11 +58,15 @@ class ExactIndex:
         """Of what a GPU keeps beside the keys: nothing before the first search."""
         return 0 if self._groups is None else self._groups.nbytes
 
-    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def search(self, queries: Tensor, k: int, asked_at: Tensor | None = None) -> tuple[Tensor, Tensor]:
         queries = queries.float()
         if not len(queries):
             empty = queries.new_empty(0, k)
             return empty, empty.long()
+        if asked_at is not None:
+            assert self._available_at is not None
+            with _full_precision(queries.device):
+                return self._precise.search(queries, k, torch.searchsorted(self._available_at, asked_at, right=True))
         rows = _ROWS if queries.device.type == "cpu" else len(queries)
         with _full_precision(queries.device):
             found = [self._search_rows(part, k) for part in queries.split(rows)]

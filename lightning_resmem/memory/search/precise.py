@@ -41,10 +41,11 @@ class Precise:
 
     Args:
         keys: Shape `(N, D)`, floating point.
+        turns: The turn at which each key became known, from 0, shape `(N,)`, if a query may not see all of them.
     """
 
-    def __init__(self, keys: Tensor) -> None:
-        self._keys = keys
+    def __init__(self, keys: Tensor, turns: Tensor | None = None) -> None:
+        self._keys, self._turns = keys, turns
         self._center: Tensor | None = None
         self._squared_norms: Tensor | None = None
         self._preparing = Lock()
@@ -54,15 +55,24 @@ class Precise:
         """Of what is kept beside the keys."""
         return 0 if self._squared_norms is None else self._squared_norms.nbytes
 
-    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k nearest keys of queries `(B, D)` in float32: distances and positions `(B, k)`."""
+    def search(self, queries: Tensor, k: int, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The k nearest keys of queries `(B, D)` in float32: distances and positions `(B, k)`.
+
+        With `counts` `(B,)` a query sees only the keys of so many turns; where these are fewer than k, missing places
+        have position -1 and distance inf, and come last.
+        """
         self._prepare()
         wanted = min(k + _SPARE, len(self._keys))
         query_block, key_block = _blocks(queries, wanted)
-        found = [self._search_block(block, k, wanted, key_block) for block in queries.split(query_block)]
+        blocks = queries.split(query_block)
+        seen = [None] * len(blocks) if counts is None else counts.split(query_block)
+        found = [
+            self._search_block(block, k, wanted, key_block, count) for block, count in zip(blocks, seen, strict=True)
+        ]
         distances, positions, bounds, sure = (torch.cat(parts) for parts in zip(*found, strict=True))
         for row in (~sure).nonzero()[:, 0].tolist():  # the only time that a GPU is waited for
-            distances[row], positions[row] = self._scan(queries[row], bounds[row], k)
+            count = None if counts is None else counts[row]
+            distances[row], positions[row] = self._scan(queries[row], bounds[row], k, count)
         return distances, positions
 
     def _prepare(self) -> None:
@@ -108,38 +118,44 @@ class Precise:
         return rows if self._center is None else rows - self._center
 
     def _search_block(
-        self, queries: Tensor, k: int, wanted: int, key_block: int
+        self, queries: Tensor, k: int, wanted: int, key_block: int, counts: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Distances and positions `(b, k)`, the score `(b,)` up to which keys could matter, and whether none does."""
         shifted = self._shifted(queries)
         find = self._candidates if queries.device.type == "cpu" else self._best_of_blocks
-        scores, positions = find(shifted, wanted, key_block)
+        scores, positions = find(shifted, wanted, key_block, counts)
+        if counts is not None:
+            positions = positions.masked_fill(scores == torch.inf, -1)
         distances, positions = measure(self._keys, queries, positions)
         bounds = self._score_bounds(shifted, distances[:, k - 1])
         worst = scores.amax(dim=1)
         # Neither holds where squares overflow: NaN compares as false.
         sure = (bounds < worst) & torch.isfinite(worst)
-        if wanted == len(self._keys):
+        if counts is not None:
+            sure = sure | (torch.isfinite(scores).sum(dim=1) >= counts)  # all that it sees
+        elif wanted == len(self._keys):
             sure = torch.ones_like(sure)
         return distances[:, :k], positions[:, :k], bounds, sure
 
-    def _best_of_blocks(self, shifted: Tensor, wanted: int, key_block: int) -> tuple[Tensor, Tensor]:
+    def _best_of_blocks(
+        self, shifted: Tensor, wanted: int, key_block: int, counts: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """What `_candidates` returns, by few operations that a GPU is not waited for."""
         best = shifted.new_empty(len(shifted), 0)
         positions = torch.empty(len(shifted), 0, dtype=torch.int64, device=shifted.device)
-        for start, scores in self._score_blocks(shifted, key_block):
+        for start, scores in self._score_blocks(shifted, key_block, counts):
             found, columns = scores.topk(min(wanted, scores.shape[1]), dim=1, largest=False, sorted=False)
             best, positions = torch.cat([best, found], dim=1), torch.cat([positions, columns + start], dim=1)
             if best.shape[1] > wanted:
                 best, positions = _keep(best, positions, wanted)
         return best, positions
 
-    def _candidates(self, shifted: Tensor, wanted: int, key_block: int) -> tuple[Tensor, Tensor]:
+    def _candidates(self, shifted: Tensor, wanted: int, key_block: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         """The `wanted` smallest scores of each query and their positions, both `(b, wanted)`, unsorted."""
         best = shifted.new_empty(len(shifted), 0)
         positions = torch.empty(len(shifted), 0, dtype=torch.int64, device=shifted.device)
         threshold: Tensor | None = None
-        for start, scores in self._score_blocks(shifted, key_block):
+        for start, scores in self._score_blocks(shifted, key_block, counts):
             if threshold is None or scores.shape[1] % _GROUP:
                 found, columns = _smallest(scores, min(wanted, scores.shape[1]))
             else:
@@ -151,8 +167,11 @@ class Precise:
                 threshold = best.amax(dim=1, keepdim=True)
         return _keep(best, positions, wanted)
 
-    def _score_blocks(self, shifted: Tensor, key_block: int) -> Iterator[tuple[int, Tensor]]:
-        """Positions of first keys and scores `(b, n)`, block by block; the next block is written over the last."""
+    def _score_blocks(self, shifted: Tensor, key_block: int, counts: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+        """Positions of first keys and scores `(b, n)`, block by block; the next block is written over the last.
+
+        Keys that a query does not see have the score inf.
+        """
         assert self._squared_norms is not None
         product = _CPU_PRODUCT if shifted.device.type == "cpu" else self._gpu_product(key_block)
         doubled = shifted * -2
@@ -165,6 +184,9 @@ class Precise:
                 keys = self._shifted(self._keys[first:last])
                 norms = self._squared_norms[first:last]
                 torch.addmm(norms, doubled, keys.T, out=scores[:, first - start : last - start])
+            if counts is not None:
+                assert self._turns is not None
+                scores.masked_fill_(self._turns[start:end] >= counts[:, None], torch.inf)
             yield start, scores
 
     def _gpu_product(self, key_block: int) -> int:
@@ -182,20 +204,27 @@ class Precise:
         bounds: Tensor = (farthest * self.scale).square() * (1 + 1e-6) - squared + rounding
         return bounds
 
-    def _scan(self, query: Tensor, bound: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _scan(self, query: Tensor, bound: Tensor, k: int, count: Tensor | None) -> tuple[Tensor, Tensor]:
         """The k nearest keys of one query `(D,)` among all whose score is not above `bound`."""
         assert self._squared_norms is not None
         shifted = self._shifted(query)
         distances, positions = [], []
+        missing = query.new_full((k,), torch.inf), torch.full((k,), -1, device=query.device)  # where it sees fewer
         for start in range(0, len(self._keys), _CHUNK):
             keys = self._keys[start : start + _CHUNK]
             scores = torch.addmv(self._squared_norms[start : start + _CHUNK], self._shifted(keys), shifted * -2)
-            near = (~(scores > bound)).nonzero()[:, 0]
+            near = ~(scores > bound)
+            if count is not None:
+                assert self._turns is not None
+                near &= self._turns[start : start + _CHUNK] < count
+            near = near.nonzero()[:, 0]
             measured, order = measure(self._keys, query[None], near[None] + start)
             distances.append(measured[0, :k])
             positions.append(order[0, :k])
-        nearest, chosen = torch.cat(distances).sort(stable=True)  # chunks come by position, so ties stay in order
-        return nearest[:k], torch.cat(positions)[chosen[:k]]
+        nearest, chosen = torch.cat([*distances, missing[0]]).sort(
+            stable=True
+        )  # chunks come by position, so ties stay in order
+        return nearest[:k], torch.cat([*positions, missing[1]])[chosen[:k]]
 
 
 def _blocks(queries: Tensor, wanted: int) -> tuple[int, int]:

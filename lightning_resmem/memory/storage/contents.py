@@ -37,6 +37,8 @@ def check_contents(path: str | os.PathLike[str], task: Task, values: Values, ten
         if lowest < 0 or highest >= values.num_outputs:
             bad = int(lowest if lowest < 0 else highest)
             raise _impossible(path, f"values.num_outputs is {values.num_outputs}, the files hold class {bad} ({label})")
+    if "times" in tensors and any(bool(block.isnan().any()) for block in _blocks(tensors["times"])):
+        raise _impossible(path, "times holds NaN")
     for name in ("keys", *values.names):
         if name in labels:
             continue

@@ -12,9 +12,10 @@ from lightning_resmem.errors import StorageError
 
 MANIFEST = "manifest.json"
 FORMAT = "lightning_resmem"
-VERSION = 2
-# The first version had no checksum of the manifest, and files named `keys.safetensors`.
-_READABLE = (1, 2)
+VERSION, DATED_VERSION = 2, 3
+# The first version had no checksum of the manifest, and files named `keys.safetensors`. The third has times of rows,
+# without which a release that does not know them would answer from the future.
+_READABLE = (1, 2, 3)
 
 # What is read at most: the manifests of real memories have a few KiB.
 MOST_BYTES = 2**24
@@ -49,7 +50,8 @@ def named(name: str, sha256: str, suffix: str) -> str:
 
 def dumped(document: Mapping[str, Any]) -> bytes:
     """A manifest as it is stored."""
-    whole = {"format": FORMAT, "version": VERSION, **document}
+    version = DATED_VERSION if "times" in document.get("tensors", {}) else VERSION
+    whole = {"format": FORMAT, "version": version, **document}
     return (json.dumps({**whole, "sha256": _checksum(whole)}, indent=2, allow_nan=False) + "\n").encode()
 
 

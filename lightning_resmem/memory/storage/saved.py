@@ -56,8 +56,14 @@ class Saved:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Keys, ids and what `values` holds, by name; all of one length."""
+        """Keys, ids, times if rows have any, and what `values` holds, by name; all of one length."""
         return self.files.tensors
+
+    @property
+    def rows(self) -> dict[str, Tensor]:
+        """Of the tensors those that this release knows."""
+        names = {"keys", "ids", "times", *self.values.names}
+        return {name: tensor for name, tensor in self.tensors.items() if name in names}
 
     def verify(self) -> None:
         """Check what mapping left out: checksums, and that the contents are possible.
@@ -156,20 +162,23 @@ def manifest(
 
 def _check_tensors(directory: str | os.PathLike[str], rows: int, values: Values, tensors: dict[str, Tensor]) -> None:
     """Raise an error unless all tensors are there, with the shapes that the manifest stands for."""
-    names = ("keys", "ids", *values.names)
+    names = ["keys", "ids", *values.names]
     missing = [f"tensors.{name}" for name in names if name not in tensors]
     if missing:
         raise disk.damaged(directory, f"{', '.join(missing)} is missing")
-    lengths = {name: len(tensors[name]) for name in names}
+    dated = ["times"] if "times" in tensors else []
+    lengths = {name: len(tensors[name]) for name in (*names, *dated)}
     if not rows or set(lengths.values()) != {rows}:
         raise StorageError(f"{directory} is damaged: the manifest says {rows} rows, the files hold {lengths}.")
     floats, whole = (torch.float32, torch.float16, torch.bfloat16), (torch.int64, torch.int32, torch.int16)
     labels = values.labels if isinstance(values.task, Multiclass) else ()
-    for name, kinds in {"keys": floats, "ids": whole[:1], **dict.fromkeys(labels, whole)}.items():
+    wanted = {"keys": floats, "ids": whole[:1], **dict.fromkeys(dated, (torch.float64,))}
+    for name, kinds in {**wanted, **dict.fromkeys(labels, whole)}.items():
         if tensors[name].dtype not in kinds:
             raise disk.damaged(directory, f"tensors.{name}.dtype is {tensors[name].dtype}")
     width = tensors["keys"].shape[-1]
-    for name, shape in {"keys": (rows, width), "ids": (rows,), **values.shapes(rows)}.items():
+    shapes = {"keys": (rows, width), "ids": (rows,), **dict.fromkeys(dated, (rows, 2))}
+    for name, shape in {**shapes, **values.shapes(rows)}.items():
         if tensors[name].shape != shape:
             raise disk.damaged(
                 directory,
