@@ -11,6 +11,7 @@ import fsspec
 import torch
 
 from lightning_resmem.errors import InputError
+from lightning_resmem.memory.metric import Metric
 from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.memory.values.dense import DenseConfig
 from lightning_resmem.memory.values.sparse import SparseConfig
@@ -43,6 +44,7 @@ class PoolConfig:
     replicas: int
     on_shard_loss: Literal["raise", "partial"]
     half_copy: bool = True
+    metric: Metric = "euclidean"
     detached: bool = False
 
     def __post_init__(self) -> None:

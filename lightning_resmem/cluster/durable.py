@@ -15,6 +15,7 @@ from lightning_resmem.cluster.config import PoolConfig
 from lightning_resmem.cluster.journal import Entry, Journal
 from lightning_resmem.errors import InputError, ResMemError, StaleMemoryError, StorageError
 from lightning_resmem.memory.local import LocalMemory
+from lightning_resmem.memory.metric import KeyMap
 from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.params import ResMemParams
 
@@ -189,6 +190,8 @@ class DurableMemory:
             memory.put_back(self.undo.rows)
         elif operation == "withdraw":
             pass  # the change has not arrived, and its key is now that of one that was made
+        elif operation == "measure":
+            memory.measure_with(KeyMap(**tensors))
         elif operation == "describe":
             # Kept and given back, never read: what the params and the provenance of the whole memory are.
             memory.provenance["about"] = tensors["about"].numpy().tobytes().decode()

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.cluster.client import ShardClient
+from lightning_resmem.cluster.measuring import map_of
 from lightning_resmem.errors import EmptyMemoryError
+from lightning_resmem.memory.storage.saved import map_tensors
 from lightning_resmem.memory.storage.tensor_file import Streamed
 
 # Bytes that are read from a shard or a file at once.
@@ -34,10 +36,11 @@ def to_files(shards: ShardClient) -> dict[str, Tensor | Streamed]:
             for start in range(0, len(own), step):
                 yield own[start : start + step], shards.rows(shard, start, start + step, [name], versions[shard])[name]
 
-    return {
+    rows = {
         name: ids if name == "ids" else Streamed((len(ids), *row.shape[1:]), row.dtype, partial(parts, name))
         for name, row in sample.items()
     }
+    return rows | map_tensors(map_of(shards))
 
 
 def in_parts(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:

@@ -21,6 +21,7 @@ from lightning_resmem.functional import neighbor_weights
 from lightning_resmem.memory.answers import Neighbors, Sums
 from lightning_resmem.memory.capacity import sample_of
 from lightning_resmem.memory.checks import as_ids, checked_changes, checked_rows, checked_search, repeated
+from lightning_resmem.memory.metric import Metric
 from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.memory.storage import disk
 from lightning_resmem.memory.storage.saved import Saved, manifest, read_saved
@@ -53,6 +54,7 @@ class RayMemory(ShardedMemory):
         values: As for `LocalMemory`.
         key_dtype: As for `LocalMemory`.
         half_copy: As for `LocalMemory`.
+        metric: As for `LocalMemory`; measured from the rows of all shards.
         address: Of the cluster; None finds a running one, or starts one on a single machine.
         namespace: Ray namespace of the actors.
         name: Keeps the actors when this process ends, for `RayMemory.connect(name)`, until `shutdown()`. By default
@@ -87,6 +89,7 @@ class RayMemory(ShardedMemory):
         key_dtype: torch.dtype = torch.float32,
         *,
         half_copy: bool = True,
+        metric: Metric = "euclidean",
         address: str | None = None,
         namespace: str = "lightning-resmem",
         name: str | None = None,
@@ -106,6 +109,7 @@ class RayMemory(ShardedMemory):
             values=values,
             key_dtype=key_dtype,
             half_copy=half_copy,
+            metric=metric,
             namespace=namespace,
             name=name,
             cpus_per_shard=cpus_per_shard,
@@ -289,7 +293,7 @@ class RayMemory(ShardedMemory):
             StorageError: As for `load`.
         """
         options = {"address": self._shards.address, **self._shards.config.arguments()}
-        given = [options.pop(name) for name in ("num_shards", "task", "index", "values", "key_dtype")]
+        given = [options.pop(name) for name in ("num_shards", "task", "index", "values", "key_dtype", "metric")]
         first = ranks.alone if group is None else partial(ranks.on_rank_zero, group=group)
         with read_saved(directory, mmap=True) as saved:
             memory = self._made_for(saved, given[0], options)
@@ -303,8 +307,8 @@ class RayMemory(ShardedMemory):
     @classmethod
     def _made_for(cls, saved: Saved, num_shards: int, options: dict[str, Any]) -> "RayMemory":
         """A memory without rows that can take those of a saved one."""
-        dtype = saved.tensors["keys"].dtype
-        memory = cls(num_shards, saved.task, saved.params, saved.index, saved.config, dtype, **options)
+        kept = {"key_dtype": saved.tensors["keys"].dtype, "metric": saved.metric}
+        memory = cls(num_shards, saved.task, saved.params, saved.index, saved.config, **kept, **options)
         memory.provenance, memory.tunable = saved.provenance, saved.tunable
         return memory
 
@@ -341,8 +345,3 @@ class RayMemory(ShardedMemory):
         if about is not None:
             memory._params, memory.tunable, memory.provenance = about
         return memory
-
-    def shutdown(self) -> None:
-        """End the actors and delete what they kept, for all processes that use them. What was saved stays."""
-        self._shards.close()
-        self._reset()

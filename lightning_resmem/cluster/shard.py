@@ -21,6 +21,7 @@ from lightning_resmem.cluster.meters import Meters
 from lightning_resmem.memory.capacity import available_bytes
 from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.memory.locks import ReadWriteLock
+from lightning_resmem.memory.metric import KeyMap
 from lightning_resmem.memory.search import faiss_search
 from lightning_resmem.memory.search.faiss_index import FaissIndex
 
@@ -64,8 +65,8 @@ class Shard:
 
         Args:
             key: Unique to the change.
-            operation: `add`, `withdraw` (of an `add`), `remove`, `update`, `restore` (of either), `describe` or
-                `clear`.
+            operation: `add`, `withdraw` (of an `add`), `remove`, `update`, `restore` (of either), `measure`, `describe`
+                or `clear`.
             data: Its tensors, as a safetensors file.
             known: The last change that the caller knows of.
             filling: Which rows the caller knows of.
@@ -198,7 +199,8 @@ class Shard:
                 return np.empty((0, 0), np.float32)
             chosen = torch.randperm(len(memory), generator=torch.Generator().manual_seed(self._shard))[:count]
             keys = memory.stored(chosen.sort().values.to(memory.device))["keys"]
-            return keys.float().cpu().numpy()
+            compared = keys if memory.key_map is None else memory.key_map(keys)
+            return compared.float().cpu().numpy()
 
     def sample_size(self, config: FaissIndex) -> int:
         """How many keys an index is trained on."""
@@ -212,6 +214,20 @@ class Shard:
         """What `build` was called with."""
         with self._reading(known, filling) as memory:
             return memory.wanted_index
+
+    def moments(self, known: int, filling: str | None = None) -> bytes:
+        """Of its rows, for a map of the keys of all shards; nothing if it has none."""
+        with self._asking(known):
+            self._rows.check_filling(filling)
+            memory = self._rows.memory
+            return _packed(memory.moments()._asdict()) if len(memory) else b""
+
+    def key_map(self, known: int, filling: str | None = None) -> bytes:
+        """What it maps keys by before they are compared; nothing if it does not."""
+        with self._asking(known):
+            self._rows.check_filling(filling)
+            found = self._rows.memory.key_map
+            return b"" if found is None else _packed(found._asdict())
 
     def changes(self) -> tuple[int, set[str], Undo | None]:
         """The number of the last change, the keys of all, and what takes back the last one."""
@@ -278,6 +294,8 @@ class Shard:
             stored = ray.get(peer.stored.remote(start, start + _COPIED_ROWS, (), "", number), timeout=_COPY_SECONDS)
             memory.add_stored(safetensors.torch.load(stored), state["outputs"])
         memory.provenance = {name: state[name] for name in ("about", "filling", "version")}
+        if key_map := ray.get(peer.key_map.remote(number), timeout=_COPY_SECONDS):
+            memory.measure_with(KeyMap(**safetensors.torch.load(key_map)))
         if len(memory):
             memory.build_with(*ray.get(peer.index.remote(number), timeout=_COPY_SECONDS))
         with self._lock.writing():

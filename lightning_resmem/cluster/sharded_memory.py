@@ -12,6 +12,7 @@ from lightning_resmem.cluster.about import About, about_of
 from lightning_resmem.cluster.client import BYTES_UNDERWAY, ShardClient
 from lightning_resmem.cluster.config import PoolConfig
 from lightning_resmem.cluster.files import in_parts
+from lightning_resmem.cluster.measuring import measure_alike
 from lightning_resmem.errors import EmptyMemoryError, InputError, ShardUnavailableError, StorageError
 from lightning_resmem.memory.checks import as_ids
 from lightning_resmem.memory.interface import ResidualMemory
@@ -28,9 +29,9 @@ _EMPTY = "The memory is empty: add(embeddings, outputs, targets) before it is us
 class ShardedMemory(ResidualMemory):
     """A memory in shards, without a way to put rows in or to ask for any: `RayMemory` adds those.
 
-    Methods, by what they are for. The shards: `shards`, `build`, `build_shards`, `clear`. What this process knows of
-    them: `shape`, `num_outputs`, `device`, `learn`, `agree`. The ranks of a job: `join`, `gather`, `publish`. Before
-    there are rows: `rehearse`, `estimate_bytes`.
+    Methods, by what they are for. The shards: `shards`, `build`, `build_shards`, `clear`, `shutdown`. What this process
+    knows of them: `shape`, `num_outputs`, `device`, `learn`, `agree`. The ranks of a job: `join`, `gather`, `publish`.
+    Before there are rows: `rehearse`, `estimate_bytes`.
 
     Args:
         config: What the pool is made with, when it is needed.
@@ -42,7 +43,13 @@ class ShardedMemory(ResidualMemory):
         super().__init__(config.task, params)
         # Checks what a shard is made with, and knows what it will keep.
         self._template = LocalMemory(
-            config.task, params, config.index, config.values, config.key_dtype, half_copy=config.half_copy
+            config.task,
+            params,
+            config.index,
+            config.values,
+            config.key_dtype,
+            half_copy=config.half_copy,
+            metric=config.metric,
         )
         self._shards = ShardClient(config, address)
         self._shape: tuple[int, int] | None = None
@@ -80,6 +87,11 @@ class ShardedMemory(ResidualMemory):
                 self._shards.close()
         self._reset()
 
+    def shutdown(self) -> None:
+        """End the actors and delete what they kept, for all processes that use them. What was saved stays."""
+        self._shards.close()
+        self._reset()
+
     # -- the shards together, and what a process knows of them
 
     @property
@@ -107,6 +119,8 @@ class ShardedMemory(ResidualMemory):
         from lightning_resmem.cluster.building import build
 
         self.publish()
+        if self._shards.config.metric == "within_class":
+            measure_alike(self._shards)
         states = build(self._shards.pool, self._shards.config.index, self.show_progress)
         if not any(state["rows"] for (state, *_) in states):
             raise EmptyMemoryError(_EMPTY)
@@ -206,6 +220,8 @@ class ShardedMemory(ResidualMemory):
         saved.verify()
         for rows in in_parts(saved.rows):
             self._send_rows(rows, saved.values.num_outputs)
+        if saved.key_map is not None:
+            self._shards.send_all("measure", saved.key_map._asdict())
 
     def _send(self, operation: str, rows: dict[str, Tensor], extra: dict[str, Tensor] | None = None) -> None:
         self._shards.send(operation, rows, extra)

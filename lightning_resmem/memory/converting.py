@@ -37,7 +37,7 @@ def converted(sources: Sequence[Saved], kept: Kept, renumber: bool = False) -> L
     """One memory with the rows of saved ones, which all have the same base.
 
     Args:
-        sources: Params and provenance are those of the first.
+        sources: Params, provenance and metric are those of the first.
         kept: How the rows are kept, by default as the first keeps them.
         renumber: Move the ids of each behind those of the one before, where they are rows of different data sets.
 
@@ -53,7 +53,10 @@ def converted(sources: Sequence[Saved], kept: Kept, renumber: bool = False) -> L
         kept.index or first.index,
         kept.values or first.config,
         kept.key_dtype or first.tensors["keys"].dtype,
+        metric=first.metric,
     )
+    if first.key_map is not None:  # distances stay what they are
+        memory.measure_with(first.key_map)
     memory.provenance, memory.tunable = dict(first.provenance), first.tunable
     memory.reserve(sum(len(source.tensors["ids"]) for source in sources))
     for source in sources[1:]:
@@ -81,9 +84,9 @@ def _take(memory: LocalMemory, source: Saved, rows: dict[str, Tensor]) -> None:
 
 
 def _chunks(source: Saved) -> Iterator[dict[str, Tensor]]:
-    step = max(1, _CHUNK_BYTES // max(1, sum(tensor[:1].nbytes for tensor in source.tensors.values())))
+    step = max(1, _CHUNK_BYTES // max(1, sum(tensor[:1].nbytes for tensor in source.rows.values())))
     for start in range(0, len(source.tensors["ids"]), step):
-        yield {name: tensor[start : start + step] for name, tensor in source.tensors.items()}
+        yield {name: tensor[start : start + step] for name, tensor in source.rows.items()}
 
 
 def _check_belongs(first: Saved, other: Saved) -> None:

@@ -15,12 +15,13 @@ from lightning_resmem.memory.checks import as_compared, as_ids, checked_changes,
 from lightning_resmem.memory.exchange import all_gather_rows
 from lightning_resmem.memory.local_config import LocalConfig
 from lightning_resmem.memory.locks import exclusive
+from lightning_resmem.memory.metric import Metric
 from lightning_resmem.memory.part import PartMemory
 from lightning_resmem.memory.rows import Rows
 from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.memory.search.faiss_search import FILE, FaissSearch
 from lightning_resmem.memory.storage import disk
-from lightning_resmem.memory.storage.saved import Saved, manifest, read_index, read_saved
+from lightning_resmem.memory.storage.saved import Saved, manifest, map_tensors, read_index, read_saved
 from lightning_resmem.memory.times import checked_times
 from lightning_resmem.memory.values.dense import DenseConfig
 from lightning_resmem.memory.values.interface import Values
@@ -45,6 +46,10 @@ class LocalMemory(PartMemory):
         key_dtype: What keys are stored as; `torch.float16` halves their bytes and rounds them to 3 digits.
         half_copy: Whether exact search on a CUDA GPU keeps a copy of the keys in half precision. Without it they are
             rounded at every search, which takes longer.
+        metric: In which space rows are near each other. `"euclidean"` is that of the embeddings. `"within_class"` (for
+            `Multiclass`) whitens them by their covariance within classes, as it is when all rows are there and the
+            memory is first built: later changes of rows leave it, until `clear`. Keys are kept twice then, as they are
+            and in this space, in float32.
 
     Threads may use one at the same time: each answer is that of the memory before or after a change.
 
@@ -68,10 +73,11 @@ class LocalMemory(PartMemory):
         key_dtype: torch.dtype = torch.float32,
         *,
         half_copy: bool = True,
+        metric: Metric = "euclidean",
     ) -> None:
         super().__init__(task, params)
         self.key_dtype = key_dtype
-        self._config = LocalConfig(self.task, index, values, key_dtype, half_copy)
+        self._config = LocalConfig(self.task, index, values, key_dtype, half_copy, metric)
 
     @exclusive
     def clear(self) -> None:
@@ -195,7 +201,7 @@ class LocalMemory(PartMemory):
             return self._rows.values.select(self._positions(ids))
 
     def stats(self) -> dict[str, Any]:
-        """Rows, key width, outputs, bytes, index, values, key_dtype and device, and of which rows they are a sample.
+        """Rows, key width, outputs, bytes, index, values, key_dtype, metric and device, and of which they are a sample.
 
         Bytes are those of keys, values and ids, and of what exact search keeps on a GPU from the first search on.
         """
@@ -203,6 +209,7 @@ class LocalMemory(PartMemory):
             return self._rows.stats() | {
                 "index": self._rows.index_name or self._config.index_name,
                 "key_dtype": str(self.key_dtype).removeprefix("torch."),
+                "metric": self._config.metric if self._rows.key_map is None else "within_class",
                 "device": str(self.device),
                 **sample_of(self.provenance),
             }
@@ -223,7 +230,7 @@ class LocalMemory(PartMemory):
                 self.task, self.params, self.tunable, self.provenance, len(rows), faiss or "exact", rows.values
             )
             extra = {} if faiss is None else {FILE: faiss.save}
-            return disk.write(directory, described, rows.tensors(), extra)
+            return disk.write(directory, described, rows.tensors() | map_tensors(rows.key_map), extra)
 
     @classmethod
     def load(
@@ -249,13 +256,16 @@ class LocalMemory(PartMemory):
     @classmethod
     def of_saved(cls, saved: Saved, device: str | torch.device = "cpu") -> "LocalMemory":
         """The memory that was read, on a device."""
-        memory = cls(saved.task, saved.params, saved.index, saved.config, saved.tensors["keys"].dtype)
+        memory = cls(
+            saved.task, saved.params, saved.index, saved.config, saved.tensors["keys"].dtype, metric=saved.metric
+        )
         memory.provenance, memory.tunable = saved.provenance, saved.tunable
         rows = memory._rows
-        rows.replace(saved.tensors, saved.values)
+        rows.replace(saved.rows, saved.values)
+        rows.key_map = saved.key_map
         memory.to(device)
         if isinstance(saved.index, FaissIndex):
-            rows.index = read_index(saved.files, rows.keys.finish(), saved.index)
+            rows.index = read_index(saved.files, rows.compared(), saved.index)
         memory.build()
         return memory
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.errors import InputError
+from lightning_resmem.memory.metric import Metric
 from lightning_resmem.memory.search import faiss_index, groups
 from lightning_resmem.memory.search.exact import ExactIndex
 from lightning_resmem.memory.search.faiss_index import FaissIndex
@@ -33,6 +34,7 @@ class LocalConfig:
         values: As for `LocalMemory`.
         key_dtype: As for `LocalMemory`.
         half_copy: As for `LocalMemory`.
+        metric: As for `LocalMemory`.
         trained: What `faiss_search.train` returned, for an index that shares its centroids with others.
 
     Raises:
@@ -44,6 +46,7 @@ class LocalConfig:
     values: Literal["auto", "dense", "sparse"] | DenseConfig | SparseConfig
     key_dtype: torch.dtype
     half_copy: bool = True
+    metric: Metric = "euclidean"
     trained: bytes | None = None
 
     def __post_init__(self) -> None:
@@ -58,6 +61,13 @@ class LocalConfig:
             raise InputError(f"key_dtype={self.key_dtype!r}: give torch.float32, torch.float16 or torch.bfloat16.")
         if not isinstance(self.half_copy, bool):
             raise InputError(f"half_copy={self.half_copy!r}: give True or False.")
+        if self.metric not in ("euclidean", "within_class"):
+            raise InputError(f'metric={self.metric!r}: give "euclidean" or "within_class".')
+        if self.metric == "within_class" and not isinstance(self.task, Multiclass):
+            raise InputError(
+                'metric="within_class" looks at the keys of each class, and rows of '
+                f"task={type(self.task).__name__}() have no class: leave it out."
+            )
         if isinstance(index, str) and index not in ("auto", "exact"):
             object.__setattr__(self, "index", FaissIndex(index))
 
@@ -127,11 +137,12 @@ class LocalConfig:
 
     def index_bytes(self, rows: int, width: int, device: torch.device) -> int:
         """Bytes of what a search over `N` rows of width `D` keeps on a device, and on a GPU takes, beside the rows."""
+        mapped = 0 if self.metric == "euclidean" else rows * width * torch.float32.itemsize
         if isinstance(self.index, FaissIndex):  # at most about a copy of the keys with links or centroids
-            return rows * (width * 4 + 256)
+            return mapped + rows * (width * 4 + 256)
         if device.type == "cuda":
-            return groups.kept_bytes(rows, width, self.key_dtype, self.half_copy) + groups.WORK_BYTES
-        return rows * 4  # a norm a row
+            return mapped + groups.kept_bytes(rows, width, self.key_dtype, self.half_copy) + groups.WORK_BYTES
+        return mapped + rows * 4  # a norm a row
 
     @property
     def index_name(self) -> str:

@@ -11,6 +11,7 @@ from lightning_resmem.memory.answers import Sums
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.memory.local_config import LocalConfig
 from lightning_resmem.memory.locks import exclusive
+from lightning_resmem.memory.metric import KeyMap, Moments
 from lightning_resmem.memory.rows import Rows
 from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.memory.storage import disk
@@ -24,9 +25,9 @@ class PartMemory(ResidualMemory):
     """Rows in this process, what state they are in, and ways to hand them over as they are stored.
 
     `wanted_index`, `is_built`, `are_dated` and `last_id` say what state it is in, `values_config` what it keeps, and
-    `bytes_on` what that takes; `build_with` builds another index; `has` and `places` find rows by their ids; `stored`
-    and `add_stored` hand rows over, `stored_of` and `put_back` undo an edit; `weighted_sums` takes weights that were
-    made elsewhere.
+    `bytes_on` what that takes; `build_with` builds another index; `key_map`, `moments` and `measure_with` have it compare
+    keys as other parts do; `has` and `places` find rows by their ids; `stored` and `add_stored` hand rows over,
+    `stored_of` and `put_back` undo an edit; `weighted_sums` takes weights that were made elsewhere.
 
     Args:
         task: What a residual is; `Multiclass()` by default.
@@ -74,6 +75,22 @@ class PartMemory(ResidualMemory):
         if not self.is_built:
             with self._lock.writing():
                 self._rows.build(self._config, None if self._params is None else self._params.k)
+
+    @property
+    def key_map(self) -> KeyMap | None:
+        """What keys and queries are mapped by before they are compared, on this device; None if they are not."""
+        return self._rows.key_map
+
+    @exclusive
+    def moments(self) -> Moments:
+        """What a map of the keys of several parts is fitted from: see `metric.within_class`."""
+        self._rows.settle()
+        return self._rows.moments()
+
+    @exclusive
+    def measure_with(self, key_map: KeyMap) -> None:
+        """Map keys and queries before they are compared, from now on and until `clear`."""
+        self._rows.measure_with(key_map)
 
     @exclusive
     def build_with(self, index: str | FaissIndex, trained: bytes | None = None) -> None:

@@ -12,6 +12,7 @@ from lightning_resmem.memory.answers import Neighbors, Sums
 from lightning_resmem.memory.checks import narrowed, repeated
 from lightning_resmem.memory.growing import GrowingTensor
 from lightning_resmem.memory.local_config import LocalConfig
+from lightning_resmem.memory.metric import KeyMap, Moments, moments, within_class
 from lightning_resmem.memory.row_ids import RowIds
 from lightning_resmem.memory.search.exact import ExactIndex
 from lightning_resmem.memory.search.faiss_search import FaissSearch
@@ -32,6 +33,7 @@ class Rows:
         ids: `(N,)`.
         times: When each was asked for and known, `(N, 2)`, or nothing.
         shape: `(D, C)`; None before the first rows.
+        key_map: Of keys and queries before they are compared; None where they are compared as they are.
         index: Finds keys; None where rows have changed since it was built, if it was.
         mapped: Where the rows are mapped from, directory and manifest, if their checksums were not looked at.
     """
@@ -41,6 +43,7 @@ class Rows:
         self.keys, self.ids, self.times = GrowingTensor(), RowIds(), GrowingTensor()
         self._values: Values | None = None
         self.shape: tuple[int, int] | None = None
+        self.key_map: KeyMap | None = None
         self.index: ExactIndex | FaissSearch | None = None
         self._reserved = 0
         self.mapped: tuple[str | os.PathLike[str], dict[str, Any]] | None = None
@@ -149,7 +152,22 @@ class Rows:
             if not len(self):
                 raise EmptyMemoryError("The memory is empty: add(embeddings, outputs, targets) before it is used.")
             self.values.tensors()  # joins them: threads that read change nothing
-            self.index = config.new_index(self.keys.finish(), k, self._available_at())
+            if config.metric == "within_class" and self.key_map is None:
+                self.measure_with(within_class([self.moments()]))
+            self.index = config.new_index(self.compared(), k, self._available_at())
+
+    def moments(self) -> Moments:
+        """What a map of the keys is fitted from."""
+        return moments(self.keys.finish(), self.values.targets, self.values.num_outputs)
+
+    def measure_with(self, key_map: KeyMap) -> None:
+        """Map keys and queries before they are compared."""
+        self.key_map, self.index = key_map.to(self.device), None
+
+    def compared(self) -> Tensor:
+        """The keys `(N, D)` as an index is built of them."""
+        keys = self.keys.finish()
+        return keys if self.key_map is None else self.key_map(keys)
 
     def drop(self, positions: Tensor) -> None:
         """Forget the rows at `positions` `(n,)`."""
@@ -184,6 +202,8 @@ class Rows:
     def to(self, device: torch.device) -> None:
         """Move all rows."""
         self.device, self.index = device, None
+        if self.key_map is not None:
+            self.measure_with(self.key_map)
         if len(self):
             for part in (self.keys, *([self.times] if self.are_dated else [])):
                 part.replace(part.finish().to(device))
@@ -195,6 +215,7 @@ class Rows:
         """The nearest rows of built ones, as `ResidualMemory.search` returns them, for checked queries and `k`."""
         check_asked(asked_at, self.are_dated)
         [own] = moved(self.device, queries)
+        own = own if self.key_map is None else self.key_map(own)
         if asked_at is None:
             assert self.index is not None
             distances, positions = self.index.search(own, min(k, len(self)))
@@ -239,6 +260,8 @@ class Rows:
         if self._values is not None:
             stats["bytes"] = self._values.nbytes() + self.keys.nbytes + self.ids.nbytes + self.times.nbytes
             stats["values"] = self._values.name
+        if self.key_map is not None:
+            stats["bytes"] += len(self) * width * torch.float32.itemsize
         if isinstance(self.index, ExactIndex):
             stats["bytes"] += self.index.nbytes
         if isinstance(self.index, FaissSearch):
@@ -257,7 +280,7 @@ class Rows:
         self.__dict__.update(state)
         index = state["index"]
         if index is not None:
-            keys = self.keys.finish()
+            keys = self.compared()
             is_exact = isinstance(index, bool)
             self.index = (
                 ExactIndex(keys, index, self._available_at()) if is_exact else FaissSearch.unpacked(keys, *index)

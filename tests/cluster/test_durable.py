@@ -9,9 +9,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from lightning_resmem import StaleMemoryError, StorageError
+from lightning_resmem import LocalMemory, ResMemParams, StaleMemoryError, StorageError
 from lightning_resmem.cluster.durable import withdrawal
 from lightning_resmem.cluster.shard import Shard
+from lightning_resmem.memory.metric import KeyMap
 from tests.cluster.test_shard import Peer, check, config, ids, part
 from tests.disks import ext4, mounted
 
@@ -180,3 +181,25 @@ def test_replicas_that_made_the_same_changes_in_another_order_are_of_one_version
     for same in (again, Shard(config(f"{url}/first"), 0, 0)):
         with pytest.raises(StorageError, match="were changed while they were read"):
             same.stored(0, 5, (), version, 4)
+
+
+def test_the_map_of_keys_survives_a_restart_and_goes_to_a_replica(
+    tmp_path: Path, rows: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.get", lambda answer, timeout: answer)  # the other shard is in this process
+    shard, other = (Shard(config(str(tmp_path / "pool")), 0, replica) for replica in range(2))
+    other.apply("a", "add", part(rows, 0, 60), 0)
+    key_map = KeyMap(torch.ones(4).double(), torch.diag(torch.tensor([5.0, 1, 1, 1]).double()))
+    other.apply("b", "measure", safetensors.torch.save(key_map._asdict()), 1)
+    memory = LocalMemory(params=ResMemParams())
+    memory.add(**{**rows, "embeddings": key_map(rows["embeddings"])})
+    memory.remove(rows["ids"][60:])
+    wanted, queries = memory.search(key_map(rows["embeddings"][:5]), 7), rows["embeddings"][:5].numpy()
+    copied = shard.copy_from(Peer(other), 2)
+    restarted = Shard(config(str(tmp_path / "pool")), 0, 1)  # from the journal
+    other.build("exact", None, 2)
+    for each, known in ((shard, copied), (other, 2), (restarted, 2), (Shard(config(str(tmp_path / "pool")), 0, 1), 2)):
+        distances, found = each.search((queries,), 7, known)
+        assert (found.tolist(), distances.tolist()) == (wanted.ids.tolist(), wanted.distances.tolist())
+        keys = torch.from_numpy(each.sample(60).copy())  # what FAISS is trained on
+        assert torch.equal(keys.sort(dim=0).values, memory._query_rows(memory.ids).sort(dim=0).values)

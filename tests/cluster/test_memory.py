@@ -122,6 +122,31 @@ def test_answers_as_the_oracle_and_as_one_memory(memory: RayMemory, data: Data) 
     assert memory.distance_scale() == pytest.approx(one.distance_scale())
 
 
+def test_shards_compare_keys_in_the_space_of_all_rows(
+    two: RayMemory, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(two.shards, "config", replace(two.shards.config, metric="within_class"))
+    first = torch.arange(ROWS - 50)
+    data.add_to(two, first)
+    one = LocalMemory(params=PARAMS, metric="within_class")
+    data.add_to(one, first)
+    one.build()
+    two.build()
+    for memory in (one, two):  # the space stays
+        data.add_to(memory, torch.arange(ROWS - 50, ROWS))
+    two.save(tmp_path)
+    expected = one.search(data.queries, PARAMS.k)
+    assert not torch.equal(expected.ids, local(data).search(data.queries, PARAMS.k).ids)
+    for memory in (two, LocalMemory.load(tmp_path)):
+        found = memory.search(data.queries, PARAMS.k)
+        assert torch.equal(found.ids, expected.ids)
+        torch.testing.assert_close(found.distances, expected.distances)
+    two.clear()
+    with read_saved(tmp_path) as saved:
+        two._take(saved)
+    assert torch.equal(two.search(data.queries, PARAMS.k).ids, expected.ids)
+
+
 def test_queries_on_a_gpu_go_out_and_answers_come_back_as_one_copy_each(two: RayMemory, data: Data) -> None:
     data.add_to(two, torch.arange(ROWS))
     expected = two.search(data.queries, PARAMS.k)

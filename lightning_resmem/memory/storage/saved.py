@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.errors import StorageError
+from lightning_resmem.memory.metric import KeyMap, Metric
 from lightning_resmem.memory.search import faiss_search
 from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.memory.search.faiss_search import FaissSearch
@@ -29,6 +30,9 @@ _log = logging.getLogger("lightning_resmem")
 # What classes are stored as ends there.
 _MOST_OUTPUTS = 2**31
 
+# What the tensors of a map of the keys are called.
+_MAP = {"mean": "map_mean", "matrix": "map_matrix"}
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -43,6 +47,7 @@ class Saved:
         index: How neighbours are found.
         config: The kind of values.
         values: Values of that kind, without rows.
+        key_map: Of keys and queries before they are compared, if there is one.
     """
 
     files: disk.Opened
@@ -53,11 +58,17 @@ class Saved:
     index: str | FaissIndex
     config: DenseConfig | SparseConfig
     values: Values
+    key_map: KeyMap | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Keys, ids, times if rows have any, and what `values` holds, by name; all of one length."""
         return self.files.tensors
+
+    @property
+    def metric(self) -> Metric:
+        """In which space rows are near each other."""
+        return "euclidean" if self.key_map is None else "within_class"
 
     @property
     def rows(self) -> dict[str, Tensor]:
@@ -124,7 +135,8 @@ def _understood(files: disk.Opened) -> Saved:
     except (TypeError, ValueError) as error:
         raise disk.damaged(files.path, str(error).rstrip(".")) from error
     _check_tensors(files.path, rows, values, tensors)
-    return Saved(files, task, params, tunable, provenance, index, config, values)
+    key_map = _read_map(files.path, tensors)
+    return Saved(files, task, params, tunable, provenance, index, config, values, key_map)
 
 
 def read_index(files: disk.Opened, keys: Tensor, config: FaissIndex) -> FaissSearch | None:
@@ -158,6 +170,22 @@ def manifest(
         "values": values.describe(),
         "provenance": provenance,
     }
+
+
+def map_tensors(key_map: KeyMap | None) -> dict[str, Tensor]:
+    """What is saved of a map of the keys; old memories have none."""
+    return {} if key_map is None else {_MAP[name]: part for name, part in key_map._asdict().items()}
+
+
+def _read_map(directory: str | os.PathLike[str], tensors: dict[str, Tensor]) -> KeyMap | None:
+    if not tensors.keys() & set(_MAP.values()):
+        return None
+    width = tensors["keys"].shape[1]
+    for name, shape in zip(_MAP.values(), [(width,), (width, width)], strict=True):
+        found = tensors.get(name)
+        if found is None or found.shape != shape or found.dtype != torch.float64 or not bool(found.isfinite().all()):
+            raise disk.damaged(directory, f"{name} is no map of keys of width {width}")
+    return KeyMap(**{name: tensors[file] for name, file in _MAP.items()})
 
 
 def _check_tensors(directory: str | os.PathLike[str], rows: int, values: Values, tensors: dict[str, Tensor]) -> None:
