@@ -307,8 +307,8 @@ class RayMemory(ShardedMemory):
     @classmethod
     def _made_for(cls, saved: Saved, num_shards: int, options: dict[str, Any]) -> "RayMemory":
         """A memory without rows that can take those of a saved one."""
-        kept = {"key_dtype": saved.tensors["keys"].dtype, "metric": saved.metric}
-        memory = cls(num_shards, saved.task, saved.params, saved.index, saved.config, **kept, **options)
+        dtype, metric = saved.tensors["keys"].dtype, saved.metric
+        memory = cls(num_shards, saved.task, saved.params, saved.index, saved.config, dtype, metric=metric, **options)
         memory.provenance, memory.tunable = saved.provenance, saved.tunable
         return memory
 
