@@ -45,9 +45,10 @@ class Shard:
     machine that is gone) says so instead of answering without them. A repeated request for a change is recognised by
     its key.
 
-    Methods, by what they are for. Changes: `apply`, `build`, `copy_from`, `destroy`. Answers: `search`, `weighted_sums`.
-    Rows: `fetch`, `stored`, `ids`, `has`, `version`. For an index or a map of keys that all shards share: `sample_size`,
-    `sample`, `train`, `index`, `moments`, `key_map`. Its state: `changes`, `state`, `config`, `stats`, `ping`.
+    Methods, by what they are for. Changes: `apply`, `build`, `copy_from`, `destroy`. Answers: `search`,
+    `weighted_sums`. Rows: `fetch`, `stored`, `ids`, `has`, `version`. For what all shards share, an index or a map of
+    keys: `sample_size`, `sample`, `train`, `index`, `moments`, `key_map`. Its state: `changes`, `state`, `config`,
+    `stats`, `ping`.
 
     Args:
         config: Of the pool.
