@@ -25,8 +25,8 @@ class PartMemory(ResidualMemory):
     """Rows in this process, what state they are in, and ways to hand them over as they are stored.
 
     `wanted_index`, `is_built`, `are_dated` and `last_id` say what state it is in, `values_config` what it keeps, and
-    `bytes_on` what that takes; `build_with` builds another index; `key_map`, `moments` and `measure_with` have it compare
-    keys as other parts do; `has` and `places` find rows by their ids; `stored` and `add_stored` hand rows over,
+    `bytes_on` what that takes; `build_with` builds another index; `key_map`, `moments` and `measure_with` have it
+    compare keys as other parts do; `has` and `places` find rows by their ids; `stored` and `add_stored` hand rows over,
     `stored_of` and `put_back` undo an edit; `weighted_sums` takes weights that were made elsewhere.
 
     Args:
