@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.interpreters import server_pid
+
 if TYPE_CHECKING:
     import psutil
 
@@ -160,7 +162,9 @@ def _children() -> list["psutil.Process"]:
     for child in psutil.Process().children(recursive=True):
         try:
             command = " ".join(child.cmdline())
-            if child.status() != psutil.STATUS_ZOMBIE and not any(name in command for name in _TOLERATED_PROCESSES):
+            if child.status() == psutil.STATUS_ZOMBIE or child.pid == server_pid():
+                continue
+            if not any(name in command for name in _TOLERATED_PROCESSES):
                 running.append(child)
         except psutil.NoSuchProcess:
             continue

@@ -2,22 +2,21 @@
 
 import os
 import pickle
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-ROOT = Path(__file__).parents[1]
-GROUP_SECONDS = 30.0  # timeout of the process groups: two interpreters that start together on a busy machine need some
+from tests.interpreters import Finished, run_python
+
+GROUP_SECONDS = 60.0  # timeout of the process groups: an interpreter that starts on a busy machine needs some
+OF_RANKS = ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def free_port() -> int:
@@ -31,36 +30,41 @@ def run_ranks(
     world_size: int,
     directory: Path,
     *args: Any,
-    seconds: float = 90.0,
+    seconds: float = 120.0,
     group_seconds: float = GROUP_SECONDS,
 ) -> list[Any]:
     """Run `function(rank, *args)` on ranks with a process group; what each returned, None where a rank died.
 
-    The processes are forked from a fresh one that has imported the libraries and done nothing else, so `function` is a
-    top-level function of an importable module.
+    `function` is a top-level function of an importable module, which forks of a fresh interpreter find by name.
     """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["lightning.pytorch", "torchmetrics", "rich.progress", "sklearn.datasets", "psutil"])
-    port = free_port()
     directory.mkdir(parents=True, exist_ok=True)
-    ranks = [
-        context.Process(target=_rank, args=(function, rank, world_size, port, group_seconds, directory, args))
-        for rank in range(world_size)
-    ]
+    call = directory / "call.pkl"
+    call.write_bytes(pickle.dumps((function, world_size, free_port(), group_seconds, directory, args)))
+    code = "import sys; from tests.ddp_processes import start_ranks; start_ranks(sys.argv[1], float(sys.argv[2]))"
+    # Ranks have one thread each: more would only fight over the cores.
+    ended = run_python("-c", code, call, seconds, env=os.environ | {"OMP_NUM_THREADS": "1"}, seconds=seconds + 30)
+    print(ended.output)
+    assert ended.code == 0, ended.output[-4000:]
+    files = [directory / f"rank{rank}.pkl" for rank in range(world_size)]
+    return [pickle.loads(file.read_bytes()) if file.exists() else None for file in files]
+
+
+def start_ranks(call: str, seconds: float) -> None:
+    """In a process of its own: start the ranks, and wait for them."""
+    function, world_size, *others = pickle.loads(Path(call).read_bytes())
+    context = mp.get_context("fork")
+    ranks = [context.Process(target=_rank, args=(function, rank, world_size, *others)) for rank in range(world_size)]
     for process in ranks:
         process.start()
     deadline = time.monotonic() + seconds
-    try:
-        for process in ranks:
-            process.join(max(0.0, deadline - time.monotonic()))
-        hanging = [rank for rank, process in enumerate(ranks) if process.is_alive()]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.join()
-    assert not hanging, f"ranks {hanging} were still running after {seconds} s"
-    files = [directory / f"rank{rank}.pkl" for rank in range(world_size)]
-    return [pickle.loads(file.read_bytes()) if file.exists() else None for file in files]
+    for process in ranks:
+        process.join(max(0.0, deadline - time.monotonic()))
+    hanging = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+    for process in ranks:
+        process.kill()
+        process.join()
+    if hanging:
+        raise SystemExit(f"ranks {hanging} were still running after {seconds} s")
 
 
 def _rank(
@@ -92,54 +96,8 @@ def _rank(
         dist.destroy_process_group()
 
 
-class Finished(NamedTuple):
-    """A script that ended: how, what it wrote, and the processes that it left running."""
-
-    code: int
-    output: str
-    seconds: float
-    left: list[int]
-
-
-def run_script(script: Path, *args: object, seconds: float = 90.0) -> Finished:
-    """Run a script as a user does; whatever it started is killed with it."""
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    }
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(
-        [sys.executable, str(script), *map(str, args)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    started = time.monotonic()
-    try:
-        output, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        raise AssertionError(f"{script.name} {args} was still running after {seconds} s:\n{output[-4000:]}") from None
-    took, deadline = time.monotonic() - started, time.monotonic() + 5.0
-    while (left := _processes_of(process.pid)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    return Finished(process.returncode, output, took, left)
-
-
-def _processes_of(process_group: int) -> list[int]:
-    left = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-            except OSError:
-                continue
-            if int(fields[2]) == process_group and fields[0] != "Z":
-                left.append(int(entry.name))
-    return left
+def run_script(script: Path, *args: object, seconds: float = 150.0) -> Finished:
+    """Run a script as a user does who has no ranks yet, and no GPU."""
+    environment = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return run_python(script, *args, env=environment, seconds=seconds)

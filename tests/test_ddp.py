@@ -15,7 +15,7 @@ from tests.ddp_scenarios import TRAIN, Net, rows
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parent / "ddp_script.py"
-WORLD_SIZES = (1, 2, 3, 4)
+WORLD_SIZES = (1, 2, 3)  # with three, one of them has no part of two rows
 Found = dict[int, list[dict[str, Any]]]  # by world size, what each rank found
 
 

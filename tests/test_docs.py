@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.interpreters import Finished, run_python
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "pages").rglob("*.md"))]
 ARCHITECTURE = ROOT / "docs" / "pages" / "architecture.md"
@@ -86,27 +88,20 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-def run_pieces(pieces: list[Piece], page: str, directory: Path) -> subprocess.CompletedProcess[str]:
+def run_pieces(pieces: list[Piece], page: str, directory: Path) -> Finished:
     script = directory / "pieces.json"
     script.write_text(json.dumps([{"page": page, "line": p.line, "source": p.source} for p in pieces]))
     cwd = directory / "cwd"
     cwd.mkdir()
-    env = os.environ | {"WANDB_MODE": "disabled", "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-c", _DRIVER, str(script)],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS_PER_PAGE,
-    )
+    env = os.environ | {"WANDB_MODE": "disabled", "MPLBACKEND": "Agg"}
+    return run_python("-c", _DRIVER, script, cwd=cwd, env=env, seconds=SECONDS_PER_PAGE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if python_of(p)], ids=name_of)
 def test_page_runs(page: Path, tmp_path: Path) -> None:
     done = run_pieces(python_of(page), str(page), tmp_path)
-    assert done.returncode == 0, f"{name_of(page)} does not run:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    assert done.code == 0, f"{name_of(page)} does not run:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "pages" / "index.md"], ids=name_of)
@@ -198,7 +193,7 @@ def test_comments_and_fences_inside_blocks_are_text() -> None:
 def test_pieces_share_a_namespace_and_failures_point_into_the_page(tmp_path: Path) -> None:
     page = "<!-- setup: x = 1 -->\n\n```python\ny = x + 1\n```\n\n```python\nassert y == 2\nassert y == 3\n```\n"
     done = run_pieces(pieces_of(page), "page.md", tmp_path)
-    assert done.returncode == 1
+    assert done.code == 1
     assert 'File "page.md", line 9' in done.stderr
 
 

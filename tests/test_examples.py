@@ -3,12 +3,13 @@
 import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.interpreters import run_python
 
 ROOT = Path(__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -18,11 +19,10 @@ pytestmark = pytest.mark.slow
 
 def run(directory: Path, script: str, *arguments: str, code: int = 0) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "RESMEM_FEATURES"}
-    environment |= {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
-    command = [sys.executable, str(ROOT / "examples" / script), *arguments]
-    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=150)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    environment |= {"COLUMNS": "100"}
+    done = run_python(ROOT / "examples" / script, *arguments, cwd=directory, env=environment)
+    assert done.code == code, done.output
+    return done.output
 
 
 def test_digits(tmp_path):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ddp_processes import ROOT, run_script
+from tests.ddp_processes import run_script
+from tests.interpreters import ROOT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]  # processes start slowly on a busy machine
 
@@ -33,5 +34,5 @@ def test_the_same_accuracy_after_the_death_of_a_node(tmp_path: Path) -> None:
     assert len(tests) == 2
     assert tests[0] == tests[1]
     assert float(tests[0][1]) > 0.9
-    assert ended.output.endswith("The same accuracy.\n")
+    assert ended.stdout.endswith("The same accuracy.\n")
     assert "raylet" not in ended.output

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from examples.digits import MLP, split
 from lightning_resmem import ResMemModule, memorize
-from tests.ddp_processes import ROOT
+from tests.interpreters import ROOT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]  # processes start slowly on a busy machine
 

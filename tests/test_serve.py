@@ -21,7 +21,8 @@ from starlette.testclient import TestClient
 
 from examples.digits import MLP, split
 from lightning_resmem import ResMemModule
-from tests.ddp_processes import ROOT, free_port
+from tests.ddp_processes import free_port
+from tests.interpreters import ROOT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]  # processes start slowly on a busy machine
 

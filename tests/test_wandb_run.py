@@ -2,13 +2,12 @@
 
 import importlib.util
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.interpreters import run_python
 from tests.wandb_records import runs_in
 
 ROOT = Path(__file__).parents[1]
@@ -44,16 +43,10 @@ def test_the_program_takes_every_value_of_the_sweep(parser, name):
 @pytest.mark.slow
 def test_a_trial_of_the_sweep_has_its_metric(tmp_path):
     last = {name: candidates(parameter)[-1] for name, parameter in SWEEP["parameters"].items()} | {"epochs": 2}
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_SILENT": "true", "WANDB_DATA_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), *(f"--{name}={value}" for name, value in last.items())],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    environment = os.environ | {"WANDB_SILENT": "true", "WANDB_DATA_DIR": str(tmp_path)}
+    arguments = [f"--{name}={value}" for name, value in last.items()]
+    done = run_python(PROGRAM, *arguments, cwd=tmp_path, env=environment)
+    assert done.code == 0, done.output
     (run,) = runs_in(tmp_path / "outputs")
     assert run.exit_code == 0
     assert 0.5 < run.summary[SWEEP["metric"]["name"]] <= 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.ddp_processes import ROOT
+from tests.interpreters import ROOT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 

@@ -5,8 +5,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +30,7 @@ from lightning_resmem import (
     StorageError,
 )
 from lightning_resmem.reporting.wandb_report import artifact_name
+from tests.interpreters import run_python
 from tests.models import CallsSelf, Data, ManyLabels, make, memory_for, trainer
 from tests.wandb_records import OfflineRun, runs_in
 
@@ -388,14 +387,8 @@ def test_one_run_is_complete_whatever_the_strategy(strategy, tmp_path):
     script.write_text(SCRIPT)
     home = str(tmp_path / "home")
     wandb_names = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DATA_DIR": home, "WANDB_CACHE_DIR": home}
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), strategy],
-        env={**os.environ, **wandb_names, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=170,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_python(script, tmp_path, strategy, env=os.environ | wandb_names, seconds=170)
+    assert done.code == 0, done.output
     assert "did not take" not in done.stderr
     # Under fork, fit and test are processes, and so runs, of their own.
     runs = runs_in(tmp_path)
