@@ -4,6 +4,7 @@ Run as `python ddp_script.py STRATEGY MODE DIRECTORY`.
 """
 
 import json
+import multiprocessing
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +20,7 @@ from lightning_resmem import ResMemCallback, memorize
 from tests.ddp_processes import GROUP_SECONDS
 from tests.ddp_scenarios import BATCH, TEST, TRAIN, VAL, Arm, Failing, Net, data, quiet, rows, trainer_of
 
-START_METHODS = {"ddp": "popen", "ddp_spawn": "spawn", "ddp_fork": "fork"}
+START_METHODS = {"ddp": "popen", "ddp_spawn": "spawn", "ddp_forkserver": "forkserver", "ddp_fork": "fork"}
 
 
 def strategy_of(name: str) -> Any:
@@ -59,10 +60,11 @@ def main(name: str, mode: str, directory: Path) -> None:
         }
 
     look("fit", callback.module)
-    found["test"] = trainer.test(model, test, verbose=False)[0]
+    if name != "ddp_spawn":  # which takes long to start its processes, and differs from ddp_forkserver in that alone
+        found["test"] = trainer.test(model, test, verbose=False)[0]
     if name == "ddp":
         found["module test"] = trainer_with().test(callback.module, test, verbose=False)[0]
-    if name != "ddp_notebook":  # it has the launcher of ddp_fork
+    if name not in ("ddp_notebook", "ddp_spawn"):  # ddp_notebook has the launcher of ddp_fork
         look("memorize", memorize(trainer_with(), model, loader, DataLoader(data(VAL, 1), BATCH)))
     if name in ("ddp", "ddp_fork"):
         # Other weights, and so another memory, in the same place.
@@ -76,4 +78,5 @@ def main(name: str, mode: str, directory: Path) -> None:
 
 
 if __name__ == "__main__":
+    multiprocessing.set_forkserver_preload(["tests.ddp_scenarios"])
     main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

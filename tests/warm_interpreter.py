@@ -13,6 +13,7 @@ import sys
 from multiprocessing.connection import Connection
 from types import ModuleType
 
+# Not wandb: the directory that it makes when it is imported is deleted by the first fork that ends.
 LOADED = (
     "lightning.pytorch",
     "lightning_resmem.callback",
@@ -23,7 +24,6 @@ LOADED = (
     "torch._dynamo",
     "torch.utils.tensorboard",
     "torchmetrics",
-    "wandb",
 )
 
 

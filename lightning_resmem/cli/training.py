@@ -184,7 +184,9 @@ def run_lightning() -> None:
         @staticmethod
         def subcommands() -> dict[str, set[str]]:
             ours = {name: {"model", "datamodule"} for name in ("memorize", "tune")}
-            return {**LightningCLI.subcommands(), **ours}
+            every = {**LightningCLI.subcommands(), **ours}
+            given = sys.argv[1] if len(sys.argv) > 1 else ""
+            return {given: every[given]} if given in every else every  # to make the options of each takes long
 
         def before_validate(self) -> None:
             _use_saved(self.trainer)

@@ -2,14 +2,13 @@
 
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_resmem import InputError, RayMemory
+from tests.interpreters import run_python
 from tests.memory.test_contract import Data
 
 pytestmark = pytest.mark.slow
@@ -30,7 +29,7 @@ def test_what_is_no_address() -> None:
                 except InputError as error:
                     print(time.monotonic() - started, str(error).replace(chr(10), " "))
         """
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=170, check=True)
+        done = run_python("-c", code, seconds=170)
     for address, line in zip(["nonsense", *addresses], done.stdout.splitlines(), strict=True):
         seconds, said = line.split(maxsplit=1)
         assert f"address={address!r}: no Ray cluster can be joined there" in said
@@ -65,7 +64,7 @@ print(len(memory), "rows")
 
 def test_a_process_that_leaves_ray(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    command = [sys.executable, "-c", _LEAVES_RAY, str(tmp_path)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    ended = run_python("-c", _LEAVES_RAY, tmp_path, env=environment)
+    assert ended.code == 0, ended.output
     assert ended.stdout.count("The shards ended when this process left Ray (ray.shutdown())") == 2
     assert ended.stdout.endswith("0 rows\n")

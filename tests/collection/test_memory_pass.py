@@ -284,10 +284,14 @@ def test_failures_leave_an_empty_memory_and_the_model_as_it_was(loader, options,
 def test_a_pass_needs_no_more_memory_for_more_rows(tmp_path):
     """Rows are handed on as they come; who does not keep them needs no room for them."""
 
+    class Batches(TensorDataset):
+        def __getitems__(self, positions):
+            return [self[positions]]
+
     class Forgets(CallsSelf):
         def on_predict_start(self):
             reading = Pass(self.trainer, self, BatchReader(), Multiclass())
-            loader = DataLoader(TensorDataset(inputs, targets), batch_size=128)
+            loader = DataLoader(Batches(inputs, targets), batch_size=128, collate_fn=lambda batches: batches[0])
             with Peak() as peak:
                 self.rows = reading.run(
                     plan(loader, lambda batch: len(batch[1])), lambda chunk: None, "collecting rows"

@@ -73,21 +73,22 @@ def test_a_copy_of_rows_that_are_not_built(tmp_path) -> None:
 
 
 class _Answers(Dataset):
-    def __init__(self, memory: LocalMemory, queries: torch.Tensor) -> None:
-        self.memory, self.queries = memory, queries
+    def __init__(self, memories: list[LocalMemory], queries: torch.Tensor) -> None:
+        self.memories, self.queries = memories, queries
 
     def __len__(self) -> int:
         return len(self.queries)
 
     def __getitem__(self, row: int) -> torch.Tensor:
-        return self.memory(self.queries[row : row + 1])[0]
+        return torch.stack([memory(self.queries[row : row + 1])[0] for memory in self.memories])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("index", ["exact", FaissIndex("IVF8,Flat", nprobe=8)])
-def test_spawned_workers_of_a_loader(index: object) -> None:
-    memory, queries = _memory(20_000 if index == "exact" else 500, index), torch.randn(6, WIDTH)
-    wanted = memory(queries)
-    memory(torch.randn(300, WIDTH))
-    loader = DataLoader(_Answers(memory, queries), batch_size=3, num_workers=1, multiprocessing_context="spawn")
+def test_spawned_workers_of_a_loader() -> None:
+    memories = [_memory(20_000, "exact"), _memory(500, FaissIndex("IVF8,Flat", nprobe=8))]
+    queries = torch.randn(6, WIDTH)
+    wanted = torch.stack([memory(queries) for memory in memories], dim=1)
+    for memory in memories:
+        memory(torch.randn(300, WIDTH))
+    loader = DataLoader(_Answers(memories, queries), batch_size=3, num_workers=1, multiprocessing_context="spawn")
     torch.testing.assert_close(torch.cat(list(loader)), wanted)

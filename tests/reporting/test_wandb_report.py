@@ -361,19 +361,22 @@ def test_online_the_artifact_is_downloaded(tmp_path, monkeypatch):
 # -- several processes
 
 SCRIPT = """
+import multiprocessing
 import sys
 from pathlib import Path
 import torch
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.strategies import DDPStrategy
 from lightning_resmem import ResMemCallback
 from tests.models import CallsSelf, Data, make, memory_for, trainer
 
 if __name__ == "__main__":
-    root, strategy = Path(sys.argv[1]), sys.argv[2]
+    root, start_method = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
+    multiprocessing.set_forkserver_preload(["tests.models"])
     logger = WandbLogger(project="tests", save_dir=root, id="first", reinit=True)
     run = trainer(root, ResMemCallback(memory_for(CallsSelf), log_memory_artifact=True), logger=logger,
-                  strategy=strategy, devices=2)
+                  strategy=DDPStrategy(start_method=start_method), devices=2)
     model = make(CallsSelf)
     run.fit(model, datamodule=Data())
     run.test(model, datamodule=Data(), verbose=False)
@@ -381,18 +384,18 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "ddp_fork", "ddp_spawn"])
-def test_one_run_is_complete_whatever_the_strategy(strategy, tmp_path):
+@pytest.mark.parametrize("start_method", ["popen", "fork", "forkserver"])
+def test_one_run_is_complete_however_ranks_are_started(start_method, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     home = str(tmp_path / "home")
     wandb_names = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DATA_DIR": home, "WANDB_CACHE_DIR": home}
-    done = run_python(script, tmp_path, strategy, env=os.environ | wandb_names, seconds=170)
+    done = run_python(script, tmp_path, start_method, env=os.environ | wandb_names, seconds=170)
     assert done.code == 0, done.output
     assert "did not take" not in done.stderr
     # Under fork, fit and test are processes, and so runs, of their own.
     runs = runs_in(tmp_path)
-    assert len(runs) == (2 if strategy == "ddp_fork" else 1)
+    assert len(runs) == (2 if start_method == "fork" else 1)
     together = {name for run in runs for name in run.last()}
     assert {"resmem/rows", "resmem/k", "test/acc_resmem", "test/scores.path"} <= together
     assert sum("resmem/rows" in logged for run in runs for logged in run.history) == 1, "one rank logs"
