@@ -18,8 +18,8 @@ comma := ,
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 21
 
-demo: $(DEMO) ## a network before and after ResMem, on real data that ships with scikit-learn
-	$(BIN)/python examples/digits.py
+demo: $(DEMO) ## what diamonds cost, by a network before and after ResMem: real data that ships with a package
+	$(BIN)/python examples/diamonds.py
 
 lint: $(FULL) ## lint, format check, types, and which way imports go
 	$(BIN)/ruff check
@@ -88,5 +88,6 @@ $(FULL): pyproject.toml constraints.txt | $(BIN)/python
 
 # Less to install, so that the demo starts sooner; a full install counts as this one too.
 $(DEMO): pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP_INSTALL) -e ".[plots]" scikit-learn
+	$(PIP_INSTALL) -e ".[plots]"
+	$(PIP_INSTALL) --no-deps plotnine # for a file of it
 	@touch $@

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from examples import diamonds
 from tests.interpreters import run_python
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +38,20 @@ def test_digits(tmp_path):
 
 def test_digits_refuses_nonsense(tmp_path):
     assert "at least 1" in run(tmp_path, "digits.py", "--seeds", "0", code=2)
+
+
+def test_diamonds(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    picture = tmp_path / "outputs" / "diamonds.png"
+    diamonds.main(["--seeds", "2", "--epochs", "2", "--hidden", "16", "--rows", "5000", "--plot", str(picture)])
+    printed = capsys.readouterr().out
+    assert "Trainer(callbacks=[resmem])" in printed.split("Root mean squared error")[0]
+    numbers = re.search(r"mean\W+([\d.]+)\W+([\d.]+)\W+([\d.]+)\W+?(-?[\d.]+)%", printed)
+    base, knn, resmem, below = map(float, numbers.groups())
+    assert 300 < resmem <= min(base, 2000)
+    assert 300 < knn < 2000
+    assert 100 * (1 - resmem / base) == pytest.approx(below, abs=1)
+    assert picture.read_bytes().startswith(PNG)
 
 
 def test_label_errors(tmp_path):
