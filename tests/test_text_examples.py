@@ -1,0 +1,69 @@
+"""The examples with text run, in this process and at a small size."""
+
+import ast
+import math
+import re
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::lightning_resmem.ResMemWarning")]
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """Runs an example in this process."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield lambda name, *arguments: import_module(name).main(arguments)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("vocabulary", ["256", "300"], ids=["bytes", "pairs"])
+def test_language_model(main, vocabulary, capsys):
+    text = (ROOT / "LICENSE").read_text()
+    small = ("--epochs", "1", "--width", "16", "--tokens", "1300", "--write", "9")
+    main("language_model", "--text", str(ROOT / "LICENSE"), "--vocabulary", vocabulary, *small)
+    printed = capsys.readouterr().out
+    for name in ("base", "knn", "knn_lm", "resmem"):
+        nll, perplexity = map(float, re.search(rf"^ +{name} +([\d.]+) .* ([\d.]+) +[\d.]+ *$", printed, re.M).groups())
+        assert perplexity == pytest.approx(math.exp(nll), rel=0.01)
+    _, behind = printed.split("Behind its next token:")
+    passages = re.findall(r"^(['\"].*) -> (['\"].*) \(distance [\d.]+\)$", behind, re.M)
+    assert len(passages) == 3
+    for passage, following in passages:
+        assert ast.literal_eval(passage) + ast.literal_eval(following) in text
+
+
+def test_docstrings_are_the_text_by_default(main, tmp_path):
+    from language_model import default_text
+
+    text = default_text(3000).read_text()
+    assert len(text) >= 3000
+    assert torch.__doc__.strip()[:40] in text
+
+
+def test_hf_causal_lm(main, tmp_path, capsys):
+    small = ("--tokens", "1280", "--context", "16", "--epochs", "1")
+    (tmp_path / "text.txt").write_text(" the cat sat on " * 80)  # a period is a block
+    main("hf_causal_lm", "--text", "text.txt", *small)
+    printed = capsys.readouterr().out
+    scores = dict(re.findall(r"test/(nll_\w+)\W+([\d.]+)", printed))
+    assert set(scores) == {"nll_base", "nll_knn_lm", "nll_resmem"}
+    assert float(scores["nll_resmem"]) < 0.5 * float(scores["nll_base"])
+    assert "\n the cat sat on" in printed
+
+
+def test_hf_text_classification(main, capsys):
+    main("hf_text_classification", "--texts", "15", "--epochs", "1")
+    printed = capsys.readouterr().out
+    assert "test/acc_resmem" in printed
+    _, behind = printed.split("Behind the answer to")
+    assert len(re.findall(r"^(lightning\.pytorch|numpy|torch|torchmetrics): ", behind, re.M)) == 3
