@@ -6,7 +6,7 @@ import lightning.pytorch as L
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 
 class Forecaster(L.LightningModule):
@@ -21,17 +21,39 @@ class Forecaster(L.LightningModule):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(x))
 
-    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return nn.functional.mse_loss(self(batch[0]), batch[1])
+    def training_step(self, batch: dict[str, Tensor]) -> Tensor:
+        return nn.functional.mse_loss(self(batch["x"]), batch["y"])
 
-    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
-        self.log("val_mse", nn.functional.mse_loss(self(batch[0]), batch[1]))
+    def validation_step(self, batch: dict[str, Tensor]) -> None:
+        self.log("val_mse", nn.functional.mse_loss(self(batch["x"]), batch["y"]))
 
-    def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
-        self.log("test_mse", nn.functional.mse_loss(self(batch[0]), batch[1]))
+    def test_step(self, batch: dict[str, Tensor]) -> None:
+        self.log("test_mse", nn.functional.mse_loss(self(batch["x"]), batch["y"]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=self.hparams.learning_rate)
+
+
+def times(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """When forecasts are asked for, and when it is known what they should have been."""
+    return batch["asked_at"], batch["known_at"]
+
+
+class Windows(Dataset):
+    """Windows of a series `(T,)` or `(T, variables)`, the first of which is at time `start`; targets are flat."""
+
+    def __init__(self, series: Tensor, past: int, horizon: int, start: int = 0) -> None:
+        windows = series.unfold(0, past + horizon, 1)
+        self.x, self.y = windows[..., :past].flatten(1), windows[..., past:].flatten(1)
+        self.asked_at = torch.arange(len(windows)) + start + past - 1
+        self.horizon = horizon
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        asked_at = self.asked_at[row]
+        return {"x": self.x[row], "y": self.y[row], "asked_at": asked_at, "known_at": asked_at + self.horizon}
 
 
 def made_up(hours: int = 3000) -> np.ndarray:
@@ -44,7 +66,7 @@ def made_up(hours: int = 3000) -> np.ndarray:
 class Series(L.LightningDataModule):
     """Windows of a series in the order of time: seven tenths to train on, one to tune on, two to test on.
 
-    Windows of one part share no value with those of another, so nothing of the future is memorized.
+    Windows of one part share no value with those of another, and each knows its time: see `times`.
     """
 
     def __init__(self, file: str | None = None, past: int = 48, horizon: int = 12, batch_size: int = 64) -> None:
@@ -56,11 +78,9 @@ class Series(L.LightningDataModule):
         first, second = len(values) * 7 // 10, len(values) * 8 // 10
         mean, scale = values[:first].mean(), values[:first].std()
         series = torch.tensor((values - mean) / scale, dtype=torch.float32)
-        self.train, self.val, self.test = map(self._windows, (series[:first], series[first:second], series[second:]))
-
-    def _windows(self, series: Tensor) -> TensorDataset:
-        windows = series.unfold(0, self.past + self.horizon, 1)
-        return TensorDataset(windows[:, : self.past], windows[:, self.past :])
+        sizes = self.past, self.horizon
+        self.train = Windows(series[:first], *sizes)
+        self.val, self.test = Windows(series[first:second], *sizes, first), Windows(series[second:], *sizes, second)
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.train, batch_size=self.batch_size, shuffle=True)

@@ -20,6 +20,7 @@ from lightning_resmem.metrics.evaluation import Evaluation
 from lightning_resmem.metrics.reported import UserMetrics, as_collection
 from lightning_resmem.model.batches import BatchReader, ForwardFn, IdsFn, TargetsFn
 from lightning_resmem.model.first_loss import FirstLoss
+from lightning_resmem.model.times import TimesFn
 from lightning_resmem.module import ResMemModule
 from lightning_resmem.progress import shows_progress
 from lightning_resmem.reporting.report import Report
@@ -62,6 +63,8 @@ class ResMemCallback(Callback):
             through its `predict_step`, `validation_step` or `test_step`, with logging switched off.
         ids_fn: `ids_fn(batch)` returns the rows' ids, unique over the training set; by default their positions in the
             dataset. Needed to detect rows that an IterableDataset gives to several ranks.
+        times_fn: `times_fn(batch)` returns when each row is asked for and when its target is known, a pair of `(n,)`:
+            then a query recalls only what was known when it was asked. See the page on series.
         memory_dataloader: The rows to memorize, e.g. without augmentation; by default what a method
             `memory_dataloader()` of the datamodule or the model returns, else those of the training loader. Of a stream
             without a length at most as many rows are read as training has read.
@@ -99,6 +102,7 @@ class ResMemCallback(Callback):
         targets_fn: TargetsFn | None = None,
         forward_fn: ForwardFn | None = None,
         ids_fn: IdsFn | None = None,
+        times_fn: TimesFn | None = None,
         memory_dataloader: Any = None,
         max_rows: int | None = None,
         keep: Literal["uniform", "residual"] = "uniform",
@@ -118,10 +122,8 @@ class ResMemCallback(Callback):
         self.tuning: TuningResult | None = None
         self.evaluations: tuple[Evaluation, ...] = ()
         self._tuner = choose_tuner(tuner, self._memory)
-        self._reader, self._limit = (
-            BatchReader(targets_fn, forward_fn, ids_fn, head, embedding),
-            RowLimit(max_rows, keep),
-        )
+        self._reader = BatchReader(targets_fn, forward_fn, ids_fn, head, embedding, times_fn)
+        self._limit = RowLimit(max_rows, keep)
         self._memory_dataloader, self._weights, self._dirpath = memory_dataloader, weights, dirpath
         self._name, self._route = name, route
         self._report = Report(name, log_memory_artifact)
@@ -159,9 +161,8 @@ class ResMemCallback(Callback):
         if base is None or not len(self._memory):
             raise EmptyMemoryError("Nothing was memorized yet: ResMemCallback.module is there after trainer.fit(...).")
         reader = self._reader
-        return ResMemModule(
-            base, self._memory, targets_fn=reader.targets_fn, forward_fn=reader.forward_fn, metrics=self._metrics
-        )
+        functions = {name: getattr(reader, name) for name in ("targets_fn", "forward_fn", "times_fn")}
+        return ResMemModule(base, self._memory, metrics=self._metrics, **functions)
 
     # -- fit: fill the memory
 
@@ -237,9 +238,11 @@ class ResMemCallback(Callback):
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start(trainer, pl_module, None)
 
-    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         if self._routing is not None:
-            self._routing.start_batch()
+            self._routing.start_batch(batch)
 
     def on_validation_batch_end(
         self,

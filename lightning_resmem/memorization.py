@@ -35,6 +35,7 @@ from lightning_resmem.model.fingerprint import buffer_sums, describe_weights
 from lightning_resmem.model.head import HeadTap
 from lightning_resmem.model.modes import evaluating
 from lightning_resmem.model.placing import device_of
+from lightning_resmem.model.times import TimesFn
 from lightning_resmem.module import ResMemModule
 from lightning_resmem.progress import shows_progress, working
 from lightning_resmem.trainer.job import Job, run_job
@@ -60,6 +61,7 @@ def memorize(
     targets_fn: TargetsFn | None = None,
     forward_fn: ForwardFn | None = None,
     ids_fn: IdsFn | None = None,
+    times_fn: TimesFn | None = None,
     max_rows: int | None = None,
     keep: Literal["uniform", "residual"] = "uniform",
     limit_batches: int | float | None = None,
@@ -87,6 +89,7 @@ def memorize(
         targets_fn: As for `ResMemCallback`.
         forward_fn: As for `ResMemCallback`.
         ids_fn: As for `ResMemCallback`.
+        times_fn: As for `ResMemCallback`.
         max_rows: As for `ResMemCallback`.
         keep: As for `ResMemCallback`.
         limit_batches: Read only so many batches of training rows on each rank. An IterableDataset without a length
@@ -99,12 +102,11 @@ def memorize(
 
     Examples:
         >>> import torch
-        >>> from torch import nn
         >>> from torch.utils.data import DataLoader, TensorDataset
         >>> class Net(L.LightningModule):
         ...     def __init__(self):
         ...         super().__init__()
-        ...         self.fc = nn.Linear(2, 2)
+        ...         self.fc = torch.nn.Linear(2, 2)
         ...     def forward(self, x):
         ...         return self.fc(x)
         >>> rows = DataLoader(TensorDataset(torch.eye(2), torch.tensor([0, 1])))
@@ -118,12 +120,11 @@ def memorize(
     check_memory(memory)
     check_limit(limit_batches)
     check_strategy(trainer.strategy)
-    reader = BatchReader(targets_fn, forward_fn, ids_fn, head, embedding)
-    limit = RowLimit(max_rows, keep)
+    reader, limit = BatchReader(targets_fn, forward_fn, ids_fn, head, embedding, times_fn), RowLimit(max_rows, keep)
     memorizer = Memorizer(memory, choose_tuner(tuner, memory), reader, shows_progress(trainer), limit)
     fill = partial(memorizer.rehearse_and_run, limit_batches=limit_batches)
     memory = run_job(trainer, Job(model, memory, fill, dataloader, val_dataloader), ckpt_path, weights_only)
-    return ResMemModule(model, memory, targets_fn=targets_fn, forward_fn=forward_fn)
+    return ResMemModule(model, memory, targets_fn=targets_fn, forward_fn=forward_fn, times_fn=times_fn)
 
 
 @dataclass(frozen=True)
@@ -312,9 +313,8 @@ class Memorizer:
             if self.tuner is not None:
                 self.tuner.rehearse(task, outputs, targets)
             if metrics is not None:
-                base = task.predict(outputs)
-                seen = Predictions(base, base, base), targets, torch.zeros(len(base))
-                ResMemMetrics(task, base.shape[1], metrics).cpu().update(*seen)
+                seen = Predictions(*[task.predict(outputs)] * 3), targets, torch.zeros(len(outputs))
+                ResMemMetrics(task, outputs.shape[1], metrics).cpu().update(*seen)
 
     def _tune(self, reading: Pass, tuner: Tuner, parts: list[Part]) -> TuningResult | None:
         chunks: list[Chunk] = []
@@ -325,8 +325,8 @@ class Memorizer:
         if not chunks:  # limit_val_batches=0
             return None
         with reading.ranks.together("tuning"), working(reading.show_progress, "tuning"):
-            embeddings, outputs, targets, _ = (torch.cat(column) for column in zip(*chunks, strict=True))
-            return tuner.tune(self.memory, embeddings, outputs, targets, gather=reading.ranks.gather)
+            rows = Chunk(*(torch.cat(column) for column in zip(*chunks, strict=True)))
+            return tuner.tune(self.memory.at(rows.asked_at), *rows[:3], gather=reading.ranks.gather)
 
     def _tune_leave_one_out(self, ranks: Ranks, tuner: Tuner, show_progress: bool) -> TuningResult:
         with ranks.together("tuning"), working(show_progress, "tuning"):

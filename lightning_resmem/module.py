@@ -40,6 +40,7 @@ from lightning_resmem.model.ignored import ignored_labels
 from lightning_resmem.model.modes import evaluation_mode, uncompiled
 from lightning_resmem.model.placing import device_of
 from lightning_resmem.model.sequences import RowReader
+from lightning_resmem.model.times import TimesFn, asked_at
 from lightning_resmem.reporting.wandb_report import download_memory
 from lightning_resmem.trainer.base import configure, set_up
 from lightning_resmem.trainer.save_directory import check_replaceable, kind
@@ -63,6 +64,7 @@ class ResMemModule(L.LightningModule):
         embedding: As for `ResMemCallback`; by default as it was when the memory was filled.
         targets_fn: As for `ResMemCallback`.
         forward_fn: As for `ResMemCallback`.
+        times_fn: As for `ResMemCallback`, of which only when rows are asked for is read.
         metrics: Your own torchmetrics metrics, reported as `{stage}/{name}_base`, `_knn` and `_resmem`; see
             `ResMemMetrics`.
 
@@ -97,6 +99,7 @@ class ResMemModule(L.LightningModule):
         embedding: str | None = None,
         targets_fn: TargetsFn | None = None,
         forward_fn: ForwardFn | None = None,
+        times_fn: TimesFn | None = None,
         metrics: UserMetrics | None = None,
     ) -> None:
         super().__init__()
@@ -109,7 +112,7 @@ class ResMemModule(L.LightningModule):
         known = memory.provenance
         head, embedding = head or known.get("head"), embedding or known.get("embedding")
         channels = known.get("channels") if embedding == known.get("embedding") else None
-        self._reader = BatchReader(targets_fn, forward_fn, head=head, embedding=embedding)
+        self._reader = BatchReader(targets_fn, forward_fn, None, head, embedding, times_fn)
         self._tap = None if head is None else HeadTap(base, head, embedding, channels)
         self._metrics = None if metrics is None else as_collection(metrics, memory.task, memory.num_outputs)
         self._run: Run | None = None
@@ -160,9 +163,9 @@ class ResMemModule(L.LightningModule):
         """
         check_batch(batch)
         with self.memory.reading():
-            shapes = self.memory.task.target_shapes(self.memory.num_outputs)
-            captured = self._captured(self._reader.collate(batch, shapes))
-            return Answer.of(self.memory, *captured).shaped(captured.output)
+            batch = self._reader.collate(batch, self.memory.task.target_shapes(self.memory.num_outputs))
+            captured = self._captured(batch)
+            return Answer.of(self.memory.at(asked_at(self._reader.times_fn, batch)), *captured).shaped(captured.output)
 
     def explain(self, batch: Any, top: int = 5) -> Explanation:
         """Why the predictions for a batch are what they are: the neighbours behind each, and what each of them added.
@@ -185,16 +188,14 @@ class ResMemModule(L.LightningModule):
         with self.memory.reading():
             captured = self._captured(batch)
             known = targets if captured.output.ndim == 2 else None  # of positions it is not told here which count
-            explanation = explain(self.memory, *captured.rows, top, known)
+            explanation = explain(self.memory.at(asked_at(self._reader.times_fn, batch)), *captured.rows, top, known)
         return dataclasses.replace(explanation, images=find_images(batch))
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Score a batch; returns `F(x)`, shape `(B, C)`."""
         return self._evaluate(batch, dataloader_idx)
 
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Score a batch; returns `F(x)`, shape `(B, C)`."""
-        return self._evaluate(batch, dataloader_idx)
+    test_step = validation_step
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """The combined prediction `F(x)` of a batch, shape `(B, C)`."""
@@ -335,7 +336,7 @@ class ResMemModule(L.LightningModule):
             run.answer()
         with self.memory.reading():
             captured = self._captured(batch)
-            answer = Answer.of(self.memory, *captured)
+            answer = Answer.of(self.memory.at(asked_at(self._reader.times_fn, batch)), *captured)
         if run is not None:
             run.score(answer, batch, captured.output.shape, dataloader_idx)
         return answer.shaped(captured.output).resmem

@@ -25,6 +25,7 @@ from lightning_resmem.model.ignored import ignored_labels
 from lightning_resmem.model.modes import eager
 from lightning_resmem.model.placing import device_of
 from lightning_resmem.model.sequences import RowReader
+from lightning_resmem.model.times import asked_at
 
 
 def make_ready(memory: ResidualMemory, model: L.LightningModule, reader: BatchReader, doing: str) -> None:
@@ -74,7 +75,8 @@ class Routing:
         prefix: str | None,
         metrics: UserMetrics | None = None,
     ) -> None:
-        self._memory, self._ranks = memory, Ranks(trainer)
+        self._memory, self._ranks, self._times_fn = memory, Ranks(trainer), reader.times_fn
+        self._asked = memory  # when the batch is
         self._rows = RowReader(reader, model, memory.task, memory.provenance)
         self._why_no_scores: str | None = None
         self._answers: list[Answer] = []  # of this batch, if they are to be scored
@@ -95,8 +97,9 @@ class Routing:
         self._stack.enter_context(eager())
         self._stack.enter_context(self._tap.route(self._combined) if replace else self._tap.capture(self._look))
 
-    def start_batch(self) -> None:
+    def start_batch(self, batch: Any) -> None:
         """Before the model's step."""
+        self._asked = self._memory.at(asked_at(self._times_fn, batch))
         self._tap.clear()
         self._was_asked = False
         self._answers.clear()
@@ -154,12 +157,12 @@ class Routing:
             self._look(captured)
             return self._answers[-1].combined(self._memory.task).reshape(captured.output.shape)
         with self._asking():
-            return Answer.outputs_of(self._memory, captured.embedding.float(), captured.output)
+            return Answer.outputs_of(self._asked, captured.embedding.float(), captured.output)
 
     def _look(self, captured: Captured) -> None:
         with self._asking():
             if self._board is not None:
-                self._answers.append(Answer.of(self._memory, captured.embedding.float(), captured.output))
+                self._answers.append(Answer.of(self._asked, captured.embedding.float(), captured.output))
                 self._shape = captured.output.shape
 
     @contextmanager

@@ -9,7 +9,17 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 from torchmetrics.classification import MulticlassF1Score
 
-from lightning_resmem import GridTuner, InputError, LocalMemory, ResMemCallback, ResMemParams, memorize
+from examples.series_module import Forecaster, Windows, times
+from lightning_resmem import (
+    GridTuner,
+    InputError,
+    LocalMemory,
+    Regression,
+    ResMemCallback,
+    ResMemModule,
+    ResMemParams,
+    memorize,
+)
 from tests.models import (
     ZOO,
     CallsSelf,
@@ -307,3 +317,35 @@ def test_a_balanced_sampler_has_balanced_accuracy_reported(tmp_path):
     assert callback.memory.params == callback.tuning.params
     trainer(tmp_path, callback).fit(model, datamodule=data)
     assert not callback.tuning.balanced.uneven
+
+
+class Predicting(Forecaster):
+    def predict_step(self, batch, batch_idx):
+        return self(batch["x"])
+
+
+def test_rows_with_times_are_recalled_when_they_were_known(tmp_path):
+    """Training windows of all times, test windows in their midst: as a memory for each test window would answer."""
+    series = torch.arange(180.0) % 24 / 24 + 0.1 * torch.randn(180)
+    rows, test = Windows(series, 6, 3), Windows(series[80:110], 6, 3, start=80)
+    params = ResMemParams(k=4, sigma=0.5)
+    callback = ResMemCallback(LocalMemory(Regression(), params, "exact"), times_fn=times)
+    model, runs = Predicting(6, 3, hidden=8), trainer(tmp_path, callback)
+    runs.fit(model, DataLoader(rows, batch_size=64), DataLoader(test))
+    routed = torch.cat(runs.predict(model, DataLoader(test, batch_size=8)))
+    by_module = torch.cat([callback.module.predictions(batch).resmem for batch in DataLoader(test, batch_size=8)])
+    expected = []
+    with torch.no_grad():
+        keys, outputs = model.body(rows.x), model(rows.x)
+        for query, now in zip(test.x, test.asked_at.tolist(), strict=True):
+            known = rows.asked_at + 3 <= now
+            alone = LocalMemory(Regression(), params)
+            alone.add(keys[known], outputs[known], rows.y[known])
+            expected.append(alone.predict(model.body(query[None]), model(query[None])))
+    torch.testing.assert_close(by_module, torch.cat(expected))
+    torch.testing.assert_close(routed, torch.cat(expected))
+    with pytest.raises(InputError, match="times_fn"):
+        ResMemModule(model, callback.memory).predictions(next(iter(DataLoader(test))))
+    again = LocalMemory(Regression())
+    memorize(trainer(tmp_path), model, DataLoader(rows, batch_size=64), DataLoader(test), times_fn=times, memory=again)
+    assert again.at(0).search(keys[:1], 1).ids.item() == -1

@@ -25,12 +25,23 @@ _NAMED_ROWS = 5
 
 
 class Chunk(NamedTuple):
-    """Some rows of a pass: embeddings `(n, D)`, outputs `(n, C)`, targets and ids `(n,)`."""
+    """Some rows of a pass: embeddings `(n, D)`, outputs `(n, C)`, targets, ids `(n,)`, times `(n, 2)` or `(n, 0)`."""
 
     embeddings: Tensor
     outputs: Tensor
     targets: Tensor
     ids: Tensor
+    times: Tensor
+
+    @property
+    def given_times(self) -> Tensor | None:
+        """When rows are asked for and known, `(n, 2)`, if they have times."""
+        return self.times if self.times.shape[1] else None
+
+    @property
+    def asked_at(self) -> Tensor | None:
+        """When rows are asked for, `(n,)`, if they have times."""
+        return None if self.given_times is None else self.times[:, 0]
 
     def unusable(self) -> dict[str, Tensor]:
         """By column: which rows have a NaN or infinite entry there, shape `(n,)`. Columns without such are left out."""

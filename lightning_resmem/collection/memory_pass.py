@@ -28,6 +28,7 @@ from lightning_resmem.model.modes import evaluation_mode
 from lightning_resmem.model.placing import device_of
 from lightning_resmem.model.returned import check_diverged, check_returned
 from lightning_resmem.model.sequences import RowReader, merged
+from lightning_resmem.model.times import read_times
 from lightning_resmem.progress import progress_bar
 from lightning_resmem.tasks import Regression, Task
 
@@ -281,9 +282,14 @@ class Pass:
                 "be the same. Give a targets_fn that returns one target for each row."
             )
         ids = self._reader.ids(batch)
-        chunk = Chunk(*captured, targets.detach(), part.ids(index, first_row, count) if ids is None else ids)
-        padding = 0
+        ids = part.ids(index, first_row, count) if ids is None else ids
+        times_fn = self._reader.times_fn
+        times = ids.new_empty(len(ids), 0) if times_fn is None else read_times(times_fn, batch)
+        chunk, padding = Chunk(*captured, targets.detach(), ids, times), 0
         if kept is not None and positions is not None:
+            if times_fn is not None:
+                raise InputError("times_fn is for rows, and here each position of a sequence is one: leave it out.")
+            chunk = chunk._replace(times=times.new_empty(*kept.shape, 0))
             self.length = max(self.length, kept.shape[1])
             chunk = chunk._replace(ids=token_ids(_of_sequences(chunk.ids, count), positions.to(chunk.ids.device)))
             chunk = chunk.rows(kept)

@@ -98,7 +98,7 @@ class Kept:
             self._ids.append(chunk.ids.cpu())
             self._places.append(places)
         if len(chunk.ids):
-            self._staged.add(*chunk)
+            self._staged.add(*chunk[:4], chunk.given_times)
         if self._most is not None and len(self._ids) > self._most + self._most // 8:
             self._cut(int(self._places.finish().kthvalue(self._most).values))
 

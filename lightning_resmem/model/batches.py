@@ -17,6 +17,7 @@ from torch.utils.data import default_collate
 from torchmetrics import Metric
 
 from lightning_resmem.errors import HeadError, InputError, ResMemError, wrong_type
+from lightning_resmem.model.times import TimesFn
 from lightning_resmem.together import together
 
 # They return what torch.as_tensor takes. Did it say so here, the command line would refuse functions that do not.
@@ -41,9 +42,10 @@ class BatchReader:
     ids_fn: IdsFn | None = None
     head: str | None = None
     embedding: str | None = None
+    times_fn: TimesFn | None = None
 
     def __post_init__(self) -> None:
-        for name in ("targets_fn", "forward_fn", "ids_fn"):
+        for name in ("targets_fn", "forward_fn", "ids_fn", "times_fn"):
             function = getattr(self, name)
             if function is not None and not callable(function):
                 raise InputError(f"{name}={function!r} is not a function of a batch.")

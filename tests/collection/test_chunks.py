@@ -13,7 +13,7 @@ PART = Part([], lambda index, first, count: torch.arange(first, first + count), 
 
 def chunk(first: int, rows: int) -> Chunk:
     ids = torch.arange(first, first + rows)
-    return Chunk(torch.randn(rows, 2), torch.randn(rows, 30), ids % 30, ids)
+    return Chunk(torch.randn(rows, 2), torch.randn(rows, 30), ids % 30, ids, torch.empty(rows, 0))
 
 
 def test_large_batches_are_handed_on_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,8 @@ def rows() -> Chunk:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randperm(ROWS, generator=generator) * (2**63 // ROWS)
     outputs = torch.randn(ROWS, CLASSES, generator=generator)
-    return Chunk(torch.randn(ROWS, 2, generator=generator), outputs, torch.arange(ROWS) % CLASSES, ids)
+    embeddings = torch.randn(ROWS, 2, generator=generator)
+    return Chunk(embeddings, outputs, torch.arange(ROWS) % CLASSES, ids, torch.empty(ROWS, 0))
 
 
 def kept(root, limit: RowLimit, chunk: Chunk, batch: int, memory: LocalMemory | None = None) -> LocalMemory:
@@ -74,7 +75,7 @@ def test_rows_that_the_base_has_most_wrong(batch, tmp_path):
 def test_the_largest_errors_of_a_regression(tmp_path):
     """Whatever the units."""
     errors = torch.arange(1, 101.0) * 1e6
-    chunk = Chunk(torch.randn(100, 2), torch.zeros(100, 1), errors[:, None], torch.arange(100))
+    chunk = Chunk(torch.randn(100, 2), torch.zeros(100, 1), errors[:, None], torch.arange(100), torch.empty(100, 0))
     memory = kept(tmp_path, RowLimit(10, "residual"), chunk, 9, LocalMemory(Regression(), PARAMS))
     assert memory.ids.tolist() == list(range(90, 100))
 

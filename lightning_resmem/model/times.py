@@ -1,0 +1,39 @@
+"""When the rows of a batch are asked for, and when their targets are known."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_resmem.errors import InputError
+
+# It returns two of what torch.as_tensor takes: the command line would refuse functions that do not say so.
+TimesFn = Callable[[Any], Any]
+
+
+def read_times(times_fn: TimesFn, batch: Any) -> Tensor:
+    """When each row of a batch is asked for, and when its target is known: shape `(n, 2)`.
+
+    Raises:
+        InputError: If the function returns something else than a pair of those.
+    """
+    given = times_fn(batch)
+    try:
+        if not isinstance(given, (tuple, list)):
+            raise TypeError
+        asked_at, available_at = map(torch.as_tensor, given)
+        times = torch.stack(torch.broadcast_tensors(asked_at, available_at), dim=-1)
+        if times.ndim != 2:
+            raise ValueError
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(
+            f"times_fn returned a {type(given).__name__} for a batch, expected a pair of tensors (n,): when each row "
+            "is asked for, and when its target is known, as in times_fn=lambda batch: (batch[2], batch[2] + horizon)."
+        ) from None
+    return times
+
+
+def asked_at(times_fn: TimesFn | None, batch: Any) -> Tensor | None:
+    """When each row of a batch is asked for, shape `(n,)`; None where nobody says."""
+    return None if times_fn is None else read_times(times_fn, batch)[:, 0]
