@@ -4,6 +4,8 @@ Those of tests/gpu run on machines that have little beside torch and Lightning: 
 it is, if it is there.
 """
 
+import contextlib
+import glob
 import importlib.util
 import os
 import random
@@ -154,12 +156,33 @@ def _no_threads_left() -> Iterator[None]:
     assert not left, f"the test left threads that keep the interpreter from ending: {left}"
 
 
+def _descendants() -> list["psutil.Process"]:
+    """Processes that this one started, however deep."""
+    import psutil
+
+    if not os.path.exists(f"/proc/self/task/{os.getpid()}/children"):
+        return psutil.Process().children(recursive=True)
+    # Each test asks twice: to read those of all processes of the machine takes longer than most tests.
+    found, parents = [], [os.getpid()]
+    gone = contextlib.suppress(OSError, psutil.NoSuchProcess)
+    while parents:
+        for list_of_thread in glob.glob(f"/proc/{parents.pop()}/task/*/children"):
+            pids: list[int] = []
+            with gone, open(list_of_thread) as file:
+                pids = [*map(int, file.read().split())]
+            parents += pids
+            for pid in pids:
+                with gone:
+                    found.append(psutil.Process(pid))
+    return found
+
+
 def _children() -> list["psutil.Process"]:
-    """Processes that this one started, however deep, except finished ones and tolerated helpers."""
+    """Descendants, except finished ones and tolerated helpers."""
     import psutil
 
     running = []
-    for child in psutil.Process().children(recursive=True):
+    for child in _descendants():
         try:
             command = " ".join(child.cmdline())
             if child.status() == psutil.STATUS_ZOMBIE or child.pid == server_pid():
