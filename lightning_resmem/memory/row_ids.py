@@ -105,10 +105,7 @@ class RowIds:
         """Where ids of any shape are among the sorted ones, -1 for those that are not."""
         if not len(self):
             return torch.full_like(ids, -1)
-        known = self._ids.finish()
-        largest = self._largest
-        if largest is None:  # read once: a GPU would be waited for every time
-            largest = self._largest = int(known[-1])
+        known, largest = self._ids.finish(), self._last()
         if largest == len(known) - 1:  # ids are 0, 1, 2, ...: the position is the id
             return ids.where(ids < len(known), -1)
         if largest >= _TABLE_IDS * len(known):
@@ -120,6 +117,19 @@ class RowIds:
             table[known] = torch.arange(len(known), device=known.device)
             self._table = table
         return table[ids.clamp(-1, len(table) - 1)]  # its last entry is for ids that are too large
+
+    def at(self, positions: Tensor) -> Tensor:
+        """The sorted ids at positions of any shape, -1 for -1. There have to be some."""
+        known = self._ids.finish()
+        if self._last() == len(known) - 1:  # as above
+            return positions
+        return known[positions].masked_fill_(positions < 0, -1)
+
+    def _last(self) -> int:
+        """The largest of the sorted ids, read once: a GPU would be waited for every time."""
+        if self._largest is None:
+            self._largest = int(self._ids.finish()[-1])
+        return self._largest
 
     def known_positions(self, ids: Tensor) -> Tensor:
         """Where ids `(n,)` are among the sorted ones.

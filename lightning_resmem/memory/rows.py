@@ -222,7 +222,7 @@ class Rows:
         else:
             assert isinstance(self.index, ExactIndex)
             distances, positions = self.index.search(own, min(k, len(self)), asked_at.to(self.device))
-        ids = self.ids.finish()[positions.clamp_min(0)].masked_fill_(positions < 0, -1)
+        ids = self.ids.at(positions)
         missing = k - distances.shape[1]
         if missing > 0:
             distances = torch.nn.functional.pad(distances, (0, missing), value=torch.inf)

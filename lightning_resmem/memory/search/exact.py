@@ -59,7 +59,7 @@ class ExactIndex:
         return 0 if self._groups is None else self._groups.nbytes
 
     def search(self, queries: Tensor, k: int, asked_at: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        queries = queries.float()
+        queries = queries.detach().float()
         if not len(queries):
             empty = queries.new_empty(0, k)
             return empty, empty.long()
@@ -67,28 +67,32 @@ class ExactIndex:
             assert self._available_at is not None
             with _full_precision(queries.device):
                 return self._precise.search(queries, k, torch.searchsorted(self._available_at, asked_at, right=True))
+        if self._is_rough and groups.is_worthwhile(queries, self.keys, k):
+            with torch.no_grad():  # nothing that autocast or TF32 would change
+                return self._certified(queries, k, self._grouped.nearest(queries, k))
         rows = _ROWS if queries.device.type == "cpu" else len(queries)
         with _full_precision(queries.device):
             found = [self._search_rows(part, k) for part in queries.split(rows)]
         return torch.cat([distances for distances, _ in found]), torch.cat([positions for _, positions in found])
 
     def _search_rows(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """By half precision, where that is faster; by float32 what it leaves unsure."""
+        """By half precision, where that is faster; by float32 otherwise."""
         found = self._search_roughly(queries, k) if self._is_rough else None
-        if found is None:
-            return self._precise.search(queries, k)
+        return self._precise.search(queries, k) if found is None else self._certified(queries, k, found)
+
+    def _certified(self, queries: Tensor, k: int, found: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Distances and positions `(B, k)`: what was found, and by float32 what is not sure `(B,)`."""
         distances, positions, sure = found
         unsure = (~sure).nonzero()[:, 0]  # the only time that a GPU is waited for
         self._tried += len(queries)
         self._unsure += len(unsure)
         if len(unsure):
-            distances[unsure], positions[unsure] = self._precise.search(queries[unsure], k)
+            with _full_precision(queries.device):
+                distances[unsure], positions[unsure] = self._precise.search(queries[unsure], k)
         return distances, positions
 
     def _search_roughly(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | None:
         """Distances and positions `(B, k)`, and whether they certainly are the nearest `(B,)`; None where not tried."""
-        if groups.is_worthwhile(queries, self.keys, k):
-            return self._grouped.nearest(queries, k)
         wanted = k + k // 4 + 16  # more than enough for nearly all queries
         if not rough.is_worthwhile(queries, self.keys, wanted) or self._precise.scale != 1:
             return None

@@ -5,12 +5,16 @@ import importlib.util
 import logging
 import math
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lightning_resmem.memory.capacity import free_bytes, size
 from lightning_resmem.memory.search.measuring import largest_number
+
+if TYPE_CHECKING:  # there may be no Triton
+    from lightning_resmem.memory.search.kernels import Screen
 
 _log = logging.getLogger("lightning_resmem")
 
@@ -62,7 +66,10 @@ def _works(device: torch.device) -> bool:
         return False
     try:
         keys = torch.arange(1024.0, device=device).view(64, 16)
-        _, positions, sure = Groups(keys, half_copy=True)._nearest(keys[40:42], 1, wanted=2)
+        index, queries = Groups(keys, half_copy=True), keys[40:42]
+        distances, positions = queries.new_empty(2, 1), queries.new_empty(2, 1, dtype=torch.int64)
+        sure = queries.new_empty(2, dtype=torch.bool)
+        index._find(queries, 2, (distances, positions, sure))
         if positions.tolist() != [[40], [41]] or not bool(sure.all()):
             raise ArithmeticError("of 64 keys it does not find the nearest")
         return True
@@ -168,36 +175,36 @@ class Groups:
         wanted = min(_wanted(k), groups) if _has_groups(self._keys, k) else groups
         rows = min(_MINIMA_BYTES // (groups * 2), _DISTANCES_BYTES // (wanted * self._group * 4))
         rows = max(16, rows // 128 * 128)
-        found = [self._nearest(block, k, wanted) for block in queries.contiguous().split(rows)]
-        distances, positions, sure = zip(*found, strict=True)
-        return torch.cat(distances), torch.cat(positions), torch.cat(sure)
+        device, count = queries.device, len(queries)
+        found = (
+            torch.empty(count, k, dtype=torch.float32, device=device),
+            torch.empty(count, k, dtype=torch.int64, device=device),
+            torch.empty(count, dtype=torch.bool, device=device),
+        )
+        queries = queries.contiguous()
+        for start in range(0, count, rows):
+            distances, positions, sure = (part[start : start + rows] for part in found)
+            self._find(queries[start : start + rows], wanted, (distances, positions, sure))
+        return found
 
-    def _nearest(self, queries: Tensor, k: int, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _find(self, queries: Tensor, wanted: int, found: tuple[Tensor, Tensor, Tensor]) -> None:
+        """`nearest` of a block of queries, among the keys of `wanted` groups."""
         kernels, group = _kernels(), self._group
-        groups, reach = self._near_groups(queries, wanted)
+        groups, screen = self._near_groups(queries, wanted)
         measured = kernels.measure_groups(queries, self._keys, groups, group)
-        nearest, columns = measured.topk(min(k + _SPARE, measured.shape[1]), dim=1, largest=False, sorted=False)
-        positions = groups.gather(1, columns // group) * group + columns % group
-        # The bits of numbers that are not negative have their order; behind them come those of the position.
-        order = (nearest.view(torch.int32).long() << 32 | positions).sort(dim=1).values
-        distances, positions = (order >> 32).int().view(torch.float32), order & 0xFFFFFFFF
-        last = distances[:, k - 1]
-        sure = last < reach
-        if distances.shape[1] < measured.shape[1]:
-            sure &= last < distances[:, -1]  # or keys as near as the last may be at lower positions
-        return distances[:, :k], positions[:, :k], sure
+        count = min(found[0].shape[1] + _SPARE, measured.shape[1])
+        distances, columns = measured.topk(count, dim=1, largest=False, sorted=False)
+        candidates = kernels.Candidates(distances, columns, groups, count == measured.shape[1])
+        kernels.take_nearest(candidates, screen, group, found)
 
-    def _near_groups(self, queries: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
-        """Groups `(b, wanted)`, and a distance `(b,)`: no key of the other groups is nearer."""
+    def _near_groups(self, queries: Tensor, wanted: int) -> tuple[Tensor, "Screen | None"]:
+        """Groups `(b, wanted)`, and what is known of the others, if there are any."""
         kernels, count = _kernels(), self._errors.shape[1]
         if wanted == count:
-            every = torch.arange(count, device=queries.device).repeat(len(queries), 1)
-            return every, queries.new_full((len(queries),), torch.inf)
+            return torch.arange(count, device=queries.device).repeat(len(queries), 1), None
         asked = kernels.round_queries(queries, self._center, self._scale, self._typical, self._width)
         limits, groups = self._minima(asked).topk(wanted, dim=1, largest=False, sorted=False)
-        shrunk = limits.amax(dim=1).float() * (1 - 4 * kernels.slack(queries.shape[1]))
-        # Of a limit below zero, or for a query too far away, comes NaN, and nothing is below that.
-        return groups, shrunk.sqrt() / asked[1][4] / self._scale
+        return groups, kernels.Screen(limits, asked[1], 1 - 4 * kernels.slack(queries.shape[1]), 1 / self._scale)
 
     def _minima(self, queries: tuple[Tensor, Tensor]) -> Tensor:
         """What the keys of each group are away at least, as `kernels.group_minima` writes it."""
@@ -248,7 +255,7 @@ class Groups:
 
     def _prepare(self) -> None:
         """Norms and errors of all keys, and the copy if there is one."""
-        slack = 2 * _kernels().slack(self._keys.shape[1])
+        slack = 2 * _kernels().slack(self._keys.shape[1])  # as of products on tensor cores
         room = self._room(0 if self._as_it_is else min(self._chunk, len(self._keys)))
         for start in range(0, len(self._keys), self._chunk):
             rounded, exact = self._rounded(start, room if self._copy is None else self._copy[start:])

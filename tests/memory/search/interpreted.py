@@ -67,7 +67,7 @@ BOUNDARY: dict[str, Callable[[Draw, int, int], Tensor]] = {
 
 @given(
     data=st.sampled_from(sorted(DATA)),
-    rows=st.integers(700, 2500),
+    rows=st.integers(650, 1500),
     width=st.sampled_from([1, 3, 8, 17, 64, 130]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     k=st.integers(1, 20),
@@ -100,7 +100,10 @@ def test_no_key_is_nearer_than_the_minimum_of_its_group(data: str, dtype: torch.
     away = torch.cdist(queries.double(), keys.double(), compute_mode="donot_use_mm_for_euclid_dist")
     nearest = away.unflatten(1, (20, 32)).amin(dim=2)
     assert (minima <= (nearest * index._scale * asked[1][4, :, None].double()).square()).all()
-    chosen, reach = index._near_groups(queries, wanted=4)
+    chosen, screen = index._near_groups(queries, wanted=4)
+    assert screen is not None
+    limits, root = screen.limits.double().amax(dim=1), screen.numbers[4].double()
+    reach = (limits * screen.kept).sqrt() / root * screen.unit
     rest = nearest.scatter(1, chosen.clamp_max(19), torch.inf)
     assert not (rest < reach[:, None]).any()
 
@@ -108,7 +111,7 @@ def test_no_key_is_nearer_than_the_minimum_of_its_group(data: str, dtype: torch.
 @pytest.mark.parametrize("width", [1, 16])
 @pytest.mark.parametrize("data", BOUNDARY)
 def test_what_is_sure_is_right_however_keys_are_rounded(data: str, width: int) -> None:
-    keys = BOUNDARY[data](draw, 1500, width)
+    keys = BOUNDARY[data](draw, 900, width)
     queries = torch.cat([keys[:6], keys[100:106] * (1 + 2.0**-12), torch.full((1, width), 1.5)])
     distances, positions, sure = Groups(keys, half_copy=True).nearest(queries, 3)
     assert sure.dtype == torch.bool
@@ -127,8 +130,8 @@ def test_what_is_sure_is_right_however_keys_are_rounded(data: str, width: int) -
     ],
 )
 def test_ordinary_queries_are_sure(data: str, width: int) -> None:
-    keys = DATA[data](draw, 3000, width)
-    queries = torch.cat([keys[20:23], DATA[data](draw, 3003, width)[3000:]])
+    keys = DATA[data](draw, 1500, width)
+    queries = torch.cat([keys[20:23], DATA[data](draw, 1503, width)[1500:]])
     distances, positions, sure = Groups(keys, half_copy=True).nearest(queries, 5)
     assert sure.all()
     check(keys, queries, (distances, positions), 5)
@@ -165,7 +168,7 @@ def test_of_equal_keys_the_first_are_found() -> None:
 
 
 def test_results_do_not_depend_on_the_division_of_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys, queries = draw.normal(5000, 12), draw.normal(18, 12, seed=1)
+    keys, queries = draw.normal(2600, 12), draw.normal(18, 12, seed=1)
     whole = Groups(keys, half_copy=True).nearest(queries, 6)
     monkeypatch.setattr(groups, "_ROUNDED", 2048 * 16)
     monkeypatch.setattr(groups, "_MINIMA_BYTES", 1)
@@ -179,7 +182,7 @@ def test_the_smallest_and_the_largest() -> None:
     assert ExactIndex(torch.ones(1, 3)).search(torch.zeros(2, 3), 1)[1].tolist() == [[0], [0]]
     none = ExactIndex(draw.normal(2000, 3)).search(torch.empty(0, 3), 4)
     assert none[0].shape == none[1].shape == (0, 4)
-    wide, queries = draw.normal(600, 4096), draw.normal(1, 4096, seed=1)
+    wide, queries = draw.normal(320, 4096), draw.normal(1, 4096, seed=1)
     check(wide, queries, ExactIndex(wide).search(queries, 3), 3)
     keys, queries = draw.normal(3000, 4), draw.normal(1, 4, seed=1)
     distances, positions, sure = Groups(keys, half_copy=True).nearest(queries, 2048)  # among all groups

@@ -14,12 +14,14 @@ from lightning_resmem.memory import following
 from lightning_resmem.memory.local_config import LocalConfig
 from lightning_resmem.memory.search import groups
 
-POINTERS = {"q_ptr": "*fp16", "z_ptr": "*fp16", "out_ptr": "*fp16", "chosen_ptr": "*i64"}
-NUMBERS = {"scale": "fp32", "kept": "fp32"}
+POINTERS = {"q_ptr": "*fp16", "z_ptr": "*fp16", "out_ptr": "*fp16", "limits_ptr": "*fp16", "sure_ptr": "*i1"}
+POINTERS |= dict.fromkeys(("chosen_ptr", "columns_ptr", "groups_ptr", "positions_ptr"), "*i64")
+NUMBERS = {"scale": "fp32", "kept": "fp32", "unit": "fp32"}
 SIZES = {
     "_round_queries": {"D": 20, "W": 24, "BLOCK": 32},
     "_group_minima": {"W": 24, "G": 32, "BB": 16, "BN": 128, "BD": 32, "STAGES": 2},
     "_measure_groups": {"D": 20, "G": 32, "ROWS": 32, "BD": 32},
+    "_take_nearest": {"G": 32, "SCREENED": True, "ALL": False, "OWN": 128, "OTHER": 32},
 }
 
 
