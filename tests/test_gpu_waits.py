@@ -28,6 +28,7 @@ from lightning_resmem.memory.search.exact import ExactIndex
 from lightning_resmem.metrics.answer import Answer
 from lightning_resmem.metrics.scoreboard import Scoreboard
 from lightning_resmem.model.batches import BatchReader
+from lightning_resmem.model.sequences import RowReader
 from lightning_resmem.routing import Routing
 from lightning_resmem.tuning.sweep import Rows, Sweep
 from tests.simulated_gpu import DEVICE, SimulatedGpu, simulated_gpu
@@ -219,3 +220,21 @@ def test_a_routed_step_waits_once(gpu: SimulatedGpu, tmp_path: Path) -> None:
         embedding = torch.tanh(net.body(batch))
         expected = Answer.of(memory, embedding, net.head(embedding)).combined(memory.task)
     assert torch.equal(routed.cpu(), expected.cpu())
+
+
+@pytest.mark.parametrize("own_labels", [False, True], ids=["the inputs are the labels", "labels of their own"])
+def test_targets_of_sequences_wait_once_a_batch(own_labels: bool, gpu: SimulatedGpu) -> None:
+    tokens = torch.randint(0, OUTPUTS, (4, 7))
+    mask = torch.arange(7).expand(4, 7) < torch.tensor([7, 5, 3, 1])[:, None]
+    labels = ((tokens + own_labels) % OUTPUTS).masked_fill(~mask, -100)
+    batch = {"input_ids": tokens, "labels": labels, "attention_mask": mask.long()}
+    expected = RowReader(BatchReader(), Net(), Multiclass()).targets(batch, (4, 7, OUTPUTS))
+    there = {name: part.to(DEVICE) for name, part in batch.items()}
+    reader = RowReader(BatchReader(), Net(), Multiclass())
+    for _ in range(2):
+        gpu.waits.clear()
+        found = reader.targets(there, (4, 7, OUTPUTS))
+        assert len(gpu.waits) <= 1, gpu.waits
+    assert reader.describe() == {"shift": str(int(not own_labels))}
+    for part, wanted in zip(found, expected, strict=True):
+        assert torch.equal(part.cpu(), wanted)

@@ -110,11 +110,13 @@ class RowReader:
         inputs = _inputs(batch)
         if inputs is None or inputs.shape != targets.shape or inputs.is_floating_point() or targets.is_floating_point():
             return False
-        counts = ~torch.isin(targets, targets.new_tensor(sorted(self._ignored)))
-        counts = counts if mask is None else counts & mask
-        if not counts.any():
+        counts = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
+        for label in self._ignored:  # one by one: a tensor of them would have to be sent to a GPU
+            counts = counts & (targets.long() != label)
+        # One look at both, as a GPU is waited for.
+        any_counts, are_inputs = torch.stack([counts.any(), ((targets == inputs) | ~counts).all()]).tolist()
+        if not any_counts:
             return self._shifts is True
-        are_inputs = bool((targets == inputs)[counts].all())
         if self._shifts is None:
             self._shifts = are_inputs
         if self._shifts and not are_inputs:
