@@ -14,7 +14,7 @@ from lightning_resmem.memory.capacity import free_bytes, size
 from lightning_resmem.memory.search.measuring import largest_number
 
 if TYPE_CHECKING:  # there may be no Triton
-    from lightning_resmem.memory.search.kernels import Screen
+    from lightning_resmem.memory.search.certifying import Screen
 
 _log = logging.getLogger("lightning_resmem")
 
@@ -89,6 +89,12 @@ def _kernels() -> ModuleType:
     from lightning_resmem.memory.search import kernels
 
     return kernels
+
+
+def _certifying() -> ModuleType:
+    from lightning_resmem.memory.search import certifying
+
+    return certifying
 
 
 def _wanted(k: int) -> int:
@@ -189,22 +195,22 @@ class Groups:
 
     def _find(self, queries: Tensor, wanted: int, found: tuple[Tensor, Tensor, Tensor]) -> None:
         """`nearest` of a block of queries, among the keys of `wanted` groups."""
-        kernels, group = _kernels(), self._group
+        kernels, certifying, group = _kernels(), _certifying(), self._group
         groups, screen = self._near_groups(queries, wanted)
         measured = kernels.measure_groups(queries, self._keys, groups, group)
         count = min(found[0].shape[1] + _SPARE, measured.shape[1])
         distances, columns = measured.topk(count, dim=1, largest=False, sorted=False)
-        candidates = kernels.Candidates(distances, columns, groups, count == measured.shape[1])
-        kernels.take_nearest(candidates, screen, group, found)
+        candidates = certifying.Candidates(distances, columns, groups, count == measured.shape[1])
+        certifying.take_nearest(candidates, screen, group, found)
 
     def _near_groups(self, queries: Tensor, wanted: int) -> tuple[Tensor, "Screen | None"]:
         """Groups `(b, wanted)`, and what is known of the others, if there are any."""
-        kernels, count = _kernels(), self._errors.shape[1]
+        kernels, certifying, count = _kernels(), _certifying(), self._errors.shape[1]
         if wanted == count:
             return torch.arange(count, device=queries.device).repeat(len(queries), 1), None
         asked = kernels.round_queries(queries, self._center, self._scale, self._typical, self._width)
         limits, groups = self._minima(asked).topk(wanted, dim=1, largest=False, sorted=False)
-        return groups, kernels.Screen(limits, asked[1], 1 - 4 * kernels.slack(queries.shape[1]), 1 / self._scale)
+        return groups, certifying.Screen(limits, asked[1], 1 - 4 * kernels.slack(queries.shape[1]), 1 / self._scale)
 
     def _minima(self, queries: tuple[Tensor, Tensor]) -> Tensor:
         """What the keys of each group are away at least, as `kernels.group_minima` writes it."""
