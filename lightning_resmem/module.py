@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor
 
+from lightning_resmem.answering import Answering
 from lightning_resmem.collection.loaders import evaluation_loaders
 from lightning_resmem.collection.ranks import Ranks
 from lightning_resmem.errors import InputError, check_type
@@ -32,12 +34,10 @@ from lightning_resmem.model.batches import (
     TargetsFn,
     borrow_transfer_hooks,
     check_batch,
-    has_forward,
 )
 from lightning_resmem.model.fingerprint import describe_weights
-from lightning_resmem.model.head import Captured, HeadTap
 from lightning_resmem.model.ignored import ignored_labels
-from lightning_resmem.model.modes import evaluation_mode, uncompiled
+from lightning_resmem.model.modes import uncompiled
 from lightning_resmem.model.placing import device_of
 from lightning_resmem.model.sequences import RowReader
 from lightning_resmem.model.times import TimesFn, asked_at
@@ -54,8 +54,8 @@ class ResMemModule(L.LightningModule):
     is always run in evaluation mode. Threads may call one at the same time, also while another changes the memory: each
     answer is that of before or after.
 
-    Methods for users are `forward`, `predictions`, `explain`, `save`, `load` and `from_wandb`; the others are
-    Lightning's hooks and steps, which a trainer calls.
+    Methods for users are `forward`, `combined`, `predictions`, `explain`, `save`, `load` and `from_wandb`; the others
+    are Lightning's hooks and steps, which a trainer calls.
 
     Args:
         base: The trained model.
@@ -113,7 +113,7 @@ class ResMemModule(L.LightningModule):
         head, embedding = head or known.get("head"), embedding or known.get("embedding")
         channels = known.get("channels") if embedding == known.get("embedding") else None
         self._reader = BatchReader(targets_fn, forward_fn, None, head, embedding, times_fn)
-        self._tap = None if head is None else HeadTap(base, head, embedding, channels)
+        self._answering = Answering(base, memory, self._watch, self._reader, channels)
         self._metrics = None if metrics is None else as_collection(metrics, memory.task, memory.num_outputs)
         self._run: Run | None = None
         self.evaluations: tuple[Evaluation, ...] = ()
@@ -125,17 +125,19 @@ class ResMemModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         set_up(self.base, stage)
-        self._find_again()
+        self._answering.find_again()
 
     def configure_model(self) -> None:
         configure(self.base)
-        self._find_again()
+        self._answering.find_again()
 
     @uncompiled
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The combined log-probabilities (logits for `Multilabel`, the prediction for `Regression`), shape `(B, C)`.
 
-        Where the base returns `(B,)`, so does this; of sequences, whose positions are rows, it is `(B, T, C)`.
+        Where the base returns `(B,)`, so does this; of sequences, whose positions are rows, it is `(B, T, C)`. Where it
+        returns a dataclass with `logits`, such as a `ModelOutput` of transformers, that is returned with the combined
+        ones, and what the base has computed of them, such as a `loss`, is of the combined ones, too.
 
         Args:
             *args: As for the base's `forward`; for a base without one, a batch as the loaders yield it.
@@ -147,13 +149,22 @@ class ResMemModule(L.LightningModule):
                 "graph. Export the base, and combine its outputs with memory.predict(embeddings, outputs)."
             )
         with self.memory.reading():
-            if has_forward(self.base):
-                captured, returned = self._capture(lambda: self.base(*args, **kwargs), returns_outputs=True)
-            else:
-                captured, returned = self._captured_whole(*args, **kwargs), None
-            outputs = Answer.outputs_of(self.memory, *captured)
-        is_flat = isinstance(returned, Tensor) and returned.shape == outputs.shape[:-1] and outputs.shape[-1] == 1
-        return outputs[..., 0] if is_flat else outputs
+            return self._answering.answer(*args, **kwargs)
+
+    @contextmanager
+    def combined(self) -> Iterator[None]:
+        """Within it, what the base is called for is answered with the memory, by the thread that has entered it.
+
+        The base, or any model in it, may be called in whatever way: `with module.combined(): base.model.generate(...)`.
+        What its head returns are the combined log-probabilities (see `forward`), and evaluation mode is on. Of contexts
+        in one another the inner one counts.
+
+        Raises:
+            InputError: If nobody knows the head yet.
+            StaleMemoryError: If the base has other weights than the memory was filled with.
+        """
+        with self._answering.combined():
+            yield
 
     @uncompiled
     def predictions(self, batch: Any) -> Predictions:
@@ -164,7 +175,7 @@ class ResMemModule(L.LightningModule):
         check_batch(batch)
         with self.memory.reading():
             batch = self._reader.collate(batch, self.memory.task.target_shapes(self.memory.num_outputs))
-            captured = self._captured(batch)
+            captured = self._answering.captured(batch)
             return Answer.of(self.memory.at(asked_at(self._reader.times_fn, batch)), *captured).shaped(captured.output)
 
     def explain(self, batch: Any, top: int = 5) -> Explanation:
@@ -186,7 +197,7 @@ class ResMemModule(L.LightningModule):
             targets = None
         check_no_row(batch, targets)
         with self.memory.reading():
-            captured = self._captured(batch)
+            captured = self._answering.captured(batch)
             known = targets if captured.output.ndim == 2 else None  # of positions it is not told here which count
             explanation = explain(self.memory.at(asked_at(self._reader.times_fn, batch)), *captured.rows, top, known)
         return dataclasses.replace(explanation, images=find_images(batch))
@@ -233,7 +244,7 @@ class ResMemModule(L.LightningModule):
             StorageError: If it cannot be written, or holds the memory of other weights.
         """
         self._check_weights("ResMemModule is saved with a base", surely=True)
-        names = {} if self._tap is None else self._tap.describe()
+        names = self._answering.describe()
         ignored = json.loads(self.memory.provenance.get("ignored", "[]"))
         weights = describe_weights(self.base, ignored) | {"base": kind(self.base)}
         self.memory.provenance.update(weights | names | self._reader.provenance)
@@ -288,36 +299,6 @@ class ResMemModule(L.LightningModule):
         """Raise `StaleMemoryError` if the base or the memory is another by now: see `WeightsWatch.check`."""
         self._watch.check(doing, surely)
 
-    def _find_again(self) -> None:
-        """The head, where the base has made its layers anew."""
-        if self._tap is not None:
-            self._tap = HeadTap(self.base, **self._tap.describe())
-
-    def _captured(self, batch: Any) -> Captured:
-        with self._reader.quiet(self.base):
-            return self._capture(lambda: self._reader.run(self.base, batch), self._reader.returns_outputs(self.base))[0]
-
-    def _captured_whole(self, *args: Any, **kwargs: Any) -> Captured:
-        """What the head saw of the one argument, a batch; for a base without a forward."""
-        wanted = f"{type(self.base).__name__} has no forward, so ResMemModule takes a batch as the loaders yield it"
-        if len(args) != 1 or kwargs:
-            raise InputError(f"{wanted}, and got {len(args) + len(kwargs)} arguments.")
-        try:
-            return self._captured(args[0])
-        except InputError as error:
-            raise InputError(f"{wanted}. {error}") from error
-
-    def _capture(self, run: Callable[[], Any], returns_outputs: bool) -> tuple[Captured, Any]:
-        """What the head saw of a batch, and what the base returned for it."""
-        with evaluation_mode(self.base):
-            self._check_weights("ResMemModule runs")
-            tap = self._tap
-            if tap is None:
-                tap = self._tap = HeadTap.find(self.base, run, self._reader.embedding, returns_outputs)
-            with tap.capture():
-                returned = run()
-                return tap.take(), returned
-
     def _start_run(self, stage: str | None) -> None:
         self._check_weights("ResMemModule runs", surely=True)
         board = None
@@ -335,7 +316,7 @@ class ResMemModule(L.LightningModule):
         if run is not None:
             run.answer()
         with self.memory.reading():
-            captured = self._captured(batch)
+            captured = self._answering.captured(batch)
             answer = Answer.of(self.memory.at(asked_at(self._reader.times_fn, batch)), *captured)
         if run is not None:
             run.score(answer, batch, captured.output.shape, dataloader_idx)

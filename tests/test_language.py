@@ -158,7 +158,7 @@ def test_callback_and_module_against_the_oracle(tmp_path, caplog):
     (batch,) = whole
     kept = batch["labels"][:, 1:] != -100
     shape = (*batch["input_ids"].shape, VOCABULARY)
-    for routed in (run.predict(model, whole)[0], combined(batch["input_ids"], batch["attention_mask"])):
+    for routed in (run.predict(model, whole)[0], combined(batch["input_ids"], batch["attention_mask"]).logits):
         assert routed.shape == shape
         np.testing.assert_allclose(routed[:, :-1][kept].exp(), oracle_probabilities(wanted), atol=1e-5)
     predictions = combined.predictions(batch)

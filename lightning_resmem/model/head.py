@@ -28,13 +28,17 @@ class Captured(NamedTuple):
         return Captured(self.embedding.flatten(0, -2), self.output.flatten(0, -2))
 
 
+# By head and thread: those who replace what it returns.
+_routes: dict[tuple[int, int], list[object]] = {}
+
+
 class _Seen:
     """What the hooks of one thread have seen since the last `clear`."""
 
     def __init__(self) -> None:
         self.calls: list[Captured] = []
-        self.key: Tensor | None = None  # of another module than the head, which was called so often:
-        self.keys = 0
+        # Of another module than the head, with how often it was called since the head was, for each that has hooks.
+        self.keys: dict[object, tuple[Tensor | None, int]] = {}
 
 
 class HeadTap:
@@ -150,9 +154,21 @@ class HeadTap:
 
     @contextmanager
     def route(self, combine: Callable[[Captured], Tensor]) -> Iterator[None]:
-        """Let `combine(captured)` replace what the head returns."""
-        with self._hooked(combine, last=True):
-            yield
+        """Let `combine(captured)` replace what the head returns; of routes in one another the innermost does."""
+        key, mine = (id(self._head), threading.get_ident()), object()
+        routes = _routes.setdefault(key, [])
+
+        def innermost(captured: Captured) -> Tensor | None:
+            return combine(captured) if routes[-1] is mine else None
+
+        routes.append(mine)
+        try:
+            with self._hooked(innermost, last=True):
+                yield
+        finally:
+            routes.remove(mine)
+            if not routes:
+                del _routes[key]
 
     def clear(self) -> None:
         """Forget what was captured: call it before each batch."""
@@ -164,23 +180,22 @@ class HeadTap:
         Raises:
             HeadError: If the head, or the module of the embedding, was not called, or more than once.
         """
-        calls, keys = self._own.calls, self._own.keys
-        if not calls:
-            raise HeadError(self.silent_message())
-        if len(calls) > 1:
-            raise HeadError(
-                f"The head {self.head!r} was called {len(calls)} times in one forward, so a row has no single "
-                "embedding. Name a module that is called once with head=, or give a forward_fn that runs the model "
-                "once on a batch."
-            )
-        if keys > 1:
-            raise HeadError(
-                f"The module of embedding={self.embedding!r} was called {keys} times in one forward, so a row has no "
-                "single key. Name one that is called once."
-            )
+        calls = self._own.calls
+        self.check_calls(len(calls))
         captured = calls[0]
         self.clear()
         return captured
+
+    def check_calls(self, calls: int) -> None:
+        """Raise `HeadError` unless there was one call of the head."""
+        if not calls:
+            raise HeadError(self.silent_message())
+        if calls > 1:
+            raise HeadError(
+                f"The head {self.head!r} was called {calls} times in one forward, so a row has no single "
+                "embedding. Name a module that is called once with head=, or give a forward_fn that runs the model "
+                "once on a batch."
+            )
 
     def silent_message(self) -> str:
         """Why the head may not have been called, and the way out."""
@@ -200,15 +215,23 @@ class HeadTap:
 
     @contextmanager
     def _hooked(self, handle: Callable[[Captured], Tensor | None], last: bool = False) -> Iterator[None]:
-        thread = threading.get_ident()
+        thread, mine = threading.get_ident(), object()
 
         # Another thread may see the hook before, or after, torch knows that it takes keyword arguments.
         def on_head(_: nn.Module, args: tuple[Any, ...], *rest: Any) -> Tensor | None:
-            return handle(self._captured(args, *rest)) if threading.get_ident() == thread else None
+            if threading.get_ident() != thread:
+                return None
+            key, calls = self._own.keys.get(mine, (None, 0))
+            self._own.keys[mine] = key, 0
+            if calls > 1 and not last:  # a call that has failed leaves its key behind where others follow
+                raise HeadError(
+                    f"The module of embedding={self.embedding!r} was called {calls} times before the head was, so a "
+                    "row has no single key. Name one that is called once in a forward."
+                )
+            return handle(self._captured(key, args, *rest))
 
         def take(key: Tensor) -> None:
-            own = self._own
-            own.key, own.keys = key, own.keys + 1
+            self._own.keys[mine] = key, self._own.keys.get(mine, (None, 0))[1] + 1
 
         self.clear()
         with ExitStack() as stack:
@@ -220,12 +243,12 @@ class HeadTap:
             stack.callback(self.clear)
             yield
 
-    def _captured(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Captured:
+    def _captured(self, key: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Captured:
         inputs = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if self._pooling is None:
             embedding, name = inputs, f"The input of the head {self.head!r}"
         else:
-            embedding, name = self._own.key, f"The embedding {self.embedding!r}"
+            embedding, name = key, f"The embedding {self.embedding!r}"
         if embedding is None:
             raise HeadError(
                 f"{name} is not a tensor."
