@@ -26,11 +26,10 @@ def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[.
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("vocabulary", ["256", "300"], ids=["bytes", "pairs"])
-def test_language_model(main, vocabulary, capsys):
+def test_language_model(main, capsys):
     text = (ROOT / "LICENSE").read_text()
     small = ("--epochs", "1", "--width", "16", "--tokens", "1300", "--write", "9")
-    main("language_model", "--text", str(ROOT / "LICENSE"), "--vocabulary", vocabulary, *small)
+    main("language_model", "--text", str(ROOT / "LICENSE"), "--vocabulary", "300", *small)
     printed = capsys.readouterr().out
     for name in ("base", "knn", "knn_lm", "resmem"):
         nll, perplexity = map(float, re.search(rf"^ +{name} +([\d.]+) .* ([\d.]+) +[\d.]+ *$", printed, re.M).groups())
@@ -40,6 +39,17 @@ def test_language_model(main, vocabulary, capsys):
     assert len(passages) == 3
     for passage, following in passages:
         assert ast.literal_eval(passage) + ast.literal_eval(following) in text
+
+
+@pytest.mark.usefixtures("main")
+@pytest.mark.parametrize("vocabulary", [256, 300])
+def test_tokens_are_the_text(vocabulary):
+    codec = import_module("text_module").codec
+    text = "naïve cats, and naïve dogs " * 9
+    encode, decode = codec(text, vocabulary)
+    assert decode(encode(text)) == text
+    assert max(encode(text)) < vocabulary
+    assert len(encode(text)) <= len(text.encode()) / (1 if vocabulary == 256 else 2)
 
 
 def test_docstrings_are_the_text_by_default(main, tmp_path):
