@@ -85,3 +85,13 @@ def test_gpu_search_on_a_cpu(tmp_path, monkeypatch):
     assert sorted(set(exact)) == ["addmm + topk", "cdist + topk", "ours"]
     for call in ("search", "memory(queries)", "predict", "copy, bytes read and written"):
         assert f"| {call} |" in written
+
+
+def test_forecasting(capsys):
+    from examples import forecasting
+
+    forecasting.main(["--seeds", "1", "--epochs", "1", "--cities", "3"])
+    numbers = re.search(r"mean │ " + r" │ ".join([r"\s*([\d.]+)"] * 4), capsys.readouterr().out)
+    base, knn, resmem, growing = map(float, numbers.groups())
+    assert growing < resmem < base
+    assert knn > 0
