@@ -18,6 +18,7 @@ __all__ = [
     "probabilities",
     "proper_probabilities",
     "residuals",
+    "tempered",
     "weighted_labels",
     "weighted_residual",
     "whole_residual",
@@ -293,11 +294,25 @@ def proper_probabilities(combined: Tensor, base: Tensor, floor: float = FLOOR) -
         tensor([[0.9804, 0.0196]])
     """
     raised = _raised(combined, base, floor)
-    probabilities = raised.div_(raised.sum(dim=-1, keepdim=True))
-    # Two entries one rounding step apart can have the same quotient, and argmax would then take the first of them.
-    winner = argmax(combined)[..., None]
-    highest = probabilities.gather(-1, winner)
-    return probabilities.scatter_(-1, winner, torch.nextafter(highest, torch.ones_like(highest)))
+    return _with_winner(raised.div_(raised.sum(dim=-1, keepdim=True)), argmax(combined))
+
+
+def tempered(combined: Tensor, base: Tensor, temperature: float) -> Tensor:
+    """The combined prediction, made more or less sure: `q ~ F^(1 / temperature)`, of `log_predictions`.
+
+    Args:
+        combined: `F(x)`, shape `(B, C)`.
+        base: Base probabilities, shape `(B, C)`.
+        temperature: Above 0; above 1 is less sure.
+
+    Returns:
+        Probabilities, shape `(B, C)`; every row sums to 1, and `argmax` is that of `combined`, exactly.
+
+    Examples:
+        >>> tempered(torch.tensor([[0.8, 0.2]]), torch.tensor([[0.5, 0.5]]), temperature=2.0)
+        tensor([[0.6667, 0.3333]])
+    """
+    return _with_winner(probabilities(log_predictions(combined, base), temperature), argmax(combined))
 
 
 def negative_log_likelihood(combined: Tensor, base: Tensor, targets: Tensor, floor: float = FLOOR) -> Tensor:
@@ -318,6 +333,13 @@ def negative_log_likelihood(combined: Tensor, base: Tensor, targets: Tensor, flo
     """
     raised = _raised(combined, base, floor)
     return raised.sum(dim=-1).log() - raised.gather(-1, targets[:, None])[:, 0].log()
+
+
+def _with_winner(probabilities: Tensor, winner: Tensor) -> Tensor:
+    """Probabilities `(B, C)` whose argmax is `winner` `(B,)`, where it was as large as any; changed in place."""
+    # Two entries one rounding step apart can become the same, and argmax would then take the first of them.
+    highest = probabilities.gather(-1, winner[..., None])
+    return probabilities.scatter_(-1, winner[..., None], torch.nextafter(highest, torch.ones_like(highest)))
 
 
 def _raised(combined: Tensor, base: Tensor, floor: float) -> Tensor:

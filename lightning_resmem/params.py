@@ -1,4 +1,4 @@
-"""The four numbers of a ResMem prediction, and the gate that may scale one of them."""
+"""The numbers of a ResMem prediction, and the gate that may scale one of them."""
 
 import math
 import operator
@@ -87,13 +87,15 @@ class ResMemParams:
         strength: The factor of the weighted residual, at least 0. With 0 the prediction is the base model's.
         gate: Scales `strength` for each row by the distance of its nearest neighbour and the base's confidence; None,
             the default, leaves it as it is. `GridTuner(gate=True)` fits one. A mapping, as JSON has it, is made a Gate.
+        combined_temperature: What the logarithm of the combined prediction is divided by, above 0: `q ~ F^(1 / t)`.
+            Above 1 it is less sure, with the same argmax. 1, the default, leaves `F` as it is; regression ignores it.
 
     Raises:
         InputError: If a value is out of its range.
 
     Examples:
         >>> ResMemParams(k=53, sigma=0.7, softmax_temperature=1.4)
-        ResMemParams(k=53, sigma=0.7, softmax_temperature=1.4, strength=1.0, gate=None)
+        ResMemParams(k=53, sigma=0.7, softmax_temperature=1.4, strength=1.0, gate=None, combined_temperature=1.0)
     """
 
     k: int = 50
@@ -101,6 +103,7 @@ class ResMemParams:
     softmax_temperature: float = 1.0
     strength: float = 1.0
     gate: Gate | None = None
+    combined_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         k = checked_k(self.k)
@@ -114,6 +117,9 @@ class ResMemParams:
             raise InputError(
                 f"softmax_temperature={temperature!r}: give a number above 0 (1.0 leaves the logits alone)."
             )
+        after = self._number("combined_temperature", "a number above 0")
+        if not after > 0:
+            raise InputError(f"combined_temperature={after!r}: give a number above 0 (1.0 leaves F as it is).")
         strength = self._number("strength", "a number of at least 0")
         if strength < 0:
             raise InputError(f"strength={strength!r}: give a number of at least 0 (0 switches the memory off).")
@@ -123,6 +129,7 @@ class ResMemParams:
             ("sigma", sigma),
             ("softmax_temperature", temperature),
             ("strength", strength),
+            ("combined_temperature", after),
         ):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "gate", _checked_gate(self.gate))

@@ -116,6 +116,10 @@ class Task(ABC):
     def probabilities(self, combined: Tensor, base: Tensor) -> Tensor:
         """What `to_outputs` stands for, as probabilities of a proper distribution (as it is, in regression)."""
 
+    def tempered(self, combined: Tensor, base: Tensor, temperature: float) -> Tensor:
+        """The combined prediction with its logarithm, or log-odds, divided by a temperature; in regression as it is."""
+        return self.predict(self.to_outputs(combined, base), temperature)
+
     @abstractmethod
     def loss(self, combined: Tensor, base: Tensor, targets: Tensor) -> Tensor:
         """Loss per row, shape `(B,)`: negative log-likelihood in nats, or the squared error."""
@@ -195,6 +199,9 @@ class Multiclass(Task):
 
     def probabilities(self, combined: Tensor, base: Tensor) -> Tensor:
         return functional.proper_probabilities(combined, base)
+
+    def tempered(self, combined: Tensor, base: Tensor, temperature: float) -> Tensor:
+        return functional.tempered(combined, base, temperature)
 
     def loss(self, combined: Tensor, base: Tensor, targets: Tensor) -> Tensor:
         return functional.negative_log_likelihood(combined, base, targets)

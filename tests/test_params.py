@@ -102,7 +102,10 @@ def test_numbers_may_come_from_anywhere(name, value):
 
 def test_values_from_sweeps_are_plain_afterwards():
     params = ResMemParams(np.int64(5), torch.tensor(0.5), np.float32(2), np.array(0))
-    assert repr(params) == "ResMemParams(k=5, sigma=0.5, softmax_temperature=2.0, strength=0.0, gate=None)"
+    assert (
+        repr(params)
+        == "ResMemParams(k=5, sigma=0.5, softmax_temperature=2.0, strength=0.0, gate=None, combined_temperature=1.0)"
+    )
     assert json.loads(json.dumps(dataclasses.asdict(params))) == dataclasses.asdict(params)
     assert params == ResMemParams(5, 0.5, 2.0, 0.0)
     assert hash(params) == hash(ResMemParams(5, 0.5, 2.0, 0.0))

@@ -39,7 +39,7 @@ class Explanation:
         labels: Targets of the neighbours: classes `(B, n)` for `Multiclass` (-1 where there is no neighbour), otherwise
             `(B, n, C)` (NaN there).
         contributions: What each neighbour adds to the base prediction, `strength * w_i * r_i`, shape `(B, n, C)`.
-        rest: What all other neighbours add, shape `(B, C)`.
+        rest: What all other neighbours add, and a `combined_temperature` changes, shape `(B, C)`.
         targets: Of the queries, where they are known, as the task stores them.
         images: Of the queries, `(B, H, W)` or `(B, channels, H, W)`, where the batch held any.
     """

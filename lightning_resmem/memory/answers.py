@@ -95,7 +95,10 @@ def combined(task: Task, params: ResMemParams, outputs: Tensor, neighbors: Neigh
     strengths = params.strengths(task, base, neighbors.distances[:, 0].to(base.device))
     # To a query without any neighbour the base answers alone.
     knn = sums.labels.where(torch.isfinite(neighbors.distances[:, :1]), base.to(sums.labels))
-    return Predictions(base, knn, combine(base, residual, strengths))
+    resmem = combine(base, residual, strengths)
+    if params.combined_temperature != 1:
+        resmem = task.tempered(resmem, base, params.combined_temperature)
+    return Predictions(base, knn, resmem)
 
 
 def combined_in_blocks(

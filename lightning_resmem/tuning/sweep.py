@@ -217,9 +217,18 @@ class Sweep:
 
     def predict(self, setting: ResMemParams) -> Tensor:
         """What a setting, with its gate, predicts for the rows of this rank; shape `(V, C)`."""
+        return self.both(setting)[0]
+
+    def both(self, setting: ResMemParams) -> tuple[Tensor, Tensor, Tensor]:
+        """`predict`, the base predictions, and the targets of the rows."""
         ((_, _, base, residual),) = self._each([setting], self._whole)
         strength = setting.strengths(self.task, base, self.distances[:, 0].to(base.device))
-        return combine(base, residual, strength)
+        return combine(base, residual, strength), base, self._targets
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Sums over the rows of this rank `(n,)`, added up over all ranks, on the CPU."""
+        added: Tensor = self._gather(sums[None].cpu()).sum(dim=0)
+        return added
 
     def agreed(self, numbers: Sequence[float]) -> list[float]:
         """Numbers that every rank computed from the same rows, of one rank: others may differ in the last digit."""

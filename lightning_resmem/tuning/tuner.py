@@ -18,6 +18,7 @@ from lightning_resmem.memory.token_ids import of_sequences
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Multiclass, Regression, Task, check_finite
 from lightning_resmem.tuning.balance import measure_balance
+from lightning_resmem.tuning.calibration import with_temperature
 from lightning_resmem.tuning.gate import with_gate
 from lightning_resmem.tuning.grid import Axes, GridSearch
 from lightning_resmem.tuning.interpolation import Residuals, measure_residuals
@@ -132,6 +133,8 @@ class GridTuner(Tuner):
         refinements: How often the grid is refined around its best setting. A list with one candidate is left alone.
         noise: How many standard errors count as noise. 0 takes the best score as it is.
         gate: Whether to fit a `Gate`, and to keep it if it lowers the loss of rows that it was not fitted on.
+        calibrate: Whether to choose a `combined_temperature` by the loss, and to keep it if that falls by more than
+            noise. Left out on rows of the memory, which the base is too sure of, and for a metric of your own.
 
     Raises:
         InputError: If an argument is out of range.
@@ -156,6 +159,7 @@ class GridTuner(Tuner):
         refinements: int = 1,
         noise: float = 1.0,
         gate: bool = False,
+        calibrate: bool = True,
     ) -> None:
         grid = {"k": k, "sigma": sigma, "softmax_temperature": softmax_temperature, "strength": strength}
         for name, candidates in grid.items():
@@ -173,12 +177,13 @@ class GridTuner(Tuner):
             raise InputError(f"refinements={refinements!r}: give a whole number of at least 0.")
         if not _is_number(noise, 0, math.inf):
             raise InputError(f"noise={noise!r}: give a number of standard errors of at least 0.")
-        if not isinstance(gate, bool):
-            raise InputError(f"gate={gate!r}: give True or False.")
+        for name, flag in (("gate", gate), ("calibrate", calibrate)):
+            if not isinstance(flag, bool):
+                raise InputError(f"{name}={flag!r}: give True or False.")
         self.k, self.sigma = tuple(k), tuple(sigma)
         self.softmax_temperature, self.strength = tuple(softmax_temperature), tuple(strength)
         self.objective, self.max_negative_flip_rate = objective, max_negative_flip_rate
-        self.refinements, self.noise, self.gate = refinements, noise, gate
+        self.refinements, self.noise, self.gate, self.calibrate = refinements, noise, gate, calibrate
 
     def check(self, task: Task) -> None:
         if not _is_auto(self.objective):
@@ -242,6 +247,8 @@ class GridTuner(Tuner):
             result = _with_knn_lm(result, peer, axes, self.refinements)
         if self.gate and choice.place:
             result = with_gate(result, sweep, self.max_negative_flip_rate)
+        if self.calibrate and ids is None and isinstance(aim, str):
+            result = with_temperature(result, sweep, self.noise)
         result = replace(result, balanced=measure_balance(memory, rows, sweep, result.params, gather))
         if result.balanced is not None and _unbalances(result):
             note = (

@@ -30,6 +30,8 @@ _log = logging.getLogger("lightning_resmem")
 # What classes are stored as ends there.
 _MOST_OUTPUTS = 2**31
 
+# Params that older memories do not have: those of the default.
+_LATER = ("gate", "combined_temperature")
 # What the tensors of a map of the keys are called.
 _MAP = {"mean": "map_mean", "matrix": "map_matrix"}
 
@@ -119,7 +121,7 @@ def _understood(files: disk.Opened) -> Saved:
     if num_outputs >= _MOST_OUTPUTS:  # of sparse values: no file has a row of them
         raise disk.damaged(files.path, f"values.num_outputs is {num_outputs}, at most {_MOST_OUTPUTS - 1} can be")
     for parameter in dataclasses.fields(ResMemParams):
-        if parameter.name != "gate" and parameter.name not in entry(dict, "params"):  # None, in older memories
+        if parameter.name not in _LATER and parameter.name not in entry(dict, "params"):
             raise disk.damaged(files.path, f"params.{parameter.name} is missing")
     if name not in TASKS:
         raise disk.damaged(files.path, f"its task is {name!r}, this release knows {', '.join(TASKS)}")
