@@ -15,6 +15,7 @@ GRID = {
     "strength": [0.5, 1.0],
     "refinements": 0,
     "noise": 0,
+    "calibrate": False,
 }
 AXES = ("k", "sigma", "softmax_temperature", "strength")
 
