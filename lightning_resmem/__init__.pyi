@@ -28,6 +28,7 @@ from .metrics.binned import NeighborhoodAccuracy
 from .metrics.evaluation import Evaluation, Flip
 from .metrics.side_by_side import ResMemMetrics
 from .metrics.sums import NegativeFlipRate, PositiveFlipRate
+from .metrics.tokens import BitsPerByte
 from .model.head import HeadTap
 from .module import ResMemModule
 from .params import Gate, ResMemParams
@@ -39,6 +40,7 @@ from .tuning.tuner import GridTuner, Tuner
 __version__: str
 
 __all__ = [
+    "BitsPerByte",
     "DenseConfig",
     "DenseValues",
     "EmptyMemoryError",

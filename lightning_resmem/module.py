@@ -25,6 +25,7 @@ from lightning_resmem.memory.storage.paths import Url
 from lightning_resmem.memory.weights_watch import WeightsWatch
 from lightning_resmem.metrics.answer import Answer
 from lightning_resmem.metrics.evaluation import Evaluation
+from lightning_resmem.metrics.found import ask
 from lightning_resmem.metrics.reported import UserMetrics, as_collection
 from lightning_resmem.metrics.run import Run
 from lightning_resmem.metrics.scoreboard import Scoreboard
@@ -316,11 +317,10 @@ class ResMemModule(L.LightningModule):
         if run is not None:
             run.answer()
         with self.memory.reading():
-            captured = self._answering.captured(batch)
-            answer = Answer.of(self.memory.at(asked_at(self._reader.times_fn, batch)), *captured)
+            answer = ask(self.memory.at(asked_at(self._reader.times_fn, batch)), *self._answering.captured(batch))
         if run is not None:
-            run.score(answer, batch, captured.output.shape, dataloader_idx)
-        return answer.shaped(captured.output).resmem
+            run.score(answer, batch, dataloader_idx)
+        return answer.resmem(self.memory)
 
     def _finish_run(self) -> None:
         run, self._run = self._run, None

@@ -16,6 +16,7 @@ from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.memory.weights_watch import WeightsWatch
 from lightning_resmem.metrics.answer import Answer
 from lightning_resmem.metrics.evaluation import Evaluation
+from lightning_resmem.metrics.found import Found
 from lightning_resmem.metrics.reported import UserMetrics
 from lightning_resmem.metrics.scoreboard import Scoreboard
 from lightning_resmem.model.batches import BatchReader
@@ -80,6 +81,7 @@ class Routing:
         self._rows = RowReader(reader, model, memory.task, memory.provenance)
         self._why_no_scores: str | None = None
         self._answers: list[Answer] = []  # of this batch, if they are to be scored
+        self._found: list[Found] = []  # the same of sequences
         self._shape: tuple[int, ...] = ()  # of what the head returned last
         self._was_asked = False
         self._board: Scoreboard | None = None
@@ -103,6 +105,7 @@ class Routing:
         self._tap.clear()
         self._was_asked = False
         self._answers.clear()
+        self._found.clear()
 
     def end_batch(self, batch: Any, dataloader_idx: int) -> None:
         """After the model's step: score what the head was asked for.
@@ -115,8 +118,11 @@ class Routing:
         if self._board is None or self._why_no_scores is not None:
             return
         try:
-            targets, kept, _ = self._rows.targets(batch, self._shape)
-            self._board.update(self._of_batch(targets), targets, dataloader_idx, kept)
+            read = self._rows.targets(batch, self._shape)
+            if self._found:
+                self._board.update_tokens(self._of_sequences(), read, dataloader_idx)
+            else:
+                self._board.update(self._of_batch(read.targets), read.targets, dataloader_idx)
         except InputError as error:
             # The model's step has accepted the batch; a test set without labels is no reason to stop the run.
             self._why_no_scores = str(error)
@@ -155,15 +161,21 @@ class Routing:
     def _combined(self, captured: Captured) -> Tensor:
         if self._board is not None:
             self._look(captured)
-            return self._answers[-1].combined(self._memory.task).reshape(captured.output.shape)
+            if captured.output.ndim == 3:
+                return self._found[-1].combined(self._memory)
+            return self._answers[-1].combined(self._memory.task)
         with self._asking():
             return Answer.outputs_of(self._asked, captured.embedding.float(), captured.output)
 
     def _look(self, captured: Captured) -> None:
         with self._asking():
-            if self._board is not None:
-                self._answers.append(Answer.of(self._asked, captured.embedding.float(), captured.output))
-                self._shape = captured.output.shape
+            if self._board is None:
+                return
+            self._shape, asked = captured.output.shape, (captured.embedding.float(), captured.output)
+            if len(self._shape) == 3:
+                self._found.append(Found.of(self._asked, *asked))
+            else:
+                self._answers.append(Answer.of(self._asked, *asked))
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
@@ -173,15 +185,16 @@ class Routing:
             self._weights.check("The run goes on")
             yield
 
+    def _of_sequences(self) -> Found:
+        if len(self._found) > 1:
+            raise InputError(
+                f"The step called the head {self._tap.head!r} {len(self._found)} times for one batch of sequences, so "
+                "a position has no single answer: name a module that is called once with head=."
+            )
+        return self._found[0]
+
     def _of_batch(self, targets: Tensor) -> Answer:
         """One answer for each target: to the last call of the head, or to several calls on parts of the batch."""
-        if len(self._shape) == 3:
-            if len(self._answers) > 1:
-                raise InputError(
-                    f"The step called the head {self._tap.head!r} {len(self._answers)} times for one batch of "
-                    "sequences, so a position has no single answer: name a module that is called once with head=."
-                )
-            return self._answers[0]
         count = len(targets) if targets.ndim else 0
         if len(self._answers[-1].outputs) == count:
             return self._answers[-1]

@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_resmem import GridTuner, HeadError, InputError, LocalMemory, ResMemCallback, ResMemParams, memorize
+from lightning_resmem import (
+    BitsPerByte,
+    GridTuner,
+    HeadError,
+    InputError,
+    LocalMemory,
+    ResMemCallback,
+    ResMemParams,
+    memorize,
+)
 from lightning_resmem.memory.knn_lm import knn_lm_params
 from lightning_resmem.reporting.summary import evaluation_summary
 from tests import oracle
@@ -110,7 +119,8 @@ def test_ids_of_sequences_from_the_batch(tmp_path):
 def test_callback_and_module_against_the_oracle(tmp_path, caplog):
     """Tuned by the loss of validation tokens; the steps see log-probabilities, tokens are counted, not batches."""
     model, tuner = Causal(lr=0.1), GridTuner(k=[4], refinements=0)
-    callback = ResMemCallback(tuner=tuner)
+    lengths = np.arange(1, VOCABULARY + 1)
+    callback = ResMemCallback(tuner=tuner, metrics={"bits": BitsPerByte(lengths)})
     run = trainer(tmp_path, callback)
     with caplog.at_level(logging.INFO):
         run.fit(model, loader(TRAIN, 4, side="left"), loader(TEST, 3))
@@ -136,6 +146,17 @@ def test_callback_and_module_against_the_oracle(tmp_path, caplog):
         right = getattr(wanted, name).argmax(axis=1) == queries.targets
         assert found.scores[f"acc_{name}"] == pytest.approx(right.mean())
     assert found.scores["nll_resmem"] == pytest.approx(nll.mean(), abs=1e-5)
+    assert found.scores["perplexity_resmem"] == pytest.approx(np.exp(nll.mean()), abs=1e-4)
+    assert found.scores["bits_resmem"] == pytest.approx(
+        nll.sum() / math.log(2) / lengths[queries.targets].sum(), abs=1e-5
+    )
+    assert found.gain_in("perplexity") == found.scores["perplexity_base"] - found.scores["perplexity_resmem"]
+    assert logged["test/perplexity_base"] == pytest.approx(math.exp(logged["test/nll_base"]), rel=1e-5)
+    places = dict(zip(queries.places, zip(queries.targets, wanted.base, wanted.resmem, strict=True), strict=True))
+    assert found.flips
+    for flip in found.flips:
+        target, base, resmem = places[flip.position, flip.token]
+        assert (flip.target, flip.base, flip.resmem) == (target, base.argmax(), resmem.argmax())
     peer = knn_lm_params(callback.memory)
     assert peer == callback.tuning.knn_lm
     train = rows_of(model, TRAIN)
@@ -149,7 +170,6 @@ def test_callback_and_module_against_the_oracle(tmp_path, caplog):
     assert "ece_knn_lm" not in found.shown
     table, *_ = evaluation_summary(found, callback.memory.stats())
     assert [column.header for column in table.columns] == ["", "base", "knn", "knn_lm", "resmem", "gain"]
-    assert all(flip.position is None for flip in found.flips)
 
     combined = callback.module
     trainer(tmp_path).test(combined, loader(TEST, 5, side="left"), verbose=False)

@@ -126,7 +126,7 @@ def combined_in_blocks(
 
 def in_blocks(compute: Callable[[slice], Tensor], rows: int, columns: int) -> Tensor:
     """What `compute` makes of some rows at a time, as one tensor `(rows, columns)`: it and a block are all there is."""
-    block = max(1, _BLOCK_ENTRIES // max(1, columns))
+    block = rows_at_once(columns)
     if rows <= block:
         return compute(slice(0, rows))
     whole: Tensor | None = None
@@ -136,6 +136,11 @@ def in_blocks(compute: Callable[[slice], Tensor], rows: int, columns: int) -> Te
         whole[start : start + block] = part
     assert whole is not None
     return whole
+
+
+def rows_at_once(columns: int) -> int:
+    """How many rows are combined at once, of so many outputs."""
+    return max(1, _BLOCK_ENTRIES // max(1, columns))
 
 
 def residual_sum(task: Task, params: ResMemParams, outputs: Tensor | None, sums: Sums) -> Tensor:

@@ -80,6 +80,10 @@ class Answer(NamedTuple):
         outputs = self.outputs.to(combined.dtype)
         return torch.where(self.is_combined[:, None].to(combined.device), combined, outputs)
 
+    def resmem(self, memory: ResidualMemory) -> Tensor:
+        """The combined prediction."""
+        return self.predictions.resmem
+
     def shaped(self, outputs: Tensor) -> Predictions:
         """The predictions in the shape of what the head returned, `(B, C)` or `(B, T, C)`."""
         return Predictions(*(prediction.reshape(outputs.shape) for prediction in self.predictions))

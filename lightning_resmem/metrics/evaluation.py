@@ -11,8 +11,7 @@ class Flip:
     """A row that the memory turned right or wrong.
 
     Attributes:
-        position: The row's position in the dataset of its dataloader; None where the order of the rows is not known,
-            and of positions of sequences.
+        position: The row's position in the dataset of its dataloader; None where the order of the rows is not known.
         target: Its label.
         base: The base's label.
         resmem: The combined prediction's label; it or `base` is the target.
@@ -21,6 +20,8 @@ class Flip:
         neighbor_ids: Ids of the nearest rows of the memory, at most 5, nearest first.
         neighbor_distances: Their distances.
         output: In multilabel tasks, the output whose label flipped; labels are then 0 or 1.
+        token: Of sequences, whose positions are the rows: which one of the sequence at `position`, counted from the
+            first that is no padding.
     """
 
     position: int | None
@@ -32,6 +33,7 @@ class Flip:
     neighbor_ids: tuple[int, ...]
     neighbor_distances: tuple[float, ...]
     output: int | None = None
+    token: int | None = None
 
     @property
     def is_positive(self) -> bool:

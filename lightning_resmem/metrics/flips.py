@@ -24,11 +24,13 @@ class FirstFlips:
 
     Attributes:
         found: Of either kind, in the order of the rows.
+        stride: From the number of a sequence's first position to that of the next one's; 1 where rows are rows.
     """
 
     def __init__(self, task: Task) -> None:
         self._task = task
         self.found: tuple[list[Flip], list[Flip]] = [], []
+        self.stride = 1
 
     def add(self, answer: Answer, targets: Tensor, positions: range | None, numbers: Tensor) -> None:
         """Look at rows, which have these numbers `(n,)` among those that this rank reads."""
@@ -53,7 +55,8 @@ class FirstFlips:
                 label, confidence, new_label, new_confidence, target, ids, distances = values
                 flips.append(
                     Flip(
-                        position=None if positions is None else positions[row],
+                        position=None if positions is None else positions[row // self.stride],
+                        token=None if self.stride == 1 else row % self.stride,
                         target=target,
                         base=label,
                         resmem=new_label,
@@ -83,5 +86,5 @@ def first_flips(ranks: Sequence[Any]) -> tuple[Flip, ...]:
     return tuple(sorted(chain.from_iterable(first), key=_position))
 
 
-def _position(flip: Flip) -> int:
-    return -1 if flip.position is None else flip.position
+def _position(flip: Flip) -> tuple[int, int]:
+    return -1 if flip.position is None else flip.position, flip.token or 0

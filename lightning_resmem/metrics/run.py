@@ -6,6 +6,7 @@ from lightning_resmem.collection.ranks import Ranks
 from lightning_resmem.memory.weights_watch import WeightsWatch
 from lightning_resmem.metrics.answer import Answer
 from lightning_resmem.metrics.evaluation import Evaluation
+from lightning_resmem.metrics.found import Found
 from lightning_resmem.metrics.scoreboard import Scoreboard
 from lightning_resmem.model.sequences import RowReader
 
@@ -27,11 +28,14 @@ class Run:
         """Before a batch is answered."""
         self._weights.check_first()
 
-    def score(self, answer: Answer, batch: Any, shape: tuple[int, ...], dataloader_idx: int) -> None:
-        """After a batch was answered, for which the head returned outputs of this shape."""
+    def score(self, answer: Answer | Found, batch: Any, dataloader_idx: int) -> None:
+        """After a batch was answered."""
         if self._board is not None:
-            found = self._reader.targets(batch, shape)
-            self._board.update(answer, found.targets, dataloader_idx, found.kept)
+            read = self._reader.targets(batch, answer.outputs.shape)
+            if isinstance(answer, Found):
+                self._board.update_tokens(answer, read, dataloader_idx)
+            else:
+                self._board.update(answer, read.targets, dataloader_idx)
 
     def finish(self) -> tuple[Evaluation, ...]:
         """What the run showed, over all ranks.

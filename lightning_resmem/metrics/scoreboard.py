@@ -12,13 +12,17 @@ from lightning_resmem.collection.samplers import num_unpadded_rows, row_position
 from lightning_resmem.errors import InputError, ResMemWarning
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.memory.knn_lm import knn_lm_params
+from lightning_resmem.memory.token_ids import STRIDE, of_sequences, token_ids
 from lightning_resmem.metrics.answer import Answer
 from lightning_resmem.metrics.bins import Neighborhoods, ReliabilityBins
 from lightning_resmem.metrics.evaluation import Evaluation
 from lightning_resmem.metrics.flips import FirstFlips, first_flips
+from lightning_resmem.metrics.found import Found
 from lightning_resmem.metrics.reported import UserMetrics
 from lightning_resmem.metrics.side_by_side import ResMemMetrics
+from lightning_resmem.metrics.tokens import PERPLEXITY, perplexities
 from lightning_resmem.model.ignored import IGNORE_INDEX
+from lightning_resmem.model.sequences import RowTargets
 from lightning_resmem.tasks import Regression
 
 # Entries of a prediction that wait to be counted together: an update has a price of its own (on a GPU, most of it is to
@@ -55,19 +59,28 @@ class Scoreboard:
         self._parts = [_Part(memory, loader, device, metrics, ignored) for loader in loaders]
         self._prefix = prefix
 
-    def update(self, answer: Answer, targets: Tensor, dataloader_idx: int = 0, kept: Tensor | None = None) -> None:
+    def update(self, answer: Answer, targets: Tensor, dataloader_idx: int = 0) -> None:
         """Count a batch, without the rows that only pad it.
 
         Args:
             answer: To the rows of the batch.
-            targets: Of the same rows, as the task wants them; of sequences `(B, T, ...)`.
+            targets: Of the same rows, as the task wants them.
             dataloader_idx: Which dataloader they come from.
-            kept: Of sequences, which positions are rows, a mask `(B, T)`.
 
         Raises:
             InputError: If the targets do not fit; perhaps only when more batches have come, or in `evaluate`.
         """
-        self._parts[dataloader_idx].update(answer, targets, kept)
+        self._parts[dataloader_idx].update(answer, targets)
+
+    def update_tokens(self, found: Found, read: RowTargets, dataloader_idx: int = 0) -> None:
+        """Count a batch of sequences, without those that only pad it.
+
+        Args:
+            found: The neighbours of its positions.
+            read: Its targets, and which positions are rows.
+            dataloader_idx: As for `update`, and errors, too.
+        """
+        self._parts[dataloader_idx].update_tokens(found, read)
 
     def finish(self) -> None:
         """Count what is waiting.
@@ -103,28 +116,50 @@ class _Part:
         self._metrics = ResMemMetrics(task, memory.num_outputs, metrics, with_knn_lm).to(device)
         self._task, self._flips = task, FirstFlips(task)
         self._positions, self._rows_left = row_positions(loader), num_unpadded_rows(loader)
-        self._waiting: list[tuple[Answer, Tensor]] = []
+        self._waiting: list[tuple[Answer, Tensor, Tensor]] = []
         self._num_waiting = self._num_read = self._num_left_out = self._num_ignored = 0
 
-    def update(self, answer: Answer, targets: Tensor, kept: Tensor | None) -> None:
-        rows = len(targets) if self._rows_left is None else min(len(targets), self._rows_left)
-        if self._rows_left is not None:
-            self._rows_left -= rows
-        if kept is not None:
-            self._num_ignored += int((~kept[:rows]).sum())
-            counted = kept.clone()
-            counted[rows:] = False
-            answer, targets = answer.rows(counted.flatten().to(answer.outputs.device)), targets[counted]
-            rows, self._positions = len(targets), None
-        if not rows:
+    def update(self, answer: Answer, targets: Tensor) -> None:
+        rows = self._unpadded(len(targets))
+        numbers = torch.arange(self._num_read, self._num_read + rows, device=self._device)
+        self._wait(answer.with_knn_lm(self._memory).head(rows), targets[:rows], numbers)
+        self._num_read += rows
+
+    def update_tokens(self, found: Found, read: RowTargets) -> None:
+        targets, kept, positions = read
+        assert kept is not None
+        assert positions is not None
+        rows = self._unpadded(len(targets))
+        self._num_ignored += int((~kept[:rows]).sum())
+        kept = torch.cat([kept[:rows], torch.zeros_like(kept[rows:])]).flatten()
+        sequences = torch.arange(self._num_read, self._num_read + len(targets), device=positions.device)
+        numbers, targets = token_ids(sequences, positions).flatten(), targets.flatten(0, 1)
+        self._flips.stride = STRIDE
+        for place, answer in found.answers(self._memory, kept):
+            here = kept[place]
+            answer = answer.with_knn_lm(self._memory).head(len(answer.outputs))
+            self._wait(answer, targets[place][here], numbers[place][here])
+        self._num_read += rows
+
+    def _unpadded(self, rows: int) -> int:
+        """How many of so many more rows do not only pad."""
+        if self._rows_left is None:
+            return rows
+        rows = min(rows, self._rows_left)
+        self._rows_left -= rows
+        return rows
+
+    def _wait(self, answer: Answer, targets: Tensor, numbers: Tensor) -> None:
+        """Have rows with these numbers `(n,)` counted."""
+        if not len(targets):
             return
         if self._waiting and targets.shape[1:] != self._waiting[0][1].shape[1:]:
             raise InputError(
                 f"The targets of a batch have shape {tuple(targets.shape)}, those of the batch before "
                 f"{tuple(self._waiting[-1][1].shape)}."
             )
-        self._waiting.append((answer.with_knn_lm(self._memory).head(rows), targets[:rows]))
-        self._num_waiting += answer.predictions.base[:rows].numel()
+        self._waiting.append((answer, targets, numbers))
+        self._num_waiting += answer.predictions.base.numel()
         # The first batch at once: if something does not fit, it shows in the first step.
         most = _WAITING_ENTRIES if self._device.type == "cpu" else _WAITING_ENTRIES_GPU
         if not self._num_read or self._num_waiting >= most:
@@ -133,11 +168,10 @@ class _Part:
     def count(self) -> None:
         if not self._waiting:
             return
-        answers, targets = zip(*self._waiting, strict=True)
+        answers, *columns = zip(*self._waiting, strict=True)
         self._waiting, self._num_waiting = [], 0
-        answer, target = Answer.cat(answers).to(self._device), torch.cat(targets).to(self._device)
-        numbers = torch.arange(self._num_read, self._num_read + len(target), device=self._device)
-        self._num_read += len(target)
+        answer = Answer.cat(answers).to(self._device)
+        target, numbers = (torch.cat(column).to(self._device) for column in columns)
         usable = answer.is_combined
         if target.is_floating_point():
             usable = usable & torch.isfinite(target.reshape(len(target), -1)).all(dim=1)
@@ -157,19 +191,20 @@ class _Part:
     def evaluate(self, ranks: Ranks, prefix: str, suffix: str) -> Evaluation:
         metrics = self._metrics
         scores = _numbers(metrics.compute(), ranks)
+        of_tokens = perplexities(scores) if of_sequences(self._memory.provenance) else {}
         reliability = {} if isinstance(self._task, Regression) else metrics.predictions
         return Evaluation(
             prefix=prefix,
             suffix=suffix,
             rows=int(metrics.scores.compute()["rows"]),
-            scores=scores,
-            shown=tuple(filter(metrics.is_shown, scores)),
+            scores=scores | of_tokens,
+            shown=(*filter(metrics.is_shown, scores), *(name for name in of_tokens if not name.endswith("_knn"))),
             gain=scores["gain"],
             gain_error=scores["gain_error"],
             flips=first_flips(ranks.gather_objects(self._flips.found)),
             reliability={name: ReliabilityBins(*_on_cpu(of.reliability.compute())) for name, of in reliability.items()},
             neighborhoods=Neighborhoods(*_on_cpu(metrics.neighborhoods.compute())),
-            less_is_better=tuple(sorted(metrics.less_is_better)),
+            less_is_better=tuple(sorted(metrics.less_is_better | ({PERPLEXITY} if of_tokens else set()))),
             left_out=_sum(self._num_left_out, ranks),
             ignored=_sum(self._num_ignored, ranks),
         )

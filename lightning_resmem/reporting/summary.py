@@ -18,6 +18,8 @@ _NAMES = {
     "r2": "R²",
     "f1": "macro F1",
     "nll": "negative log-likelihood",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits per byte",
     "brier": "Brier score",
     "ece": "calibration error",
 }

@@ -32,6 +32,7 @@ def test_flips_of_classes(loader, positions, tmp_path):
     assert [right.position, wrong.position] == positions
     assert dataclasses.asdict(right) | {"base_confidence": 1.0, "resmem_confidence": 1.0, "position": None} == {
         "position": None,
+        "token": None,
         "target": 1,
         "base": 0,
         "resmem": 1,
