@@ -355,6 +355,7 @@ class Trained:
             sigma=params.sigma,
             softmax_temperature=params.softmax_temperature,
             strength=params.strength,
+            combined_temperature=params.combined_temperature,
             task=self.task,
         )
 

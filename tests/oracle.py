@@ -120,6 +120,7 @@ def predict(
     strength: float = 1.0,
     task: str = "multiclass",
     ids: ArrayLike | None = None,
+    combined_temperature: float = 1.0,
 ) -> Predictions:
     """All three predictions for queries `(B, D)` with outputs `(B, C)`, from rows that may come in any order.
 
@@ -131,11 +132,13 @@ def predict(
     weight = weights(distances, sigma)
     base = base_prediction(query_outputs, task, softmax_temperature)
     residual = weighted_sum(positions, weight, residuals(outputs, targets, task, softmax_temperature))
-    return Predictions(
-        base=base,
-        knn=label_average(positions, weight, targets, base.shape[1], task),
-        resmem=base + strength * residual,
-    )
+    combined = base + strength * residual
+    if combined_temperature != 1 and task == "multiclass":
+        combined = softmax(log_predictions(combined, base), combined_temperature)
+    if combined_temperature != 1 and task == "multilabel":
+        clamped = combined.clip(1e-4, 1 - 1e-4)
+        combined = 1 / (1 + ((1 - clamped) / clamped) ** (1 / combined_temperature))
+    return Predictions(base=base, knn=label_average(positions, weight, targets, base.shape[1], task), resmem=combined)
 
 
 def cut(outputs: ArrayLike, top_m: int, softmax_temperature: float = 1.0) -> tuple[Floats, Floats]:
