@@ -36,3 +36,20 @@ def test_search_without_numba(harness):
         distances, ids = ExactIndex(keys).search(keys[:5], 1)
     assert ids[:, 0].tolist() == [0, 1, 2, 3, 4]
     assert distances.max() == 0
+
+
+def test_a_line_for_every_data_set(harness, monkeypatch, tmp_path):
+    import real_data
+
+    monkeypatch.setattr(harness, "TABLES", tmp_path)
+    monkeypatch.setattr(real_data, "STEPS", 60)
+    monkeypatch.setattr(real_data, "ALTERNATIVES", ("wine",))
+    real_data.main(["--only", "wine", "diabetes", "--seeds", "2"])
+    _, _, wine, diabetes = (tmp_path / "real_data.md").read_text().splitlines()
+    for line, name, least, most in ((wine, "wine", 85, 100), (diabetes, "diabetes", 40, 90)):
+        base, knn, resmem = (float(cell.split(" ± ")[0]) for cell in line.split(" | ")[2:5])
+        assert line.startswith(f"| {name} |")
+        assert least < min(base, knn, resmem) <= max(base, knn, resmem) <= most
+    others = (tmp_path / "real_data_others.md").read_text()
+    for kind in ("kNN-LM", "stacking", "temperature scaling", "4 times longer", "4 times wider"):
+        assert f"| wine | {kind} |" in others
