@@ -44,4 +44,6 @@ def predict_knn_lm(memory: ResidualMemory, params: ResMemParams, outputs: Tensor
     scale = memory.params.sigma / params.sigma  # `sums` divides by the sigma of the memory
     near = Neighbors(neighbors.distances[:, : params.k] * scale, neighbors.ids[:, : params.k])
     labels = memory.sums(near).labels.to(base.device)
-    return combine(base, whole_residual(labels, labels.sum(dim=1), base), params.strength)
+    found = combine(base, whole_residual(labels, labels.sum(dim=1), base), params.strength)
+    after = params.combined_temperature
+    return found if after == 1 else memory.task.tempered(found, base, after)

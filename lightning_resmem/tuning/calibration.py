@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
+from lightning_resmem.params import ResMemParams
 from lightning_resmem.tuning.result import TuningResult
 from lightning_resmem.tuning.sweep import Sweep
 
@@ -15,18 +17,46 @@ _POWERS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 _HALVINGS = 4
 
 
+class Found(NamedTuple):
+    """A temperature, the mean loss before and after it, and the standard error of the difference."""
+
+    temperature: float
+    before: float
+    after: float
+    error: float
+
+
 def with_temperature(result: TuningResult, sweep: Sweep, noise: float) -> TuningResult:
     """A tuner's result with a `combined_temperature`, if that lowers the loss by more than its standard error.
+
+    The params of kNN-LM have one of their own, by the same rule.
 
     Args:
         result: Without one.
         sweep: That the result comes from, of rows that the base was not trained on.
         noise: How many standard errors count as noise.
     """
-    task = sweep.task
-    if not (task.uses_softmax_temperature and result.params.strength):
+    if not sweep.task.uses_softmax_temperature:
         return result
-    combined, base, targets = sweep.both(result.params)
+    if result.knn_lm is not None and (found := _find(result.knn_lm, sweep.of_knn_lm(), noise)) is not None:
+        result = replace(result, knn_lm=replace(result.knn_lm, combined_temperature=found.temperature))
+    found = _find(result.params, sweep, noise)
+    if found is None:
+        return result
+    note = (
+        f"combined_temperature={found.temperature:.4g} after combining: loss {found.before:.4f} -> {found.after:.4f} "
+        f"(± {found.error:.4f})"
+    )
+    params = replace(result.params, combined_temperature=found.temperature)
+    return replace(result, params=params, notes=(*result.notes, note))
+
+
+def _find(params: ResMemParams, sweep: Sweep, noise: float) -> Found | None:
+    """The temperature with the least loss, if that falls by more than its noise."""
+    if not params.strength:
+        return None
+    task = sweep.task
+    combined, base, targets = sweep.both(params)
     every = max(1, math.ceil(base.numel() / _ENTRIES))
     combined, base, targets = combined[::every], base[::every], targets[::every]
     before = task.loss(combined, base, targets).double()
@@ -46,13 +76,5 @@ def with_temperature(result: TuningResult, sweep: Sweep, noise: float) -> Tuning
     best = max(gains, key=lambda power: gains[power][0])
     gained, error = gains[best]
     if best == 0 or not gained > noise * error:
-        return result
-    temperature = float(f"{2.0**best:.6g}")
-    note = (
-        f"combined_temperature={temperature:.4g} after combining: loss {loss / rows:.4f} -> {loss / rows - gained:.4f}"
-    )
-    return replace(
-        result,
-        params=replace(result.params, combined_temperature=temperature),
-        notes=(*result.notes, f"{note} (± {error:.4f})"),
-    )
+        return None
+    return Found(float(f"{2.0**best:.6g}"), loss / rows, loss / rows - gained, error)

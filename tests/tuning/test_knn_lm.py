@@ -47,7 +47,7 @@ def test_the_best_setting_is_found(values, objective):
     memory = filled(values)
     torch.manual_seed(1)
     queries, outputs, targets = rows(60, seed=2)
-    tuner = GridTuner([K], SIGMAS, TEMPERATURES, objective=objective, refinements=0)
+    tuner = GridTuner([K], SIGMAS, TEMPERATURES, objective=objective, refinements=0, calibrate=False)
     result = tuner.tune(memory, queries, outputs, targets)
     scale = oracle.neighbors(*[rows(80, seed=1)[0], None, queries], K)[0].mean(axis=1)
     scale = float(np.sort(scale)[(len(scale) - 1) // 2])  # torch's median: the lower of the two in the middle
@@ -90,6 +90,19 @@ def test_predictions_are_those_of_the_params_noted_with_the_memory(values, count
     np.testing.assert_allclose(found, peer(params, queries, outputs, count)[1], atol=1e-5)
     note_knn_lm(memory, None)
     assert knn_lm_params(memory) is None
+
+
+def test_it_has_a_temperature_of_its_own():
+    memory = filled("dense")
+    queries, outputs, targets = rows(2000, seed=2)
+    outputs *= 4  # a base that is much too sure
+    tuner = GridTuner([K], SIGMAS, [1.0], refinements=0)
+    params = tuner.tune(memory, queries, outputs, targets).knn_lm
+    assert params.combined_temperature > 1
+    found = predict_knn_lm(memory, params, outputs, memory.search(queries, K))
+    _, plain = peer(params, queries, outputs)
+    wanted = np.maximum(plain, 0) ** (1 / params.combined_temperature)
+    np.testing.assert_allclose(found, wanted / wanted.sum(axis=1, keepdims=True), atol=1e-4)
 
 
 def test_without_neighbors_the_base_predicts():
