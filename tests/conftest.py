@@ -7,6 +7,7 @@ it is, if it is there.
 import contextlib
 import glob
 import importlib.util
+import logging
 import os
 import random
 import tempfile
@@ -116,6 +117,15 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 -- the global generator is what other people's code draws from
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _lightning_speaks_again() -> Iterator[None]:
+    """Examples that run in this process silence it."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

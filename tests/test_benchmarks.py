@@ -53,3 +53,30 @@ def test_a_line_for_every_data_set(harness, monkeypatch, tmp_path):
     others = (tmp_path / "real_data_others.md").read_text()
     for kind in ("kNN-LM", "stacking", "temperature scaling", "4 times longer", "4 times wider"):
         assert f"| wine | {kind} |" in others
+
+
+def test_a_line_for_every_network_and_metric(harness, monkeypatch, tmp_path, capsys):
+    import cifar_features
+
+    monkeypatch.setattr(harness, "TABLES", tmp_path)
+    cifar_features.main([])
+    assert "--data FOLDER" in capsys.readouterr().out
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for part, rows in (("train", 400), ("val", 100), ("test", 300)):
+        labels = generator.integers(0, 3, rows)
+        embeddings = np.eye(8)[labels] + generator.normal(0, 0.3, (rows, 8))
+        logits = 3 * np.eye(3)[np.where(generator.random(rows) < 0.5, labels, 0)]  # half of them say nothing
+        arrays |= {f"{part}_embeddings": embeddings, f"{part}_logits": logits, f"{part}_labels": labels}
+    np.savez(tmp_path / "cifar3_resnet8_features.npz", **arrays)
+    cifar_features.main(["--data", str(tmp_path), "--plot", str(tmp_path / "picture.png")])
+    _, _, *lines = (tmp_path / "cifar_features.md").read_text().splitlines()
+    assert [line.split(" | ")[:2] for line in lines] == [
+        ["| CIFAR-3, ResNet-8", metric] for metric in ("euclidean", "within_class")
+    ]
+    for line in lines:
+        base, _, resmem = (float(cell.split(" ± ")[0]) for cell in line.split(" | ")[2:5])
+        right = arrays["test_logits"].argmax(axis=1) == arrays["test_labels"]
+        assert base == pytest.approx(100 * right.mean(), abs=0.01)
+        assert resmem > base + 10
+    assert (tmp_path / "picture.png").stat().st_size > 1000

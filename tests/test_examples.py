@@ -66,10 +66,6 @@ def test_memory_pass(tmp_path):
     assert len(re.findall(r"\d+\.\d+ +│ +\d+\.\d+ +│ +\d+\.\d{3} ", printed)) == 3
 
 
-def test_cifar10_features_without_the_file(tmp_path):
-    assert "RESMEM_FEATURES" in run(tmp_path, "benchmarks/cifar10_features.py")
-
-
 def test_gpu_search_on_a_cpu(tmp_path, monkeypatch):
     script, out = ROOT / "examples" / "benchmarks" / "gpu_search.py", tmp_path / "tables" / "card.md"
     monkeypatch.syspath_prepend(script.parent)

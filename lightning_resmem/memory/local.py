@@ -51,6 +51,9 @@ class LocalMemory(PartMemory):
             memory is first built: later changes of rows leave it, until `clear`. Keys are kept twice then, as they are
             and in this space, in float32.
 
+    Methods come in the order of a row's way: `rehearse` to `update` bring rows in and change them, `build` and `gather`
+    make them ready, `search` to `fetch` answer, `stats` tells, `save` and `load` keep; the others serve those.
+
     Threads may use one at the same time: each answer is that of the memory before or after a change.
 
     Raises:

@@ -90,6 +90,7 @@ def test_the_memorys_numbers_are_metrics(done):
             "resmem/sigma": memory.params.sigma,
             "resmem/softmax_temperature": memory.params.softmax_temperature,
             "resmem/strength": memory.params.strength,
+            "resmem/combined_temperature": 1.0,
             "resmem/tuning_acc_base": tuning.base_score,
             "resmem/tuning_acc_resmem": tuning.score,
             "resmem/tuning_gain": tuning.score - tuning.base_score,
