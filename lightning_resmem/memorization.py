@@ -237,7 +237,7 @@ class Memorizer:
             result = None
             if self.tuner is not None and self._tunes_on(val_loaders):
                 result = self._tune(reading, self.tuner, self._plan(reading, val_loaders, limit_val_batches))
-            if self.tuner is not None and result is None and len(memory) >= _LEAST_ROWS:
+            if self.tuner is not None and result is None and len(memory) >= _LEAST_ROWS and self.limit.may_tune():
                 result = self._tune_leave_one_out(reading.ranks, self.tuner, reading.show_progress)
             if result is not None:
                 if result.balanced is not None and draws_unevenly([loaders, trainer.train_dataloader]):

@@ -33,7 +33,8 @@ class ResMemPredictor:
         inputs: Name of the column that the base reads; of several, each is given to the argument of its name.
         predictions: Which of `"base"`, `"knn"` and `"resmem"` are added, as columns of these names.
         output: `"scores"` adds rows of shape `(C,)`, float32: probabilities (`F(x)` for resmem, whose entries may lie
-            below 0), or the prediction in regression. `"labels"` adds the class with the largest one, int64.
+            below 0), or the prediction in regression. `"labels"` adds the class with the largest one, int64. For a
+            base of sequences these are `(T, C)` and `(T,)`.
         device: Where base and memory go.
         forward_fn: `forward_fn(model, batch)` runs the base on a tensor, or for several columns on a dict of tensors;
             by default `model(...)`.
@@ -111,7 +112,7 @@ class ResMemPredictor:
         added: Batch = {}
         for name in self._predictions:
             scores = getattr(found, name)
-            added[name] = (scores.argmax(dim=1) if self._labels else scores.float()).cpu().numpy()
+            added[name] = (scores.argmax(dim=-1) if self._labels else scores.float()).cpu().numpy()
         return {**batch, **added}
 
     def _tensor(self, batch: Batch, column: str) -> Tensor:

@@ -219,3 +219,25 @@ def test_other_weights_and_no_memory_are_refused(saved: Path, tmp_path: Path) ->
         ResMemPredictor(saved, partial(Net, seed=1), inputs="pixels")
     with pytest.raises(StorageError):
         ResMemPredictor(tmp_path / "nothing", Net, inputs="pixels")
+
+
+class Letters(L.LightningModule):
+    """A label for every position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Embedding(7, 4), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+def test_labels_of_positions(tmp_path: Path) -> None:
+    base, memory = Letters(), LocalMemory(params=ResMemParams(k=2, sigma=0.5))
+    memory.add(torch.randn(20, 4), torch.randn(20, 5), torch.randint(5, (20,)))
+    saved = ResMemModule(base, memory, head="head").save(tmp_path / "letters")
+    tokens = {"tokens": np.arange(14).reshape(2, 7) % 7}
+    scores = ResMemPredictor(saved, base, inputs="tokens")(tokens)["resmem"]
+    labels = ResMemPredictor(saved, base, inputs="tokens", output="labels")(tokens)["resmem"]
+    assert labels.shape == (2, 7)
+    np.testing.assert_array_equal(labels, scores.argmax(axis=-1))

@@ -199,13 +199,14 @@ class ShardedMemory(ResidualMemory):
         states = pool.everywhere("state")
         about = about_of(states)
         held = {} if about is None else about.provenance
-        found = (pool.config.num_shards, sum(first["rows"] for first, *_ in states), held.get("fingerprint"))
-        if found != (wanted, len(saved.tensors["ids"]), saved.provenance.get("fingerprint")):
+        rows, fingerprint = sum(first["rows"] for first, *_ in states), held.get("fingerprint")
+        found = (pool.config.num_shards, rows, fingerprint, pool.config.metric)
+        if found != (wanted, len(saved.tensors["ids"]), saved.provenance.get("fingerprint"), saved.metric):
             name = self._shards.name
             raise InputError(
-                f"name={name!r} is a pool of {found[0]} shards with {found[1]:,} rows, not of {wanted} shards with the "
-                f"{len(saved.tensors['ids']):,} rows that are saved in {saved.files.path}: end it by "
-                f"RayMemory.connect({name!r}).shutdown(), or give another name."
+                f"name={name!r} is a pool of {found[0]} shards with {rows:,} rows, metric={found[3]!r}, not of "
+                f"{wanted} shards with the {len(saved.tensors['ids']):,} rows, metric={saved.metric!r}, that are "
+                f"saved in {saved.files.path}: end it by RayMemory.connect({name!r}).shutdown(), or give another name."
             )
         self.learn(states)
 

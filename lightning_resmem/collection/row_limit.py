@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_resmem.collection.chunks import Chunk
 from lightning_resmem.collection.ranks import Ranks
-from lightning_resmem.errors import InputError
+from lightning_resmem.errors import InputError, ResMemWarning
+from lightning_resmem.memory.checks import repeated
 from lightning_resmem.memory.growing import GrowingTensor
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.tasks import Task
@@ -54,6 +56,16 @@ class RowLimit:
                 'trusted too much: give validation rows, tuner=None with params of your own, or keep="uniform".'
             )
 
+    def may_tune(self) -> bool:
+        """Whether a memory without validation rows may be tuned on its own; says so if not."""
+        if self.keep == "residual":
+            rank_zero_warn(
+                'The memory is not tuned: there were no validation rows, and keep="residual" kept the training rows '
+                "that the base has most wrong. Its params are those given, or measured; give validation rows to tune.",
+                category=ResMemWarning,
+            )
+        return self.keep != "residual"
+
     def told(self, memory: ResidualMemory) -> str:
         """How many rows were memorized, for the log."""
         if self.max_rows is None:
@@ -66,7 +78,7 @@ class RowLimit:
         if self.keep == "uniform":
             return hashed
         wrong = task.residuals(chunk.outputs, task.check_targets(chunk.targets, chunk.outputs.shape[1]))
-        # The upper bits of a float, three digits, are in its order; what differs by less is in that of the hashes.
+        # The upper bits of a float, two digits, are in its order; what differs by less is in that of the hashes.
         size = wrong.abs().sum(dim=1).float().cpu().view(torch.int32).long() >> 16
         return ((2**15 - 1 - size) << 48) | (hashed & (2**48 - 1))
 
@@ -126,7 +138,11 @@ class Kept:
             return
         kept = self._places.finish() <= last
         if not kept.all():
-            self._staged.remove(self._ids.finish()[~kept])
+            gone, left = self._ids.finish()[~kept], self._ids.finish()[kept]
+            both = gone[torch.isin(gone, left)].unique()
+            if len(both):
+                raise repeated(both)
+            self._staged.remove(gone)
             self._ids.keep(kept)
             self._places.keep(kept)
 

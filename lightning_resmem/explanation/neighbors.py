@@ -240,7 +240,9 @@ def explain(
     residuals = row_residuals(values, positions, params.softmax_temperature, predictions.base).cpu()
     strength = params.strengths(memory.task, predictions.base, neighbors.distances[:, 0])
     contributions = per_neighbor(strength) * weights[..., None] * residuals
-    labels = values.targets.cpu()[positions.clamp_min(0).cpu()]
+    targets_of = values.targets.cpu()
+    targets_of = targets_of if len(targets_of) else targets_of.new_zeros(1, *targets_of.shape[1:])
+    labels = targets_of[positions.clamp_min(0).cpu()]
     labels[neighbors.ids < 0] = -1 if labels.ndim == 2 else torch.nan
     change = predictions.resmem - predictions.base
     return Explanation(

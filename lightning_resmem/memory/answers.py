@@ -94,10 +94,12 @@ def combined(task: Task, params: ResMemParams, outputs: Tensor, neighbors: Neigh
     residual = sums.whole_residual(base)
     strengths = params.strengths(task, base, neighbors.distances[:, 0].to(base.device))
     # To a query without any neighbour the base answers alone.
-    knn = sums.labels.where(torch.isfinite(neighbors.distances[:, :1]), base.to(sums.labels))
+    known = torch.isfinite(neighbors.distances[:, :1])
+    knn = sums.labels.where(known, base.to(sums.labels))
     resmem = combine(base, residual, strengths)
-    if params.combined_temperature != 1:
-        resmem = task.tempered(resmem, base, params.combined_temperature)
+    if params.combined_temperature != 1 and params.strength:
+        tempered = task.tempered(resmem, base, params.combined_temperature)
+        resmem = tempered.where(known.to(base.device), base)
     return Predictions(base, knn, resmem)
 
 

@@ -57,7 +57,7 @@ def converted(sources: Sequence[Saved], kept: Kept, renumber: bool = False) -> L
     )
     if first.key_map is not None:  # distances stay what they are
         memory.measure_with(first.key_map)
-    memory.provenance, memory.tunable = dict(first.provenance), first.tunable
+    memory.provenance, memory.tunable = _provenance(sources), first.tunable
     memory.reserve(sum(len(source.tensors["ids"]) for source in sources))
     for source in sources[1:]:
         _check_belongs(first, source)
@@ -70,6 +70,17 @@ def converted(sources: Sequence[Saved], kept: Kept, renumber: bool = False) -> L
             _take(memory, source, {**rows, "ids": rows["ids"] + offset})
     memory.build()
     return memory
+
+
+def _provenance(sources: Sequence[Saved]) -> dict[str, str]:
+    """That of the first; of several memories it is not told how many rows they are a sample of."""
+    told = dict(sources[0].provenance)
+    if len(sources) > 1:
+        for name in ("max_rows", "rows_seen", "keep"):
+            told.pop(name, None)
+        if any(source.provenance.get("keep") == "residual" for source in sources):
+            told["keep"] = "residual"
+    return told
 
 
 def _take(memory: LocalMemory, source: Saved, rows: dict[str, Tensor]) -> None:

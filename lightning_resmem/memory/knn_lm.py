@@ -26,9 +26,10 @@ def note_knn_lm(memory: ResidualMemory, params: ResMemParams | None) -> None:
 
 
 def knn_lm_params(memory: ResidualMemory) -> ResMemParams | None:
-    """How a memory is best read as kNN-LM, where tuning has found that out."""
+    """How a memory is best read as kNN-LM, where tuning has found that out, and as many are looked up."""
     noted = memory.provenance.get(_KEY)
-    return None if noted is None else ResMemParams(**json.loads(noted))
+    params = None if noted is None else ResMemParams(**json.loads(noted))
+    return None if params is None or params.k > memory.params.k else params
 
 
 def predict_knn_lm(memory: ResidualMemory, params: ResMemParams, outputs: Tensor, neighbors: Neighbors) -> Tensor:
@@ -46,4 +47,7 @@ def predict_knn_lm(memory: ResidualMemory, params: ResMemParams, outputs: Tensor
     labels = memory.sums(near).labels.to(base.device)
     found = combine(base, whole_residual(labels, labels.sum(dim=1), base), params.strength)
     after = params.combined_temperature
-    return found if after == 1 else memory.task.tempered(found, base, after)
+    if after == 1:
+        return found
+    known = neighbors.distances[:, :1].isfinite().to(base.device)
+    return memory.task.tempered(found, base, after).where(known, base)

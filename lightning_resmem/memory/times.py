@@ -3,8 +3,11 @@
 import copy
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Self
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from lightning_resmem.errors import InputError
@@ -15,17 +18,34 @@ _LARGEST = 2**53
 
 
 def as_times(name: str, value: Any) -> Tensor:
-    """Times as float64; raises an error for what float64 would round, and for NaN."""
+    """Times as float64; raises an error for what float64 would round, or another dtype has rounded, and for NaN."""
+    if isinstance(value, (int, float, list, tuple)):
+        with suppress(ValueError, TypeError):
+            value = np.asarray(value)  # of Python's floats torch would make float32
     times = as_tensor(name, value).detach()
-    if not times.is_floating_point() and times.numel() and bool((times.abs() > _LARGEST).any()):
-        raise InputError(
-            f"{name} holds {int(times.abs().max())}, times are compared as float64, which has every whole number up to "
-            "2**53 only: give microseconds (// 1000) in the place of nanoseconds, or seconds."
-        )
+    _check_exact(name, times)
     times = times.double()
     if bool(times.isnan().any()):
         raise InputError(f"{name} holds NaN: give inf for a row that is never known, -inf for one that always is.")
     return times
+
+
+def _check_exact(name: str, times: Tensor) -> None:
+    is_half = times.dtype in (torch.float16, torch.bfloat16)
+    largest = int(2 / torch.finfo(times.dtype).eps) if times.is_floating_point() else _LARGEST
+    wide = times.dtype == torch.float64 or not times.numel()
+    if wide or not (is_half or bool((times.abs().where(times.isfinite(), 0) > largest).any())):
+        return
+    if times.is_floating_point():
+        raise InputError(
+            f"{name} has dtype {times.dtype}, which rounds times: it has every whole number up to {largest} only. Give "
+            "float64 or int64. From int64, `column + 0.5` makes float32 (`column.double() + 0.5` does not), and a "
+            'Trainer with precision="16-true" or "bf16-true" halves the floats of a batch: there, give int64.'
+        )
+    raise InputError(
+        f"{name} holds {int(times.abs().max())}, times are compared as float64, which has every whole number up to "
+        "2**53 only: give microseconds (// 1000) in the place of nanoseconds, or seconds."
+    )
 
 
 def checked_times(times: Any, count: int) -> Tensor:
@@ -56,7 +76,8 @@ class Dated:
         """This memory as it was known at some time, that moment included: rows that were known later do not count.
 
         It is for asking, in any way that a memory can be asked: `memory.at(now).predict(queries, outputs)`. Where
-        fewer than `k` rows were known, those answer; where none was, the base alone.
+        fewer than `k` rows were known, those answer; where none was, the base alone. Make one for each question: it has
+        the params of now, and the rows until `clear`.
 
         Args:
             asked_at: A number, or one for each of the queries that follow, shape `(B,)`; None is the memory itself.

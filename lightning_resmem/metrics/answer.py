@@ -48,7 +48,7 @@ class Answer(NamedTuple):
         predictions = Predictions(*(base.clone() for _ in Predictions._fields))
         for whole, part in zip(predictions, found, strict=True):
             whole[usable] = part.to(whole.dtype)
-        distances = near.distances.new_full((len(base), near.distances.shape[1]), torch.inf)
+        distances = near.distances.new_full((len(base), near.distances.shape[1]), torch.nan)
         neighbors = Neighbors(distances, torch.full_like(distances, -1, dtype=near.ids.dtype))
         for whole, part in zip(neighbors, near, strict=True):
             whole[usable] = part
@@ -69,7 +69,7 @@ class Answer(NamedTuple):
     @property
     def is_combined(self) -> Tensor:
         """Which rows the memory had its say in, shape `(B,)`: all but those that are NaN or infinite."""
-        return torch.isfinite(self.neighbors.distances[:, 0])
+        return ~torch.isnan(self.neighbors.distances[:, 0])
 
     def combined(self, task: Task) -> Tensor:
         """What the head has to return: the combined prediction, or what the base returned where there is none.

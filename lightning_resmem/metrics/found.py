@@ -31,7 +31,7 @@ class Found(NamedTuple):
         rows = embeddings.flatten(0, -2)
         usable = torch.isfinite(as_compared(rows)).all(dim=1)
         near = memory.for_queries(usable).search(rows[usable], min(memory.params.k, max(1, len(memory))))
-        distances = near.distances.new_full((len(rows), near.distances.shape[1]), torch.inf)
+        distances = near.distances.new_full((len(rows), near.distances.shape[1]), torch.nan)
         neighbors = Neighbors(distances, torch.full_like(distances, -1, dtype=near.ids.dtype))
         for whole, part in zip(neighbors, near, strict=True):
             whole[usable] = part
@@ -41,8 +41,8 @@ class Found(NamedTuple):
         """The memory's answer to some of the positions: as that of `Answer.of`."""
         outputs, near = self.outputs.flatten(0, -2)[rows], Neighbors(*(part[rows] for part in self.neighbors))
         finite = torch.isfinite(outputs).all(dim=1)
-        lost = ~(finite & torch.isfinite(near.distances[:, 0]))
-        near = Neighbors(near.distances.masked_fill(lost[:, None], torch.inf), near.ids.masked_fill(lost[:, None], -1))
+        lost = ~finite | torch.isnan(near.distances[:, 0])
+        near = Neighbors(near.distances.masked_fill(lost[:, None], torch.nan), near.ids.masked_fill(lost[:, None], -1))
         return Answer(outputs, combined(memory.task, memory.params, outputs, near, memory.sums(near)), near)
 
     def answers(self, memory: ResidualMemory, kept: Tensor) -> Iterator[tuple[slice, Answer]]:

@@ -47,14 +47,22 @@ class BitsPerByte(Sums):
 
     @classmethod
     def of(cls, decode: Callable[[list[int]], str], vocabulary: int, encoding: str = "utf-8") -> "BitsPerByte":
-        """With the bytes of what each token is decoded to by itself.
+        """With the bytes that each token adds to a text, as far as decoding tells.
+
+        That is what it is decoded to after itself, for tokenizers that leave out a space at the start. A token that is
+        a part of a character counts as one byte: right for single bytes, too few for a part of several. Special tokens
+        count as the text that they are decoded to. Give `lengths` where that matters.
 
         Args:
             decode: Of a tokenizer, or any function of a list of tokens that returns text.
             vocabulary: `C`.
             encoding: Of the text.
         """
-        return cls([len(decode([token]).encode(encoding)) for token in range(vocabulary)])
+
+        def length(*tokens: int) -> int:
+            return len(decode(list(tokens)).replace("\ufffd", "?").encode(encoding))
+
+        return cls([length(token, token) - length(token) for token in range(vocabulary)])
 
     def update(self, probabilities: Tensor, targets: Tensor) -> None:
         """Add tokens: probabilities `(B, C)`, and the true ones `(B,)`."""

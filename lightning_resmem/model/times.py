@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,9 @@ def read_times(times_fn: TimesFn, batch: Any) -> Tensor:
     try:
         if not isinstance(given, (tuple, list)):
             raise TypeError
-        asked_at, available_at = map(torch.as_tensor, given)
+        # Of Python's floats torch would make float32, which rounds times.
+        pair = (part if isinstance(part, Tensor) else torch.as_tensor(np.asarray(part)) for part in given)
+        asked_at, available_at = pair
         times = torch.stack(torch.broadcast_tensors(asked_at, available_at), dim=-1)
         if times.ndim != 2:
             raise ValueError

@@ -56,7 +56,8 @@ def _find(params: ResMemParams, sweep: Sweep, noise: float) -> Found | None:
     if not params.strength:
         return None
     task = sweep.task
-    combined, base, targets = sweep.both(params)
+    known = sweep.distances[:, 0].isfinite()  # to the others the base answers alone
+    combined, base, targets = (part[known.to(part.device)] for part in sweep.both(params))
     every = max(1, math.ceil(base.numel() / _ENTRIES))
     combined, base, targets = combined[::every], base[::every], targets[::every]
     before = task.loss(combined, base, targets).double()

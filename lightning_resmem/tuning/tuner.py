@@ -23,6 +23,7 @@ from lightning_resmem.tuning.gate import with_gate
 from lightning_resmem.tuning.grid import Axes, GridSearch
 from lightning_resmem.tuning.interpolation import Residuals, measure_residuals
 from lightning_resmem.tuning.objectives import check_objective, check_task, make_objective
+from lightning_resmem.tuning.own_rows import drawn_rows
 from lightning_resmem.tuning.result import TuningResult
 from lightning_resmem.tuning.sweep import Gather, Rows, Sweep
 
@@ -84,15 +85,10 @@ class Tuner(ABC):
             num_ranks: How many parts there are.
 
         Raises:
-            InputError: If the memory has fewer than two rows.
+            InputError: If the memory has fewer than two rows, or only those that the base has most wrong.
         """
         check_memory(memory)
-        if len(memory) < 2:
-            raise InputError(f"The memory has {len(memory)} rows: leaving one out takes at least two.")
-        if rows < 1:
-            raise InputError(f"rows={rows!r}: give a number of rows of at least 1.")
-        drawn = torch.randperm(len(memory), generator=torch.Generator().manual_seed(seed))[:rows].sort().values
-        ids = memory.ids.cpu()[drawn[rank::num_ranks]]
+        ids = drawn_rows(memory, rows, seed)[rank::num_ranks]
         values = memory.fetch(ids)
         return self.tune(memory.at_rows(ids), memory._query_rows(ids), values.outputs, values.targets, gather, ids)
 

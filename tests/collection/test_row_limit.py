@@ -137,3 +137,20 @@ def test_tokens_and_streams(tmp_path):
         trainer(tmp_path), make(CallsSelf), DataLoader(Stream(), 16), max_rows=30, limit_batches=7, tuner=None
     ).memory
     assert of_stream.ids.tolist() == sorted(sorted(range(112), key=split_mix)[:30])
+
+
+def test_repeated_ids_are_refused(tmp_path):
+    for modulus, limit in ((399, 300), (390, 100), (200, 100)):
+        chunk = rows()
+        chunk = chunk._replace(ids=torch.arange(ROWS) % modulus)
+        with pytest.raises(InputError, match="ids are repeated"):
+            kept(tmp_path, RowLimit(limit, "residual"), chunk, ROWS).build()
+
+
+def test_rows_that_the_base_has_most_wrong_are_not_tuned_on(tmp_path, recwarn):
+    memory = kept(tmp_path, RowLimit(100, "residual"), rows(), 50)
+    with pytest.raises(InputError, match=r'keep="residual".*tune it on validation rows'):
+        GridTuner().tune_leave_one_out(memory)
+    assert RowLimit(5).may_tune()
+    assert not RowLimit(5, "residual").may_tune()
+    assert "The memory is not tuned" in str(recwarn[-1].message)

@@ -108,3 +108,14 @@ def test_numbers_that_a_type_cannot_hold_are_named(tmp_path, values):
     memory.update(torch.tensor([7]), embeddings=torch.full((1, 4), 1e6))
     with pytest.raises(InputError, match=r"float16.*7"):
         convert(tmp_path, [memory], Kept(values=values, key_dtype=torch.float16))
+
+
+@pytest.mark.parametrize("keep", ["uniform", "residual"])
+def test_of_several_memories_no_sample_is_told(tmp_path, keep):
+    even, odd = (filled(torch.arange(first, 60, 2), seed=first) for first in (0, 1))
+    even.provenance |= {"max_rows": "30", "keep": "uniform", "rows_seen": "100"}
+    odd.provenance |= {"max_rows": "30", "keep": keep, "rows_seen": "200"}
+    merged = convert(tmp_path, [even, odd])
+    assert "max_rows" not in merged.stats()
+    assert merged.provenance.get("keep") == (None if keep == "uniform" else keep)
+    assert convert(tmp_path / "one", [odd]).stats()["rows_seen"] == 200

@@ -142,3 +142,14 @@ def test_the_mapped_keys_are_estimated(data: Data) -> None:
     plain, mapping = LocalMemory(), LocalMemory(metric="within_class")
     more = sum(mapping.estimate_bytes(100, 6, 12).values()) - sum(plain.estimate_bytes(100, 6, 12).values())
     assert more == 100 * 6 * 4
+
+
+def test_a_map_is_saved_in_double_precision(data: Data, tmp_path: Path) -> None:
+    """A device without it has the map in single precision."""
+    memory = filled(data)
+    memory.build()
+    key_map = memory._rows.key_map
+    assert key_map is not None
+    memory._rows.key_map = type(key_map)(*(part.float() for part in key_map))
+    near = LocalMemory.load(memory.save(tmp_path)).search(data.queries, PARAMS.k)
+    assert torch.equal(near.ids, memory.search(data.queries, PARAMS.k).ids)

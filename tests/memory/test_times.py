@@ -21,6 +21,8 @@ from lightning_resmem import (
 )
 from lightning_resmem.memory.search import precise
 from lightning_resmem.memory.storage import manifest
+from lightning_resmem.memory.times import as_times
+from lightning_resmem.model.times import read_times
 from tests import oracle
 
 PARAMS = ResMemParams(k=5, sigma=0.7, strength=0.8)
@@ -201,3 +203,38 @@ def test_explanations_and_measured_params_see_what_was_known() -> None:
     means = [away[seen >= 0].mean() for away, seen in zip(distances, own, strict=True) if (seen >= 0).any()]
     middle = np.sort(means)
     assert measured.params.sigma == pytest.approx(middle[(len(middle) - 1) // 2], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        torch.tensor([1_700_000_100.0]),  # float32
+        torch.tensor([20.0], dtype=torch.float16),
+        torch.tensor([20.0], dtype=torch.bfloat16),
+        torch.tensor([1_700_000_100]) + 0.5,
+    ],
+)
+def test_times_that_were_rounded_are_refused(times: torch.Tensor) -> None:
+    memory = Dated().filled()
+    with pytest.raises(InputError, match=r"which rounds times.*float64 or int64"):
+        memory.at(times)
+    with pytest.raises(InputError, match="which rounds times"):
+        as_times("times_fn", read_times(lambda batch: (batch, batch), times))
+
+
+def test_numbers_of_python_are_not_rounded() -> None:
+    memory = LocalMemory(params=ResMemParams(k=1))
+    asked_at = [1_700_000_000.0, 1_700_000_040.0]
+    memory.add(torch.eye(2), torch.zeros(2, 2), torch.tensor([0, 1]), times=[[t, t + 60.5] for t in asked_at])
+    queries = torch.tensor([[0.0, 1.0]])
+    for now, seen in ((1_700_000_060.25, -1), (1_700_000_060.5, 0), (1_700_000_100.25, 0), (1_700_000_100.5, 1)):
+        assert memory.at(now).search(queries, 1).ids.item() == seen
+        assert memory.at([now]).search(queries, 1).ids.item() == seen
+    assert read_times(lambda batch: (batch, [t + 60.5 for t in batch]), asked_at)[1, 1] == 1_700_000_100.5
+
+
+def test_explanations_where_nothing_was_known() -> None:
+    data = Dated()
+    told = explain(data.filled().at(-1000.0), data.queries, data.query_outputs, top=3)
+    assert (told.neighbors.ids == -1).all()
+    torch.testing.assert_close(told.predictions.resmem, told.predictions.base)

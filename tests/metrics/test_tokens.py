@@ -59,3 +59,32 @@ def test_blocks_of_positions_are_scored_as_all_of_them(values, monkeypatch, tmp_
     (seen,), (wanted,) = (evaluate(board, tmp_path) for board in boards)
     assert seen.scores == pytest.approx(wanted.scores, nan_ok=True)
     assert (seen.rows, seen.left_out, seen.ignored) == (int(kept.sum()) - 2, 2, int((~kept).sum()))
+
+
+def test_bytes_of_tokenizers_that_strip_or_split_characters():
+    words = [" the", " cat", "s"]
+    metric = BitsPerByte.of(lambda ids: "".join(words[token] for token in ids).lstrip(), vocabulary=3)
+    assert metric.lengths.tolist() == [4, 4, 1]
+    metric = BitsPerByte.of(lambda ids: bytes(ids).decode(errors="replace"), vocabulary=256)
+    assert metric.lengths[list("é日".encode())].sum() == 5
+
+
+def test_rows_without_any_neighbor_are_scored_as_the_base():
+    """Those that are NaN are not."""
+    memory = LocalMemory(params=ResMemParams(k=2, sigma=0.5, combined_temperature=1.5))
+    times = torch.tensor([[0.0, 10.0]]).expand(20, 2)
+    memory.add(torch.randn(20, 3), torch.randn(20, 4), torch.randint(4, (20,)), times=times)
+    embeddings, outputs = torch.randn(5, 3), torch.randn(5, 4)
+    embeddings[4] = torch.nan
+    asked = memory.at([1.0, 20.0, 1.0, 20.0, 20.0])
+    answer = Answer.of(asked, embeddings, outputs)
+    assert answer.is_combined.tolist() == [True, True, True, True, False]
+    base = outputs.softmax(dim=1)
+    for prediction in answer.predictions:
+        torch.testing.assert_close(prediction[[0, 2, 4]], base[[0, 2, 4]])
+    assert not torch.allclose(answer.predictions.resmem[1], base[1])
+    torch.testing.assert_close(answer.combined(memory.task)[:4].exp(), answer.predictions.resmem[:4])
+    found = Found.of(asked, embeddings[None], outputs[None])
+    torch.testing.assert_close(found.resmem(asked)[0, :4], answer.predictions.resmem[:4])
+    memory.params = ResMemParams(k=2, sigma=0.5, strength=0.0, combined_temperature=1.5)
+    torch.testing.assert_close(memory.at(20.0).predict(embeddings[:4], outputs[:4]), base[:4])

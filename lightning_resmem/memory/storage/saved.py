@@ -176,7 +176,8 @@ def manifest(
 
 def map_tensors(key_map: KeyMap | None) -> dict[str, Tensor]:
     """What is saved of a map of the keys; old memories have none."""
-    return {} if key_map is None else {_MAP[name]: part for name, part in key_map._asdict().items()}
+    # In float64, which some devices do not have.
+    return {} if key_map is None else {_MAP[name]: part.cpu().double() for name, part in key_map._asdict().items()}
 
 
 def _read_map(directory: str | os.PathLike[str], tensors: dict[str, Tensor]) -> KeyMap | None:
