@@ -67,6 +67,7 @@ def plot(scores: np.ndarray, sizes: list[int], title: str, path: Path) -> None:
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:

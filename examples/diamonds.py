@@ -161,6 +161,7 @@ def plot(scores: dict[str, np.ndarray], path: Path) -> None:
     axes.set_xlabel(THE_TWO_LINES.replace("    ", ""), family="monospace", fontsize=8, labelpad=10)
     axes.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -122,6 +122,7 @@ def plot(scores: dict[str, np.ndarray], hidden: int, path: Path) -> None:
     axes.set_title(f"Digits, MLP with {hidden} hidden units, {values.shape[1]} seeds")
     axes.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def main() -> None:

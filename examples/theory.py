@@ -128,6 +128,7 @@ def plot(measured: np.ndarray, dimension: int, norm: float, path: Path) -> None:
     axes.set_title(f"Linear regression, d = {dimension}, base restricted to norm {norm}")
     axes.legend()
     figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:

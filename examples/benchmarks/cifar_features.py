@@ -78,6 +78,7 @@ def plot(dots: dict[str, list[tuple[float, float]]], path: Path) -> None:
         ax.grid(axis="y", alpha=0.3)
     axes[0, 0].set_ylabel("test accuracy, %")
     figure.savefig(path, dpi=150, metadata={"Software": None})
+    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:
