@@ -179,7 +179,7 @@ def rows_lost(world: World) -> dict[str, Any]:
     memory = world.memory(1, request_timeout_s=30.0)
     world.fill(memory)
     memory.build()
-    [directory] = (world.directory / "shards").iterdir()
+    directory = Path(memory.shards.pool.config.storage_path)
     shutil.rmtree(directory / "shard-0000-0")
     os.kill(pids(memory)[0], signal.SIGKILL)
     found: dict[str, Any] = {}
@@ -195,7 +195,7 @@ def rows_lost(world: World) -> dict[str, Any]:
     memory = world.memory(1, replicas=2)
     world.fill(memory)
     memory.build()
-    [directory] = (world.directory / "shards").iterdir()
+    directory = Path(memory.shards.pool.config.storage_path)
     shutil.rmtree(directory / "shard-0000-1")
     os.kill(pids(memory)[1], signal.SIGKILL)
     found["right with a replica"] = all(world.is_right(memory) for _ in range(5))
@@ -222,7 +222,7 @@ def journal_damaged(world: World) -> dict[str, Any]:
         memory = world.memory(1, replicas=replicas, request_timeout_s=30.0)
         world.fill(memory)
         memory.shards.flush()
-        [directory] = (world.directory / "shards").iterdir()
+        directory = Path(memory.shards.pool.config.storage_path)
         file = next((directory / "shard-0000-0").glob("0000000003-*"))
         content = bytearray(file.read_bytes())
         content[-5] ^= 1
