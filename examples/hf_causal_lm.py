@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from lightning_resmem import ResMemCallback
-from lightning_resmem.functional import proper_probabilities
 
 Encode, Decode = Callable[[str], list[int]], Callable[[Sequence[int]], str]
 
@@ -95,11 +94,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.fit(model, train, val)
     trainer.test(model, test)  # its loss is that of base and memory; beside it those of base, knn, knn_lm and resmem
 
-    written = tokens[None, : given.context // 2]
-    while written.shape[1] < given.context:
-        predictions = resmem.module.predictions({"input_ids": written})
-        following = proper_probabilities(predictions.resmem[:, -1], predictions.base[:, -1])
-        written = torch.cat([written, following.multinomial(1).cpu()], dim=1)
+    start = tokens[None, : given.context // 2].to(network.device)
+    with resmem.module.combined():  # the model itself answers with the memory
+        written = network.generate(
+            start,
+            attention_mask=torch.ones_like(start),
+            do_sample=True,
+            top_k=0,  # from all tokens
+            max_length=given.context,
+            pad_token_id=0,  # of one text nothing is padded
+        )
     Console().print(decode(written[0].tolist()), markup=False)
 
 
