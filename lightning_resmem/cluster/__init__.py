@@ -7,5 +7,5 @@ answers put together, and `files`, rows to disk and back. How a process gets the
 (`connecting`, `address`) and starts a `pool` on it (`placement`). Questions to all shards: `requests`; one that is dead
 is noticed there, and remembered in `liveness`; `building` has all of them build. What runs in an actor: `shard`, with
 its rows and changes in `durable`, on disk by `journal`, and its `meters`. Which rows are whose: `sharding`. What a pool
-is made with, checked: `config`.
+is made with, checked: `config`; what is left of one on disk: `abandoned`.
 """

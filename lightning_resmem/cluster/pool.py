@@ -1,5 +1,7 @@
 """The pool of a memory: handles of its actors, changes to all of them, and answers that come or end in an error."""
 
+import logging
+import os
 import time
 import uuid
 from typing import Any, NamedTuple, cast
@@ -7,12 +9,14 @@ from typing import Any, NamedTuple, cast
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from lightning_resmem.cluster import placement
+from lightning_resmem.cluster import abandoned, placement
 from lightning_resmem.cluster.config import PoolConfig
 from lightning_resmem.cluster.durable import RowsLostError, withdrawal
 from lightning_resmem.cluster.liveness import Liveness
 from lightning_resmem.cluster.placement import actor_name
 from lightning_resmem.errors import InputError, ResMemError, ShardUnavailableError, first_line
+
+_log = logging.getLogger("lightning_resmem")
 
 # How long shards may take to delete what they kept when they are ended.
 _CLOSE_SECONDS = 10.0
@@ -47,6 +51,7 @@ class Pool:
         self.fillings: list[str | None] = [None] * len(actors)
         self.liveness = Liveness(config, actors, self.known)
         self._job = ray.get_runtime_context().get_job_id()
+        self._claim: int | None = None
 
     @property
     def is_reachable(self) -> bool:
@@ -61,12 +66,16 @@ class Pool:
             InputError: If there is a pool of that name.
             ShardUnavailableError: If the cluster has no room for them within the timeout.
         """
+        assert config.storage_path is not None
+        abandoned.sweep(os.path.dirname(config.storage_path))
         pool = cls(config, placement.start(config, timeout), timeout)
         try:
             pool.ping()
         except ShardUnavailableError:
             pool.close()  # those that have started
             raise
+        if not config.detached:
+            pool._claim = abandoned.claim(config.storage_path)
         return pool
 
     @classmethod
@@ -241,12 +250,27 @@ class Pool:
         """End all actors and delete what they kept; calling it again does nothing."""
         actors = [actor for replicas in self.actors for actor in replicas]
         self.actors = []
-        if not self.is_reachable or not actors:
+        if not actors:
             return
-        destroyed = [actor.destroy.options(max_task_retries=0).remote() for actor in actors]
-        ray.wait(destroyed, num_returns=len(actors), timeout=min(_CLOSE_SECONDS, self.timeout))
-        for actor in actors:
-            ray.kill(actor)
+        if self.is_reachable:
+            destroyed = [actor.destroy.options(max_task_retries=0).remote() for actor in actors]
+            ray.wait(destroyed, num_returns=len(actors), timeout=min(_CLOSE_SECONDS, self.timeout))
+            for actor in actors:
+                ray.kill(actor)
+        elif self.config.detached:  # it lives on
+            return
+        self._delete_kept()
+
+    def _delete_kept(self) -> None:
+        """Delete what the actors have not: one that has just died does not do it itself."""
+        assert self.config.storage_path is not None
+        try:
+            abandoned.remove(self.config.storage_path)
+        except Exception as error:  # whatever a file system raises; the pool is ended all the same
+            _log.warning("%s cannot be deleted, do so by hand: %s", self.config.storage_path, first_line(error))
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
 
 
 class _LostRowsError(ShardUnavailableError):

@@ -354,8 +354,10 @@ def no_place_left(world: World) -> dict[str, Any]:
 DRIVER = """
 import os, sys, torch
 from lightning_resmem import RayMemory
+memories = []
 for name in (None, "kept"):
     memory = RayMemory(1, name=name, address=sys.argv[1], storage_path=sys.argv[2], request_timeout_s=90.0)
+    memories.append(memory)
     memory.add(torch.eye(3), torch.zeros(3, 3), torch.arange(3))
     memory.build()
     print(memory.shards.name, memory.stats()["shards"][0]["pid"], flush=True)
@@ -381,6 +383,11 @@ def driver_dies(world: World) -> dict[str, Any]:
     found["kept"] = len(kept.search(torch.eye(3), 1).ids)
     kept.shutdown()
     found["ended"] = until(lambda: not Path(f"/proc/{second}").exists(), 30.0)
+    [left] = os.listdir(storage)
+    memory = world.memory(1, storage_path=storage)
+    memory.shards.open()
+    found["swept"] = left not in os.listdir(storage)
+    memory.shutdown()
     return found
 
 

@@ -120,4 +120,4 @@ def test_a_node_that_comes_back_completes_the_answers(found: Found) -> None:
 
 
 def test_actors_end_with_the_process_that_made_them_unless_they_are_named(found: Found) -> None:
-    assert found["driver_dies"] == {"gone": True, "kept": 3, "ended": True}
+    assert found["driver_dies"] == {"gone": True, "kept": 3, "ended": True, "swept": True}

@@ -1,7 +1,9 @@
 """The life of a pool: found by its name, ended, and what it keeps on disk."""
 
 import copy
+import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from lightning_resmem import InputError, RayMemory, ShardUnavailableError, StorageError
+from lightning_resmem.cluster import abandoned
 from tests.cluster.ending import SECONDS, ended
 from tests.memory.test_contract import PARAMS, ROWS, Data
 
@@ -47,13 +50,22 @@ def test_a_named_pool_is_found_until_it_is_shut_down(ray_address: str, data: Dat
         RayMemory.connect("shared", request_timeout_s=5.0)
 
 
-def test_a_pool_that_was_shut_down_elsewhere_is_missed_at_once(ray_address: str, data: Data, tmp_path: Path) -> None:
+def test_a_pool_that_was_shut_down_elsewhere_is_missed_and_leaves_nothing(
+    ray_address: str, data: Data, tmp_path: Path
+) -> None:
+    (tmp_path / "left").mkdir()
+    os.close(abandoned.claim(str(tmp_path / "left")) or 0)  # by a process that has ended
     memory = RayMemory(1, params=PARAMS, storage_path=tmp_path, request_timeout_s=SECONDS)
     data.add_to(memory, torch.arange(ROWS))
     memory.build()
     twin = copy.deepcopy(memory)
     data.check(twin, 1e-5)
-    ended(memory)
+    [directory] = tmp_path.iterdir()
+    os.kill(memory.stats()["shards"][0]["pid"], signal.SIGKILL)  # it cannot delete its rows itself
+    abandoned.sweep(str(tmp_path))
+    assert (directory / "shard-0000-0").exists()
+    memory.shutdown()
+    assert not list(tmp_path.iterdir())
     started = time.monotonic()
     with pytest.raises(ShardUnavailableError, match="its process is gone"):
         twin.search(data.queries, 1)
