@@ -131,7 +131,8 @@ class GridSearch:
             return 0.0
         measured = self.measured
         gain = measured.score - measured.score[0]
-        return float(selection.standard_error(measured.squares, gain, self.rows)[index])
+        of_rows = float(selection.standard_error(measured.squares, gain, self.rows)[index])
+        return max(of_rows, self._errors_over_time(index)[0])
 
     def table(self) -> list[dict[str, float]]:
         """A row per setting."""
@@ -172,7 +173,7 @@ class GridSearch:
         found = selection.candidates(measured, gain, error, self.rows, most_lost)
         if self._by_loss:
             index = selection.least_loss(found, found.allowed.nonzero()[:, 0])
-            return index, selection.is_evident(found, index, self._noise, by_loss=True)
+            return index, self._is_evident(found, index)
         best = selection.best_gain(found)
         if self._metric is not None:
             of_best = self._sweep.value_error(self.settings[best], self._metric) if best else 0.0
@@ -181,7 +182,22 @@ class GridSearch:
         if self._metric is None and self._noise and len(equal) > 1:
             equal = equal[self._within_noise(equal, best, gain)]
         index = selection.least_loss(found, equal)
-        return index, selection.is_evident(found, index, self._noise, by_loss=False)
+        return index, self._is_evident(found, index)
+
+    def _is_evident(self, found: selection.Candidates, index: int) -> bool:
+        """Whether a setting helps by more than the noise of rows, and of the times they were asked at."""
+        score, loss = self._errors_over_time(index)
+        gain_error, loss_error = found.gain_error.clone(), found.loss_error.clone()
+        loss_error[index] = max(float(loss_error[index]), loss)
+        if self._metric is None:
+            gain_error[index] = max(float(gain_error[index]), loss if self._by_loss else score)
+        found = found._replace(gain_error=gain_error, loss_error=loss_error)
+        return selection.is_evident(found, index, self._noise, self._by_loss)
+
+    def _errors_over_time(self, index: int) -> list[float]:
+        """Standard errors of the gains in score and loss of rows that have times; 0 of others."""
+        dated = self._sweep.dated_gains(self.settings[index]) if index else None
+        return [0.0, 0.0] if dated is None else self._sweep.agreed(selection.error_over_time(*dated).tolist())
 
     def _within_noise(self, indices: Tensor, best: int, gain: Tensor) -> Tensor:
         """Which settings are within the noise of the best one, by the differences of the rows; `(n,)`, bool."""

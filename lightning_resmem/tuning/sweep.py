@@ -93,6 +93,7 @@ class Sweep:
     def __init__(self, memory: ResidualMemory, rows: Rows, ks: Sequence[int], gather: Gather) -> None:
         self.task = memory.task
         self._outputs, self._targets, self._gather = rows.outputs, rows.targets, gather
+        self._asked_at = memory.asked_at
         self.num_rows = int(gather(torch.tensor([len(rows.targets)])).sum())
         most = len(memory) if rows.ids is None else len(memory) - 1
         self.ks = sorted({min(k, max(1, most)) for k in ks})
@@ -207,6 +208,19 @@ class Sweep:
             dtype=torch.float64,
         )
         return self.agreed([float((gains - gains.mean()).square().sum() * (groups - 1) / groups) ** 0.5])[0]
+
+    def dated_gains(self, setting: ResMemParams) -> tuple[Tensor, Tensor] | None:
+        """How much higher the score and lower the loss of the rows of all ranks are, `(V, 2)`, and their times, `(V,)`.
+
+        None if queries have no times of their own.
+        """
+        if self._asked_at is None or not self._asked_at.ndim:
+            return None
+        combined, base, targets = self.both(setting)
+        scores = self.task.score(combined, targets) - self._base_score
+        losses = self.task.loss(base, base, targets) - self.task.loss(combined, base, targets)
+        gains = torch.stack([scores.double(), losses.double()], dim=1).cpu()
+        return self._gather(gains), self._gather(self._asked_at.cpu())
 
     def pooled(self, setting: ResMemParams) -> Pooled:
         """Everything that the predictions of a setting are made of."""

@@ -15,6 +15,7 @@ from lightning_resmem import (
     LocalMemory,
     Regression,
     ResMemParams,
+    ResMemWarning,
     StorageError,
     explain,
     label_errors,
@@ -174,6 +175,21 @@ def test_the_tuner_sees_what_was_known() -> None:
     tuned = GridTuner().tune(memory.at(torch.linspace(50, 99, 100)), *val)
     assert tuned.score == pytest.approx(0, abs=1e-6)
     assert GridTuner().tune(memory.at(1000.0), *val).score > 0.5
+
+
+def test_rows_of_few_moments_are_few_to_the_tuner() -> None:
+    at = torch.arange(10).repeat_interleave(100)
+    targets = torch.tensor([2.0, -1, 1.2, -1, 1.5, -1.2, 1, -1, 2.5, 0])[at][:, None]  # one shock for all of a moment
+    val = torch.zeros(1000, 1), torch.zeros(1000, 1), targets
+    row = torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1)
+    plain, dated = LocalMemory(task=Regression()), LocalMemory(task=Regression())
+    plain.add(*row)
+    val[0][:] = 1.0  # not at the row's own place
+    dated.add(*row, times=torch.tensor([[-2, -1]]))
+    tuner = GridTuner(k=[1], strength=[0.25], refinements=0)
+    assert tuner.tune(plain, *val).params.strength == 0.25
+    with pytest.warns(ResMemWarning, match="within the noise"):
+        assert tuner.tune(dated.at(at), *val).params.strength == 0
 
 
 def test_leaving_a_row_out_sees_what_was_known() -> None:
