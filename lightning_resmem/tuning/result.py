@@ -23,7 +23,8 @@ class TuningResult:
         score_name: `"acc"` or `"mse"`.
         rows: Number of tuning rows, over all ranks.
         gain_error: Standard error of `gain`, from the differences of the rows, or, where rows have times, those of
-            stretches of time if it is larger; 0 if the choice is the base alone, inf for a single row. It leaves out that the best of many settings looks better than it is.
+            stretches of time if it is larger; 0 if the choice is the base alone, inf for a single row. It leaves out
+            that the best of many settings looks better than it is.
         objective: What was optimised: `"accuracy"`, `"nll"`, ... or the name of the metric.
         base_objective: Its value for the base alone.
         best_objective: Its value for the choice.

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from lightning_resmem import LocalMemory, Regression
 from lightning_resmem.errors import InputError
 from lightning_resmem.tuning.tuner import GridTuner
 from tests.tuning.validation import GRID, TASK_NAMES, filled, rows
@@ -30,12 +31,12 @@ class Together:
         return concatenate
 
 
-def tuned_on_ranks(tuner, memory, parts):
+def tuned_on_ranks(tuner, memories, parts):
     together, results = Together(len(parts)), [None] * len(parts)
 
     def work(rank):
         try:
-            results[rank] = tuner.tune(memory, *parts[rank], gather=together.gather(rank))
+            results[rank] = tuner.tune(memories[rank], *parts[rank], gather=together.gather(rank))
         except BaseException as error:
             results[rank] = error
             if not isinstance(error, InputError):  # which all of them raise, and some may still be leaving the barrier
@@ -57,7 +58,7 @@ def test_ranks_choose_what_one_process_chooses(task, sizes):
     for objective in ("accuracy", "nll"):
         tuner = GridTuner(**GRID, objective=objective)
         alone = tuner.tune(memory, *validation)
-        found = tuned_on_ranks(tuner, memory, parts)
+        found = tuned_on_ranks(tuner, [memory] * len(parts), parts)
         assert all(result == found[0] for result in found), found
         params = found[0].params
         assert (params.k, params.softmax_temperature, params.strength) == (
@@ -72,9 +73,24 @@ def test_ranks_choose_what_one_process_chooses(task, sizes):
             assert setting == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize("sizes", [(13, 12), (25, 0)], ids=str)
+def test_ranks_know_each_others_times(sizes):
+    memory, validation = LocalMemory(task=Regression()), rows(25, "regression", seed=2)
+    memory.add(*rows(40, "regression", seed=1), times=torch.arange(40)[:, None].expand(-1, 2))
+    asked_at = torch.arange(25) // 5 * 10
+    tuner = GridTuner(**{**GRID, "noise": 1})
+    alone = tuner.tune(memory.at(asked_at), *validation)
+    views = [memory.at(part) for part in asked_at.split(sizes)]
+    found = tuned_on_ranks(tuner, views, list(zip(*(tensor.split(sizes) for tensor in validation), strict=True)))
+    assert found[0] == found[1]
+    assert found[0].params == alone.params
+    assert found[0].gain_error == pytest.approx(alone.gain_error)
+    assert alone.gain_error > 0
+
+
 def test_no_validation_rows_on_any_rank():
     empty = rows(0, "multiclass", seed=2)
-    assert all(isinstance(result, InputError) for result in tuned_on_ranks(GridTuner(), filled(), [empty, empty]))
+    assert all(isinstance(result, InputError) for result in tuned_on_ranks(GridTuner(), [filled()] * 2, [empty] * 2))
 
 
 @pytest.mark.parametrize("objective", ["accuracy", "f1"])
