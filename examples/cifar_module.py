@@ -15,7 +15,6 @@ from typing import Any
 import lightning.pytorch as L
 import numpy as np
 import torch
-from numpy._core.multiarray import _reconstruct  # what an array's pickle calls
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -40,6 +39,10 @@ _FILES = {
 }
 
 
+# What an array's pickle calls; where NumPy keeps it depends on the version.
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
+
+
 def _encoded(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"A string of a data set in {encoding!r}, not in latin1.")
@@ -50,8 +53,8 @@ class Plain(pickle.Unpickler):
     """Reads dicts, lists, numbers, strings and arrays, and refuses whatever else a pickle asks for."""
 
     _ADMITTED = {  # noqa: RUF012
-        ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-        ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+        ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+        ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
         ("_codecs", "encode"): _encoded,

@@ -71,6 +71,10 @@ class Task(ABC):
     """Turns the head's outputs and the targets into predictions and residuals.
 
     Shapes: outputs `(N, C)`; targets `(N,)` class labels for `Multiclass`, `(N, C)` otherwise (or `(N,)` if `C` is 1).
+
+    Examples:
+        >>> Multiclass().residuals(torch.zeros(1, 2), torch.tensor([1]))
+        tensor([[-0.5000,  0.5000]])
     """
 
     name: ClassVar[str]

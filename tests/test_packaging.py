@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -141,3 +142,15 @@ def test_files_name_no_machine_path_and_no_registry() -> None:
             text = path.read_bytes().decode("utf-8", errors="replace")
             found += [f"{name}: {match.group()}" for match in forbidden.finditer(text)]
     assert found == []
+
+
+@pytest.mark.parametrize("workflow", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.stem)
+def test_workflows_call_targets_that_there_are(workflow: Path) -> None:
+    [phony] = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    jobs = yaml.safe_load(workflow.read_text())["jobs"]
+    runs = [step["run"] for job in jobs.values() for step in job.get("steps", ()) if "run" in step]
+    for version in jobs.get("test", {}).get("strategy", {}).get("matrix", {}).get("versions", [""]):
+        script = "\n".join(runs).replace("${{ matrix.versions }}", version)
+        called = re.findall(r"make ([a-z-]+)", script)
+        assert called
+        assert set(called) <= set(phony.split())

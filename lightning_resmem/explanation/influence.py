@@ -30,6 +30,14 @@ class Influence:
         distances: Between the row and these queries, shape `(m,)`.
         weights: What share of their weight it has, shape `(m,)`.
         contributions: What it adds to their predictions, `strength * w_i * r_i`, shape `(m, C)`.
+
+    Examples:
+        >>> from lightning_resmem import LocalMemory
+        >>> memory = LocalMemory(params=ResMemParams(k=1))
+        >>> memory.add(torch.eye(2), outputs=torch.zeros(2, 2), targets=torch.tensor([0, 1]))
+        >>> found = influence(memory, 1, torch.eye(2))
+        >>> int(found.label), found.queries, found.weights
+        (1, tensor([1]), tensor([1.]))
     """
 
     id: int
@@ -46,6 +54,11 @@ class Ranking(NamedTuple):
     Attributes:
         ids: Shape `(n,)`, int64; equal scores come in the order of ids.
         scores: Shape `(n,)`, float64.
+
+    Examples:
+        >>> ranking = Ranking(ids=torch.tensor([4, 9]), scores=torch.tensor([0.5, -0.2]).double())
+        >>> ranking.ids[ranking.scores < 0]  # the harmful ones
+        tensor([9])
     """
 
     ids: Tensor

@@ -42,6 +42,17 @@ class Explanation:
         rest: What all other neighbours add, and a `combined_temperature` changes, shape `(B, C)`.
         targets: Of the queries, where they are known, as the task stores them.
         images: Of the queries, `(B, H, W)` or `(B, channels, H, W)`, where the batch held any.
+
+    Examples:
+        >>> from lightning_resmem import LocalMemory, ResMemParams
+        >>> memory = LocalMemory(params=ResMemParams(k=2))
+        >>> memory.add(torch.eye(2), outputs=torch.zeros(2, 2), targets=torch.tensor([0, 1]))
+        >>> found = explain(memory, torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]))
+        >>> [row["id"] for row in found.rows]  # None: all others
+        [1, 0, None]
+        >>> added = found.contributions.sum(1) + found.rest
+        >>> torch.allclose(found.predictions.base + added, found.predictions.resmem)
+        True
     """
 
     task: Task

@@ -45,6 +45,11 @@ class ResidualMemory(Movable, Dated, Guarded, Locating, ABC):
         tunable: Whether the params were left to be measured or tuned.
         show_progress: Whether a long `build` may show a bar.
         fillings: How often all rows were replaced by others.
+
+    Examples:
+        >>> from lightning_resmem import LocalMemory
+        >>> isinstance(LocalMemory(), ResidualMemory)
+        True
     """
 
     def __init__(self, task: Task | None = None, params: ResMemParams | None = None) -> None:

@@ -22,6 +22,11 @@ class Flip:
         output: In multilabel tasks, the output whose label flipped; labels are then 0 or 1.
         token: Of sequences, whose positions are the rows: which one of the sequence at `position`, counted from the
             first that is no padding.
+
+    Examples:
+        >>> flip = Flip(7, 1, 0, 1, base_confidence=0.6, resmem_confidence=0.8, neighbor_ids=(), neighbor_distances=())
+        >>> flip.is_positive
+        True
     """
 
     position: int | None
@@ -64,6 +69,26 @@ class Evaluation:
             answered them, and they are not scored.
         ignored: Rows beside those counted whose label the model's loss ignores, such as -100, and of sequences padding:
             they are not scored.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_resmem.metrics.bins import neighborhoods
+        >>> found = Evaluation(
+        ...     prefix="test",
+        ...     suffix="",
+        ...     rows=100,
+        ...     scores={"nll_base": 0.6, "nll_resmem": 0.5},
+        ...     shown=("nll_resmem",),
+        ...     gain=0.02,
+        ...     gain_error=0.01,
+        ...     flips=(),
+        ...     reliability={},
+        ...     neighborhoods=neighborhoods(torch.rand(100), torch.rand(100, 3)),
+        ... )
+        >>> round(found.gain_in("nll"), 3)  # a lower loss is a gain
+        0.1
+        >>> found.shown_scores()
+        {'test/nll_resmem': 0.5}
     """
 
     prefix: str

@@ -106,7 +106,16 @@ def tuning_map(tuning: TuningResult) -> Figure | None:
 
 
 def by_distance(evaluation: Evaluation) -> Figure | None:
-    """Score by distance to the nearest neighbour, in tenths of the rows; None where there are no rows."""
+    """Score by distance to the nearest neighbour, in tenths of the rows; None where there are no rows.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_resmem.metrics.bins import neighborhoods
+        >>> groups = neighborhoods(torch.rand(40), torch.rand(40, 3))
+        >>> found = Evaluation("test", "", 40, {"acc_base": 0.6}, (), 0.1, 0.02, (), {}, groups)
+        >>> [line.get_label() for line in by_distance(found).axes[0].lines]
+        ['base', 'knn', 'resmem']
+    """
     check_type("evaluation", evaluation, Evaluation, _EVALUATION)
     upper, counts, scores = (column.cpu().numpy() for column in evaluation.neighborhoods)
     filled = np.flatnonzero(counts)
@@ -128,7 +137,17 @@ def by_distance(evaluation: Evaluation) -> Figure | None:
 
 
 def reliability(evaluation: Evaluation) -> Figure | None:
-    """Confidence against accuracy of base and resmem, and how many rows have it; None in regression."""
+    """Confidence against accuracy of base and resmem, and how many rows have it; None in regression.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_resmem.metrics.bins import ReliabilityBins, neighborhoods
+        >>> bins = ReliabilityBins.from_sums(torch.tensor([[4.0, 1.2, 2.0], [36.0, 30.0, 29.0]]))
+        >>> groups = neighborhoods(torch.rand(40), torch.rand(40, 3))
+        >>> found = Evaluation("test", "", 40, {"acc_base": 0.6}, (), 0.1, 0.02, (), {"base": bins}, groups)
+        >>> [axes.get_ylabel() for axes in reliability(found).axes]
+        ['accuracy', 'rows']
+    """
     check_type("evaluation", evaluation, Evaluation, _EVALUATION)
     bins = {name: found for name, found in evaluation.reliability.items() if name in ("base", "resmem")}
     if not bins or not evaluation.rows:
@@ -155,7 +174,17 @@ def reliability(evaluation: Evaluation) -> Figure | None:
 
 
 def flips(evaluation: Evaluation) -> Figure | None:
-    """How many rows (in multilabel tasks: labels) were and are right; None in regression."""
+    """How many rows (in multilabel tasks: labels) were and are right; None in regression.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_resmem.metrics.bins import neighborhoods
+        >>> groups = neighborhoods(torch.rand(40), torch.rand(40, 3))
+        >>> scores = {"acc_base": 0.6, "positive_flip_rate": 0.15, "negative_flip_rate": 0.05}
+        >>> found = Evaluation("test", "", 40, scores, (), 0.1, 0.02, (), {}, groups)
+        >>> flips(found).axes[0].get_xlabel()
+        'gain +10.00% ± 2.00% of 40 rows'
+    """
     check_type("evaluation", evaluation, Evaluation, _EVALUATION)
     scores = evaluation.scores
     if "positive_flip_rate" not in scores or not evaluation.rows:

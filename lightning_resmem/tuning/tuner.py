@@ -37,7 +37,12 @@ SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
 
 
 class Tuner(ABC):
-    """Chooses the params of a memory."""
+    """Chooses the params of a memory.
+
+    Examples:
+        >>> isinstance(GridTuner(k=[5, 50]), Tuner)
+        True
+    """
 
     @abstractmethod
     def tune(

@@ -29,7 +29,7 @@ def test_what_the_dead_have_left_is_removed(pools: list[Path], tmp_path: Path) -
     abandoned.sweep(str(tmp_path))
     assert all((pool / "shard-0000-0" / "rows").exists() for pool in pools)
     os.close(dead)
-    abandoned.sweep(f"file://{tmp_path}")
+    abandoned.sweep(tmp_path.as_uri())
     assert list(tmp_path.iterdir()) == [pools[1]]
     os.close(living)
 

@@ -54,6 +54,13 @@ class DenseValues(Values):
         task: Derives residuals from outputs and targets.
         num_outputs: `C`.
         dtype: Of the outputs; by default that of the first chunk.
+
+    Examples:
+        >>> from lightning_resmem import LocalMemory
+        >>> memory = LocalMemory(values="dense")
+        >>> memory.add(torch.eye(2), outputs=torch.tensor([[2.0, 0.0], [0.0, 3.0]]), targets=torch.tensor([0, 0]))
+        >>> memory.fetch(torch.tensor([1])).outputs
+        tensor([[0., 3.]])
     """
 
     name = "dense"

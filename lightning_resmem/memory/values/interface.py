@@ -16,6 +16,13 @@ class Values(ABC):
 
     Outputs are kept rather than residuals, because residuals depend on `softmax_temperature`: changing it derives them
     again and needs no second pass over the training set.
+
+    Examples:
+        >>> from lightning_resmem import LocalMemory
+        >>> memory = LocalMemory()
+        >>> memory.add(torch.eye(3), outputs=torch.zeros(3, 2), targets=torch.tensor([0, 1, 1]))
+        >>> memory.fetch(torch.tensor([2, 0])).targets
+        tensor([1, 0])
     """
 
     name: ClassVar[str]

@@ -61,6 +61,14 @@ class SparseValues(Values):
         task: `Multiclass()`.
         num_outputs: `C`.
         top_m: `m`.
+
+    Examples:
+        >>> from lightning_resmem import LocalMemory
+        >>> memory = LocalMemory(values=SparseConfig(top_m=1))
+        >>> memory.add(torch.eye(2), outputs=torch.tensor([[2.0, 0.0], [0.0, 3.0]]), targets=torch.tensor([0, 0]))
+        >>> probabilities, tail = memory.fetch(torch.tensor([1])).probabilities(1.0)
+        >>> probabilities.shape, round(float(tail), 3)
+        (torch.Size([1, 1]), 0.047)
     """
 
     name = "sparse"
