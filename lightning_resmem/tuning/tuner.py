@@ -37,12 +37,7 @@ SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
 
 
 class Tuner(ABC):
-    """Chooses the params of a memory.
-
-    Examples:
-        >>> isinstance(GridTuner(k=[5, 50]), Tuner)
-        True
-    """
+    """Chooses the params of a memory."""
 
     @abstractmethod
     def tune(
