@@ -61,12 +61,13 @@ _TOLERATED_ENVIRONMENT = {
     "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
 }
 
-# Helpers of the standard library and of torch.compile that live as long as the interpreter, by design; and workers that
-# Ray keeps ready, and actors that Ray Data keeps.
+# Helpers of the standard library, of torch.compile and of MPI (which Lightning starts where it finds mpi4py) that live
+# as long as the interpreter, by design; and workers that Ray keeps ready, and actors that Ray Data keeps.
 _TOLERATED_PROCESSES = (
     "resource_tracker",
     "multiprocessing.forkserver",
     "_inductor/compile_worker",
+    "orted",
     "ray::IDLE",
     "ray::_AutoscalingCoordinatorActor",
     "ray::_StatsActor",

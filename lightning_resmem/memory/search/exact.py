@@ -83,10 +83,10 @@ class ExactIndex:
     def _certified(self, queries: Tensor, k: int, found: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Distances and positions `(B, k)`: what was found, and by float32 what is not sure `(B,)`."""
         distances, positions, sure = found
-        unsure = (~sure).nonzero()[:, 0]  # the only time that a GPU is waited for
         self._tried += len(queries)
-        self._unsure += len(unsure)
-        if len(unsure):
+        if not bool(sure.all()):  # nearly always the only time that a GPU is waited for
+            unsure = (~sure).nonzero()[:, 0]
+            self._unsure += len(unsure)
             with _full_precision(queries.device):
                 distances[unsure], positions[unsure] = self._precise.search(queries[unsure], k)
         return distances, positions

@@ -97,9 +97,15 @@ def _certifying() -> ModuleType:
     return certifying
 
 
+def _selecting() -> ModuleType:
+    from lightning_resmem.memory.search import selecting
+
+    return selecting
+
+
 def _wanted(k: int) -> int:
     """Groups to measure: more than enough for nearly all queries."""
-    return k + k // 8 + 16
+    return k + k // 4 + 16
 
 
 def group_size(width: int) -> int:
@@ -199,7 +205,7 @@ class Groups:
         groups, screen = self._near_groups(queries, wanted)
         measured = kernels.measure_groups(queries, self._keys, groups, group)
         count = min(found[0].shape[1] + _SPARE, measured.shape[1])
-        distances, columns = measured.topk(count, dim=1, largest=False, sorted=False)
+        distances, columns = _selecting().smallest(measured, count)
         candidates = certifying.Candidates(distances, columns, groups, count == measured.shape[1])
         certifying.take_nearest(candidates, screen, group, found)
 
@@ -209,7 +215,7 @@ class Groups:
         if wanted == count:
             return torch.arange(count, device=queries.device).repeat(len(queries), 1), None
         asked = kernels.round_queries(queries, self._center, self._scale, self._typical, self._width)
-        limits, groups = self._minima(asked).topk(wanted, dim=1, largest=False, sorted=False)
+        limits, groups = _selecting().smallest(self._minima(asked), wanted)
         return groups, certifying.Screen(limits, asked[1], 1 - 4 * kernels.slack(queries.shape[1]), 1 / self._scale)
 
     def _minima(self, queries: tuple[Tensor, Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 # Triton has hardly any types, and what it compiles is no ordinary Python.
 # mypy: disable-error-code="no-any-return, no-untyped-def, untyped-decorator"
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,10 @@ from triton.runtime.errors import OutOfResources
 PADDED = 2048
 # Keys that a program measures.
 _MEASURED = 32
-# Programs that keep every processor of a GPU busy.
-_PROGRAMS = 1024
+# Programs for each processor of a GPU: each goes through its part of the keys, so that few have to begin.
+_PROGRAMS = 2
+# Tiles of a program where keys are so wide that their parts are on their way meanwhile.
+_WIDE_TILES = 8
 # Of a tile. More are faster where shared memory has room for them.
 _MOST_KEYS, _FEWEST_KEYS = 256, 64
 # The largest float16. Minima above do not matter.
@@ -56,7 +59,7 @@ def choose_tile(queries: int, width: int, shared_bytes: int) -> Tile:
         >>> choose_tile(1, 128, shared_bytes=101_376)
         Tile(queries=16, keys=128, width=128, stages=2, warps=4)
     """
-    rows, warps = (16, 4) if queries <= 16 else (64, 4) if queries <= 64 or width <= 64 else (128, 8)
+    rows, warps = (16, 4) if queries <= 16 else (64, 4) if queries <= 64 else (128, 8)
     step = max(16, triton.next_power_of_2(width)) if width <= 128 else 64
     keys, stages = 2 * _MOST_KEYS, 0
     while stages < 2 and keys > _FEWEST_KEYS:
@@ -130,17 +133,23 @@ def _multiply(
     norms, errors = about
     count, width = rounded.shape
     blocks, tiles = -(-count // tile.queries), len(norms) // tile.keys
-    each = 8
-    while tiles % each or (each > 1 and blocks * tiles < _PROGRAMS * each):
-        each //= 2
+    each = _WIDE_TILES
+    if width <= tile.width:
+        each = -(-tiles // max(1, _PROGRAMS * _processors(rounded.device) // blocks))
     strides = errors.stride(0) // 16, out.stride(0) // 16
-    grid = (blocks * (tiles // each),)
+    grid = (blocks * -(-tiles // each),)
     with torch.cuda.device_of(rounded):
         _group_minima[grid](
-            *(rounded, numbers, keys, norms, errors, out, count, len(keys), blocks, each, *strides),
+            *(rounded, numbers, keys, norms, errors, out, count, len(keys), blocks, each, tiles, *strides),
             *(width, group, *tile[:4]),
             num_warps=tile.warps,
         )
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def measure_groups(queries: Tensor, keys: Tensor, chosen: Tensor, group: int) -> Tensor:
@@ -207,18 +216,18 @@ def _round_queries(
     tl.store(numbers_ptr + 4 * count, root)
 
 
-@triton.jit(do_not_specialize=["B", "N", "blocks", "tiles", "errors16", "out16"])
+@triton.jit(do_not_specialize=["B", "N", "blocks", "each", "tiles", "errors16", "out16"])
 def _group_minima(
-    q_ptr, numbers_ptr, z_ptr, norms_ptr, errors_ptr, out_ptr, B, N, blocks, tiles, errors16, out16,
+    q_ptr, numbers_ptr, z_ptr, norms_ptr, errors_ptr, out_ptr, B, N, blocks, each, tiles, errors16, out16,
     W: tl.constexpr, G: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Multiply a block of queries with some tiles of keys.
+    """Multiply a block of queries with `each` of the tiles of keys.
 
     Column c of a tile is key `(c % L) * G + c // L` of it, L = BN / G: the keys of a group, which follow each other,
     are then columns whose scores one thread has, so that their minimum needs no exchange.
     """
     L: tl.constexpr = BN // G
-    first = tl.program_id(0) // blocks * tiles  # programs that follow each other read the same keys
+    first = tl.program_id(0) // blocks * each  # programs that follow each other read the same keys
     rows = tl.program_id(0) % blocks * BB + tl.arange(0, BB)
     there = rows < B
     row = tl.minimum(rows, B - 1).to(tl.int64)
@@ -234,7 +243,7 @@ def _group_minima(
             q_all = tl.load(q_ptr + row[:, None] * W + columns[None, :])
         else:
             q_all = tl.load(q_ptr + row[:, None] * W + columns[None, :], mask=columns[None, :] < W, other=0.0)
-    for tile in tl.range(first, first + tiles, num_stages=STAGES if W <= BD else 1):
+    for tile in tl.range(first, tl.minimum(first + each, tiles), num_stages=STAGES if W <= BD else 1):
         key = tl.minimum(tile * BN + member, N - 1).to(tl.int64)  # the norm of one that is not there is infinite
         if W <= BD:
             if W == BD:
@@ -272,31 +281,43 @@ def _group_minima(
 def _measure_groups(
     q_ptr, z_ptr, chosen_ptr, out_ptr, N, count, D: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr
 ):
-    """Squares may overflow or vanish, so those of the differences times two powers of two are summed up beside them."""
+    """Where squares overflow or vanish, those of the differences times two powers of two are summed up instead."""
     query = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     asked = row < count * G
     key = tl.load(chosen_ptr + query * count + row // G, mask=asked, other=0) * G + row % G
     there = asked & (key < N)
     squares = tl.zeros((ROWS,), tl.float32)
-    of_tiny = tl.zeros((ROWS,), tl.float32)
-    of_huge = tl.zeros((ROWS,), tl.float32)
     for d in range(0, D, BD):
-        columns = d + tl.arange(0, BD)
-        if D % BD == 0:
-            q = tl.load(q_ptr + query * D + columns)
-            z = tl.load(z_ptr + key[:, None] * D + columns[None, :], mask=there[:, None], other=0.0)
-        else:
-            q = tl.load(q_ptr + query * D + columns, mask=columns < D, other=0.0)
-            inside = there[:, None] & (columns < D)[None, :]
-            z = tl.load(z_ptr + key[:, None] * D + columns[None, :], mask=inside, other=0.0)
-        apart = tl.minimum(tl.maximum(z.to(tl.float32) - q[None, :], -_MOST), _MOST)
+        apart = _differences(q_ptr + query * D, z_ptr, key, there, d, D, BD)
         squares += tl.sum(apart * apart, axis=1)
-        tiny = apart * 2.0**96
-        of_tiny += tl.sum(tiny * tiny, axis=1)
-        huge = apart * 2.0**-96
-        of_huge += tl.sum(huge * huge, axis=1)
     away = tl.sqrt_rn(squares)
-    away = tl.where(squares < 2.0**-86, tl.sqrt_rn(of_tiny) * 2.0**-96, away)
-    away = tl.where(squares > 2.0**120, tl.minimum(tl.sqrt_rn(of_huge) * 2.0**96, _MOST), away)
+    doubtful = there & ((squares < 2.0**-86) | (squares > 2.0**120))
+    if tl.max(doubtful.to(tl.int32), axis=0) > 0:
+        of_tiny = tl.zeros((ROWS,), tl.float32)
+        of_huge = tl.zeros((ROWS,), tl.float32)
+        for d in range(0, D, BD):
+            apart = _differences(q_ptr + query * D, z_ptr, key, there, d, D, BD)
+            apart = tl.minimum(tl.maximum(apart, -_MOST), _MOST)
+            tiny = apart * 2.0**96
+            of_tiny += tl.sum(tiny * tiny, axis=1)
+            huge = apart * 2.0**-96
+            of_huge += tl.sum(huge * huge, axis=1)
+        away = tl.where(squares < 2.0**-86, tl.sqrt_rn(of_tiny) * 2.0**-96, away)
+        away = tl.where(squares > 2.0**120, tl.minimum(tl.sqrt_rn(of_huge) * 2.0**96, _MOST), away)
     tl.store(out_ptr + query * count * G + row, tl.where(there, away, float("inf")), mask=asked)
+
+
+@triton.jit
+def _differences(q_ptr, z_ptr, key, there, d, D: tl.constexpr, BD: tl.constexpr):
+    """Columns d to d + BD of some keys, less those of the query, float32."""
+    columns = d + tl.arange(0, BD)
+    if D % BD == 0:
+        q = tl.load(q_ptr + columns)
+        z = tl.load(z_ptr + key[:, None] * D + columns[None, :], mask=there[:, None], other=0.0)
+    else:
+        q = tl.load(q_ptr + columns, mask=columns < D, other=0.0)
+        z = tl.load(
+            z_ptr + key[:, None] * D + columns[None, :], mask=there[:, None] & (columns < D)[None, :], other=0.0
+        )
+    return z.to(tl.float32) - q[None, :]
