@@ -56,6 +56,7 @@ class ResMemCallback(Callback):
         head: Name of the module whose input is the embedding and whose output is the logits, e.g. `"net.fc"`; by
             default the last `nn.Linear` that a forward executes.
         embedding: Name of the module whose output is the key, or input, `"net.mlp:input"`; by default the head's input.
+            `"auto"` tries the last few places on validation rows: see the page on tuning.
         targets_fn: `targets_fn(batch)` returns the targets; by default the second of a pair, or the entry `labels`,
             `label`, `target`, `targets` or `y` of a dict (or an attribute of that name).
         forward_fn: `forward_fn(model, batch)` runs the model in the memory pass; by default `model(inputs)`, with the

@@ -1,7 +1,6 @@
 """Fill a memory from a trained model, and tune it: what `ResMemCallback` does after `fit`, as functions."""
 
 import time
-import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any, Literal
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import MetricCollection
 
 from lightning_resmem.collection.chunks import Chunk
@@ -22,14 +20,12 @@ from lightning_resmem.collection.rehearsal import Storable
 from lightning_resmem.collection.row_limit import Kept, RowLimit
 from lightning_resmem.collection.samplers import draws_unevenly
 from lightning_resmem.errors import InputError, ResMemWarning, check_type
-from lightning_resmem.memory.answers import Predictions
 from lightning_resmem.memory.base_quality import look_at_base
 from lightning_resmem.memory.capacity import check_capacity, free_bytes, size
 from lightning_resmem.memory.following import build_near
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.memory.knn_lm import note_knn_lm
 from lightning_resmem.memory.local import LocalMemory
-from lightning_resmem.metrics.side_by_side import ResMemMetrics
 from lightning_resmem.model.batches import BatchReader, ForwardFn, IdsFn, TargetsFn
 from lightning_resmem.model.fingerprint import buffer_sums, describe_weights
 from lightning_resmem.model.head import HeadTap
@@ -41,6 +37,8 @@ from lightning_resmem.progress import shows_progress, working
 from lightning_resmem.trainer.job import Job, run_job
 from lightning_resmem.trainer.limits import memorize_limits
 from lightning_resmem.trainer.save_directory import kind
+from lightning_resmem.tuning.keys import check_choice, choose_key, settle, side_by_side, told_keys
+from lightning_resmem.tuning.rehearsal import try_rows
 from lightning_resmem.tuning.result import TuningResult
 from lightning_resmem.tuning.tuner import Tuner, choose_tuner
 
@@ -160,6 +158,7 @@ class Memorizer:
             The name of the head, unless reading a few rows would use them up.
         """
         self.limit.check_tuning(self.tuner is not None and not self._tunes_on(val_loaders))
+        check_choice(self.reader.embedding, self.memory, self._tunes_on(val_loaders))
         reading = self._reading(trainer, model)
         parts = self._plan(reading, loaders, limit_batches)
         all_rows = count_rows(reading.ranks, parts)
@@ -171,7 +170,9 @@ class Memorizer:
             chunks = reading.rehearse(parts, check)
             usable = next((rows for rows in map(reading.labels.usable, chunks) if len(rows.ids)), None)
             if usable is not None:
-                self._try(usable, self.limit.of(reading.rows_of(all_rows)), metrics)
+                widths = () if reading.tap is None else reading.tap.widths
+                all_rows = self.limit.of(reading.rows_of(all_rows))
+                try_rows(self.memory, self.tuner, metrics, usable, widths, all_rows)
         with reading.ranks.together("rehearsing tuning on a few validation rows"):
             reading.rehearse(val_parts, check, compare=False)
         return None if reading.tap is None else reading.tap.head
@@ -227,15 +228,21 @@ class Memorizer:
                 before = buffer_sums(model)
                 self._fill(reading, model, self._plan(reading, loaders, limit_batches))
                 self._describe(reading, model, before)
+            result, seconds = None, time.monotonic() - started
+            if isinstance(memory, LocalMemory) and reading.tap is not None and len(reading.tap.names) > 1:
+                val_parts = self._plan(reading, val_loaders, limit_val_batches)
+                result = self._tune(reading, self.tuner, val_parts) if self.tuner is not None else None
+                reading.tap = settle(memory, reading.tap, model, result)
+                with reading.ranks.together("building the memory"):
+                    build_near(memory, device_of(model))
             with reading.ranks.together("looking at the base"):
                 if reading.ranks.rank == 0:
                     look_at_base(memory)
             rank_zero_info(
                 f"ResMem: memorized {self.limit.told(memory)} ({size(memory.stats()['bytes'])}, head "
-                f"{memory.provenance['head']!r}) in {time.monotonic() - started:.1f} s."
+                f"{memory.provenance['head']!r}) in {seconds:.1f} s."
             )
-            result = None
-            if self.tuner is not None and self._tunes_on(val_loaders):
+            if result is None and self.tuner is not None and self._tunes_on(val_loaders):
                 result = self._tune(reading, self.tuner, self._plan(reading, val_loaders, limit_val_batches))
             if self.tuner is not None and result is None and len(memory) >= _LEAST_ROWS and self.limit.may_tune():
                 result = self._tune_leave_one_out(reading.ranks, self.tuner, reading.show_progress)
@@ -267,7 +274,8 @@ class Memorizer:
                 shape = sample.embeddings.shape[1], sample.outputs.shape[1]
                 needed = memory.estimate_bytes(all_rows, *shape)
                 words = check_capacity(needed, free_bytes(memory.device), copies=reading.num_local_processes)
-                rank_zero_info(f"ResMem: memorizing {all_rows} training rows takes about {words}.")
+                keys = told_keys(reading.tap)
+                rank_zero_info(f"ResMem: memorizing {all_rows} training rows takes about {words}{keys}.")
             memory.reserve(self.limit.of(reading.rows_of(sum(part.num_rows or 0 for part in parts))) or 0)
         if reading.ranks.group is not None:
             with reading.ranks.together("reaching the memory"):
@@ -282,7 +290,8 @@ class Memorizer:
                 memory.gather(reading.ranks.group)
             if not len(memory):
                 raise InputError("The training loader yielded no rows to memorize: is its dataset empty?")
-            build_near(memory, device_of(model))
+            if reading.tap is None or len(reading.tap.names) < 2:  # of several keys one is chosen first
+                build_near(memory, device_of(model))
 
     def _describe(self, reading: Pass, model: L.LightningModule, before: dict[str, int]) -> None:
         """Note where the rows come from: all ranks the same."""
@@ -302,20 +311,6 @@ class Memorizer:
     def _tunes_on(self, val_loaders: Any) -> bool:
         return self.tuner is not None and val_loaders is not None and val_loaders != []  # both mean none to Lightning
 
-    def _try(self, rows: Chunk, all_rows: int | None, metrics: MetricCollection | None) -> None:
-        """Give a few rows to whoever will see such rows: the index, the tuner, the user's metrics."""
-        task, outputs = self.memory.task, rows.outputs.cpu()
-        targets = task.check_targets(rows.targets.cpu(), outputs.shape[1], rows.ids)
-        self.memory.rehearse(all_rows, rows.embeddings.shape[1])
-        # Users' metrics may draw random numbers, and warn of classes that two rows lack.
-        with isolate_rng(include_cuda=False), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if self.tuner is not None:
-                self.tuner.rehearse(task, outputs, targets)
-            if metrics is not None:
-                seen = Predictions(*[task.predict(outputs)] * 3), targets, torch.zeros(len(outputs))
-                ResMemMetrics(task, outputs.shape[1], metrics).cpu().update(*seen)
-
     def _tune(self, reading: Pass, tuner: Tuner, parts: list[Part]) -> TuningResult | None:
         chunks: list[Chunk] = []
         reading.run(parts, chunks.append, "collecting validation rows")
@@ -324,8 +319,11 @@ class Memorizer:
         chunks = chunks or [kind for kind in kinds if isinstance(kind, Chunk)][:1]
         if not chunks:  # limit_val_batches=0
             return None
+        keys = side_by_side(reading.ranks.gather_objects(None if reading.tap is None else reading.tap.sides))
         with reading.ranks.together("tuning"), working(reading.show_progress, "tuning"):
             rows = Chunk(*(torch.cat(column) for column in zip(*chunks, strict=True)))
+            if isinstance(self.memory, LocalMemory) and len(keys) > 1:
+                return choose_key(self.memory, tuner, keys, rows, reading.ranks.gather)
             return tuner.tune(self.memory.at(rows.asked_at), *rows[:3], gather=reading.ranks.gather)
 
     def _tune_leave_one_out(self, ranks: Ranks, tuner: Tuner, show_progress: bool) -> TuningResult:

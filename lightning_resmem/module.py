@@ -39,6 +39,7 @@ from lightning_resmem.model.batches import (
 from lightning_resmem.model.fingerprint import describe_weights
 from lightning_resmem.model.ignored import ignored_labels
 from lightning_resmem.model.modes import uncompiled
+from lightning_resmem.model.places import AUTO
 from lightning_resmem.model.placing import device_of
 from lightning_resmem.model.sequences import RowReader
 from lightning_resmem.model.times import TimesFn, asked_at
@@ -111,7 +112,10 @@ class ResMemModule(L.LightningModule):
         self._watch = WeightsWatch(base, memory)
         self._check_weights("ResMemModule is made from a base")
         known = memory.provenance
-        head, embedding = head or known.get("head"), embedding or known.get("embedding")
+        if embedding == AUTO and "head" not in known:
+            raise InputError('embedding="auto" is for memorize and ResMemCallback: give the name of the module here.')
+        embedding = known.get("embedding") if embedding in (None, AUTO) else embedding
+        head = head or known.get("head")
         channels = known.get("channels") if embedding == known.get("embedding") else None
         self._reader = BatchReader(targets_fn, forward_fn, None, head, embedding, times_fn)
         self._answering = Answering(base, memory, self._watch, self._reader, channels)

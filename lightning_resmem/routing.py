@@ -24,6 +24,7 @@ from lightning_resmem.model.fingerprint import check_fingerprint
 from lightning_resmem.model.head import Captured, HeadTap
 from lightning_resmem.model.ignored import ignored_labels
 from lightning_resmem.model.modes import eager
+from lightning_resmem.model.places import AUTO
 from lightning_resmem.model.placing import device_of
 from lightning_resmem.model.sequences import RowReader
 from lightning_resmem.model.times import asked_at
@@ -43,12 +44,13 @@ def make_ready(memory: ResidualMemory, model: L.LightningModule, reader: BatchRe
         InputError: If nobody knows the head.
     """
     check_fingerprint(model, memory.provenance, doing)
-    if "head" not in memory.provenance and reader.head is not None:  # it was filled by hand
+    if "head" not in memory.provenance and reader.head is not None and reader.embedding != AUTO:  # filled by hand
         names = {"head": reader.head, "embedding": reader.embedding}
         memory.provenance.update({name: value for name, value in names.items() if value is not None})
     if "head" not in memory.provenance:
         raise InputError(
-            'The memory does not know the head of the model: give ResMemCallback(memory=..., head="net.fc").'
+            "The memory does not know the head of the model, nor where its keys are from: give "
+            'ResMemCallback(memory=..., head="net.fc"), and the name of embedding= if that is not the head\'s input.'
         )
     build_near(memory, device_of(model))
 

@@ -83,6 +83,17 @@ class Net(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
+class Deep(Net):
+    """Two hidden layers, of which the last is so narrow that it tells little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            self.body = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, 1), nn.Tanh())
+            self.head = nn.Linear(1, CLASSES)
+
+
 def trainer_of(directory: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
     """A quiet trainer over the ranks that there are."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -297,6 +308,9 @@ def everything(rank: int, directory: Path) -> dict[str, Any]:
 
     by_hand = memorize(trainer_of(directory), Net(), train, val)
     found["memorize"] = contents(by_hand.memory)
+
+    of_places = memorize(trainer_of(directory), Deep(), train, val, embedding="auto").memory
+    found["auto"] = contents(of_places) | {"keys": of_places.provenance["keys"], "width": of_places.stats()["width"]}
 
     model = language.Causal()
     tokens, test = language.loader(language.texts(23), 3), language.loader(language.texts(11, seed=1), 2)

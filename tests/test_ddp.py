@@ -108,6 +108,17 @@ def test_the_memory_does_not_depend_on_the_number_of_ranks(found: Found, name: s
             same_memory(rank[name], ranks[0][name], 0.0)  # between ranks, exactly
 
 
+def test_every_rank_chooses_the_same_place_of_the_keys(found: Found) -> None:
+    alone = found[1][0]["auto"]
+    assert alone["width"] == 8
+    assert [key["chosen"] for key in json.loads(alone["keys"])] == [False, True]
+    for ranks in found.values():
+        for rank in ranks:
+            same_memory(rank["auto"], alone, 1e-5)
+            assert rank["auto"]["width"] == 8
+            assert rank["auto"]["keys"] == ranks[0]["auto"]["keys"]
+
+
 def test_tokens_do_not_depend_on_the_number_of_ranks(found: Found) -> None:
     wanted = language.rows_of(language.Causal(), language.texts(23))
     test_rows = sum(len(text) - 1 for text in language.texts(11, seed=1))

@@ -16,6 +16,7 @@ from lightning_resmem.memorization import Memorizer
 from lightning_resmem.memory.knn_lm import note_knn_lm
 from lightning_resmem.memory.storage import disk
 from lightning_resmem.model.fingerprint import check_fingerprint
+from lightning_resmem.model.places import AUTO
 from lightning_resmem.module import ResMemModule
 from lightning_resmem.progress import shows_progress
 from lightning_resmem.trainer.job import Job, run_job
@@ -104,8 +105,11 @@ class ResMemTrainer(L.Trainer):
         _check_checkpoint(ckpt_path)
         for callback, place in self._places(directory).items():
             memory, reader = callback._kept.read(place), callback._reader
-            names = {name: memory.provenance.get(name, getattr(reader, name)) for name in ("head", "embedding")}
-            reader = dataclasses.replace(reader, **names)
+            head, embedding = (
+                memory.provenance.get(name, None if (given := getattr(reader, name)) == AUTO else given)
+                for name in ("head", "embedding")
+            )
+            reader = dataclasses.replace(reader, head=head, embedding=embedding)
             chosen = tuner or callback._tuner
             memorizer = _Retuner(memory, chosen, reader, shows_progress(self))
             job = Job(model, memory, memorizer.tune, datamodule)

@@ -23,8 +23,10 @@ from lightning_resmem.errors import InputError
 from lightning_resmem.memory.checks import as_ids
 from lightning_resmem.memory.token_ids import STRIDE, token_ids
 from lightning_resmem.model.batches import TRANSFER_HOOKS, BatchReader, tensors_of
+from lightning_resmem.model.candidates import find_tap
 from lightning_resmem.model.head import Captured, HeadTap
 from lightning_resmem.model.modes import evaluation_mode
+from lightning_resmem.model.places import AUTO
 from lightning_resmem.model.placing import device_of
 from lightning_resmem.model.returned import check_diverged, check_returned
 from lightning_resmem.model.sequences import RowReader, merged
@@ -79,7 +81,8 @@ class Pass:
         # Holds the tap's hooks, from the first batch to the end of a pass.
         self._capturing = ExitStack()
         self._tapped = False
-        self.tap: HeadTap | None = None if reader.head is None else HeadTap(model, reader.head, reader.embedding)
+        found_later = reader.head is None or reader.embedding == AUTO
+        self.tap: HeadTap | None = None if found_later else find_tap(model, reader, lambda: None)
 
     def sample(self, parts: Sequence[Part]) -> Chunk | None:
         """Read one small batch; randomness is left as it was.
@@ -255,12 +258,7 @@ class Pass:
         trainer, model = self._trainer, self._model
         with trainer.precision_plugin.forward_context():
             if self.tap is None:
-                self.tap = HeadTap.find(
-                    model,
-                    lambda: self._reader.run(model, batch),
-                    self._reader.embedding,
-                    returns_outputs=self._reader.returns_outputs(model),
-                )
+                self.tap = find_tap(model, self._reader, lambda: self._reader.run(model, batch))
             if not self._tapped:
                 self._capturing.enter_context(self.tap.capture())
                 self._capturing.callback(setattr, self, "_tapped", False)

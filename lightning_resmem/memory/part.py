@@ -1,8 +1,10 @@
 """A memory in this process, as a larger one sees it that it is a part of."""
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -27,7 +29,8 @@ class PartMemory(ResidualMemory):
     `wanted_index`, `is_built`, `are_dated` and `last_id` say what state it is in, `values_config` what it keeps, and
     `bytes_on` what that takes; `build_with` builds another index; `key_map`, `moments` and `measure_with` have it
     compare keys as other parts do; `has` and `places` find rows by their ids; `stored` and `add_stored` hand rows over,
-    `stored_of` and `put_back` undo an edit; `weighted_sums` takes weights that were made elsewhere.
+    `stored_of` and `put_back` undo an edit; `of_columns` and `keep_columns` take one of several keys that stand side by
+    side; `weighted_sums` takes weights that were made elsewhere.
 
     Args:
         task: What a residual is; `Multiclass()` by default.
@@ -199,6 +202,18 @@ class PartMemory(ResidualMemory):
         keys = rows["keys"].to(self.device, self.key_dtype)
         stored = {name: tensor.to(self.device) for name, tensor in rows.items()}
         self._rows.append({**stored, "keys": keys, "ids": ids}, values)
+
+    @exclusive
+    def of_columns(self, columns: slice) -> Self:
+        """A memory of the same rows that are found by some columns of their keys: to be asked, not to be changed."""
+        narrow = copy.copy(self)
+        narrow._rows = self._rows.of_columns(columns)
+        return narrow
+
+    @exclusive
+    def keep_columns(self, columns: slice) -> None:
+        """Forget all other columns of the keys; has to be built again."""
+        self._rows = self._rows.of_columns(columns)
 
     def _positions(self, ids: Tensor) -> Tensor:
         """Where the rows of ids `(n,)` are; raises an error for ids that are not in the memory."""

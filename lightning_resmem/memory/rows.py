@@ -1,5 +1,6 @@
 """The rows of a memory in this process, and the index over their keys."""
 
+import copy
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -168,6 +169,16 @@ class Rows:
         """The keys `(N, D)` as an index is built of them."""
         keys = self.keys.finish()
         return keys if self.key_map is None else self.key_map(keys)
+
+    def of_columns(self, columns: slice) -> "Rows":
+        """The same rows, found by these columns of their keys alone, which are copied; the values are shared."""
+        self.settle()
+        self.values.tensors()  # joins them, once
+        narrow, keys = copy.copy(self), self.keys.finish()[:, columns].contiguous()
+        narrow.keys = GrowingTensor()
+        narrow.keys.replace(keys)
+        narrow.shape, narrow.index, narrow.key_map = (keys.shape[1], self.values.num_outputs), None, None
+        return narrow
 
     def drop(self, positions: Tensor) -> None:
         """Forget the rows at `positions` `(n,)`."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lightning_resmem.errors import HeadError, InputError
 from lightning_resmem.model.names import named_modules, quoted, submodule
-from lightning_resmem.model.places import Place, same_positions
+from lightning_resmem.model.places import HEAD, Place, parted, same_positions
 from lightning_resmem.model.pooling import Pooling
 from lightning_resmem.model.returned import check_diverged, same, tensors, way_out
 
@@ -37,8 +39,8 @@ class _Seen:
 
     def __init__(self) -> None:
         self.calls: list[Captured] = []
-        # Of another module than the head, with how often it was called since the head was, for each that has hooks.
-        self.keys: dict[object, tuple[Tensor | None, int]] = {}
+        # Of other places than the head's input, with how often each came since the head did, for each who has hooks.
+        self.keys: dict[object, list[tuple[Tensor | None, int]]] = {}
 
 
 class HeadTap:
@@ -53,8 +55,12 @@ class HeadTap:
         head: Name of the head in `model`, e.g. `"net.fc"`.
         embedding: Name of the module whose output is the key, e.g. `"net.layer4"`, or whose input, `"net.mlp:input"`
             (see `Place`; feature maps are averaged over their positions, see `Pooling`). By default the key is the
-            input of the head.
-        channels: Where the feature maps of `embedding` have their channels, `"first"` or `"last"`, if that is known.
+            input of the head. Of several, from `places.joined`, the keys stand side by side.
+        channels: Where the feature maps of `embedding` have their channels, as `describe` tells, if that is known.
+
+    Attributes:
+        names: Of the places of the keys, none for the head's input alone.
+        widths: Of the keys that stand side by side, once the head was called.
 
     Raises:
         HeadError: If a name is not a module of the model, or one that cannot be hooked.
@@ -72,10 +78,13 @@ class HeadTap:
     def __init__(self, model: nn.Module, head: str, embedding: str | None = None, channels: str | None = None) -> None:
         self.head, self.embedding = head, embedding
         self._head = submodule(model, "head", head)
-        self._pooling: Pooling | None = None
-        if embedding is not None:
-            width = getattr(self._head, "in_features", None)
-            self._pooling = Pooling(model, Place.parse(embedding), width, channels)
+        self.names = parted(embedding)
+        width = getattr(self._head, "in_features", None)
+        known = [None] * len(self.names) if channels is None else parted(channels)
+        self._poolings = [
+            Pooling(model, self._place(name), width, channel) for name, channel in zip(self.names, known, strict=True)
+        ]
+        self.widths: tuple[int, ...] = ()
         self._seen: dict[int, _Seen] = {}  # by each thread: its hooks look at its own calls only
 
     @classmethod
@@ -140,11 +149,27 @@ class HeadTap:
     def describe(self) -> dict[str, str]:
         """The names of head and embedding, and how that is averaged, for a memory's provenance."""
         names = {"head": self.head}
-        if self._pooling is not None and self.embedding is not None:
+        if self.embedding is not None:
             names["embedding"] = self.embedding
-            if self._pooling.channels is not None:
-                names["channels"] = self._pooling.channels
+            channels = [pooling.channels for pooling in self._poolings]
+            if channels[0] is not None and len(channels) == 1:
+                names["channels"] = channels[0]
+            elif any(channels):
+                names["channels"] = json.dumps(channels)
         return names
+
+    @property
+    def sides(self) -> dict[str, int]:
+        """The widths of keys that stand side by side, by their names, once the head was called."""
+        return dict(zip(self.names, self.widths, strict=False))
+
+    def only(self, model: nn.Module, place: int) -> HeadTap:
+        """A tap on the same head, for one of the places."""
+        name = self.names[place]
+        return HeadTap(model, self.head, None if name == HEAD else name, self._poolings[place].channels)
+
+    def _place(self, name: str) -> Place:
+        return Place(self.head, "input") if name == HEAD and len(self.names) > 1 else Place.parse(name)
 
     @contextmanager
     def capture(self, look: Callable[[Captured], None] | None = None) -> Iterator[None]:
@@ -218,75 +243,92 @@ class HeadTap:
         thread, mine = threading.get_ident(), object()
 
         # Another thread may see the hook before, or after, torch knows that it takes keyword arguments.
-        def on_head(_: nn.Module, args: tuple[Any, ...], *rest: Any) -> Tensor | None:
+        def on_head(_module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Tensor | None:
             if threading.get_ident() != thread:
                 return None
-            key, calls = self._own.keys.get(mine, (None, 0))
-            self._own.keys[mine] = key, 0
-            if calls > 1 and not last:  # a call that has failed leaves its key behind where others follow
-                raise HeadError(
-                    f"The module of embedding={self.embedding!r} was called {calls} times before the head was, so a "
-                    "row has no single key. Name one that is called once in a forward."
-                )
-            return handle(self._captured(key, args, *rest))
+            taken = self._own.keys.get(mine, nothing)
+            self._own.keys[mine] = [(seen, 0) for seen, _ in taken]
+            for name, (_, calls) in zip(self.names, taken, strict=True):
+                if calls > 1 and not last:  # a call that has failed leaves its key behind where others follow
+                    raise HeadError(
+                        f"The module of embedding={name!r} was called {calls} times before the head was, so a "
+                        "row has no single key. Name one that is called once in a forward."
+                    )
+            return handle(self._captured([seen for seen, _ in taken], args, *rest))
 
-        def take(key: Tensor) -> None:
-            self._own.keys[mine] = key, self._own.keys.get(mine, (None, 0))[1] + 1
+        def take(place: int) -> Callable[[Tensor], None]:
+            def taking(key: Tensor) -> None:
+                taken = self._own.keys.setdefault(mine, list(nothing))
+                taken[place] = key, taken[place][1] + 1
 
+            return taking
+
+        nothing: list[tuple[Tensor | None, int]] = [(None, 0)] * len(self.names)
         self.clear()
         with ExitStack() as stack:
-            if self._pooling is not None:
-                stack.enter_context(self._pooling.watching(take))
+            for place, pooling in enumerate(self._poolings):
+                stack.enter_context(pooling.watching(take(place)))
             # Who only looks comes first, so that it sees the base's output beside another tap that replaces it.
             hook = self._head.register_forward_hook(on_head, with_kwargs=True, prepend=not last)
             stack.callback(hook.remove)
             stack.callback(self.clear)
             yield
 
-    def _captured(self, key: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Captured:
+    def _captured(
+        self, keys: Sequence[Tensor | None], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Captured:
         inputs = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        if self._pooling is None:
-            embedding, name = inputs, f"The input of the head {self.head!r}"
+        if not self._poolings:
+            named = [(f"The input of the head {self.head!r}", inputs)]
         else:
-            embedding, name = key, f"The embedding {self.embedding!r}"
-        if embedding is None:
-            raise HeadError(
-                f"{name} is not a tensor."
-                if self._pooling is None
-                else f"{name} was not computed before the head {self.head!r} was called: name a module that runs "
-                "earlier in the same forward."
-            )
-        _check_vectors(name, embedding)
+            named = [(f"The embedding {name!r}", key) for name, key in zip(self.names, keys, strict=True)]
+        for name, key in named:
+            self._check_key(name, key)
         if not isinstance(output, Tensor) or output.ndim not in (2, 3):
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise HeadError(
                 f"The head {self.head!r} returned {shape}, expected a tensor (B, C), or of sequences (B, T, C). Name "
                 "another module with head=."
             )
-        if self._pooling is not None and embedding.ndim == 3:
-            embedding = self._of_tokens(embedding, output, inputs)
-        if embedding.shape[:-1] != output.shape[:-1] and max(embedding.ndim, output.ndim) > 2:
-            raise HeadError(
-                f"{name} has shape {tuple(embedding.shape)} and what the head returned {tuple(output.shape)}: of "
-                "sequences there is one embedding for each output, (B, T, D) and (B, T, C). Name other modules with "
-                "embedding= and head=."
-            )
+        parts = []
+        for place, (name, embedding) in enumerate(named):
+            assert embedding is not None
+            if self._poolings and embedding.ndim == 3:
+                embedding = self._of_tokens(place, embedding, output, inputs)
+            if embedding.shape[:-1] != output.shape[:-1] and max(embedding.ndim, output.ndim) > 2:
+                raise HeadError(
+                    f"{name} has shape {tuple(embedding.shape)} and what the head returned {tuple(output.shape)}: of "
+                    "sequences there is one embedding for each output, (B, T, D) and (B, T, C). Name other modules "
+                    "with embedding= and head=."
+                )
+            parts.append(embedding.detach())
+        self.widths = tuple(part.shape[-1] for part in parts)
         # Copies: the model may go on in place.
-        return Captured(embedding.detach().clone(), output.detach().clone())
+        return Captured(parts[0].clone() if len(parts) == 1 else torch.cat(parts, dim=-1), output.detach().clone())
 
-    def _of_tokens(self, keys: Tensor, output: Tensor, inputs: Tensor | None) -> Tensor:
+    def _check_key(self, name: str, embedding: Tensor | None) -> None:
+        """Raise an error for what is no key, or was not seen."""
+        if embedding is None:
+            raise HeadError(
+                f"{name} was not computed before the head {self.head!r} was called: name a module that runs earlier "
+                "in the same forward."
+                if self._poolings
+                else f"{name} is not a tensor."
+            )
+        _check_vectors(name, embedding)
+
+    def _of_tokens(self, place: int, keys: Tensor, output: Tensor, inputs: Tensor | None) -> Tensor:
         """Keys of tokens `(B, T, D)`, for those positions that the head has an output for."""
-        assert self._pooling is not None
         if output.ndim == 2:
-            raise self._pooling.unfit(keys)
+            raise self._poolings[place].unfit(keys)
         if inputs is None or inputs.ndim != 3 or output.shape[1] >= keys.shape[1]:
             return keys
         asked = same_positions(keys, inputs)
         if asked is None:
             raise HeadError(
-                f"The embedding {self.embedding!r} has shape {tuple(keys.shape)}, and the head {self.head!r} was asked "
-                f"for {output.shape[1]} of the {keys.shape[1]} positions: it cannot be told for which, as its input is "
-                "no slice of them. Ask for all (logits_to_keep=0 in transformers), or for the last ones."
+                f"The embedding {self.names[place]!r} has shape {tuple(keys.shape)}, and the head {self.head!r} was "
+                f"asked for {output.shape[1]} of the {keys.shape[1]} positions: it cannot be told for which, as its "
+                "input is no slice of them. Ask for all (logits_to_keep=0 in transformers), or for the last ones."
             )
         return asked
 

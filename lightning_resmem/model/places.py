@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor, nn
@@ -12,6 +14,21 @@ from lightning_resmem.model.names import named_modules, submodule
 from lightning_resmem.model.returned import tensors
 
 Side = Literal["input", "output"]
+
+# The name of the place that is to be chosen, and among several that of the head's input.
+AUTO, HEAD = "auto", "head"
+
+
+def joined(names: Sequence[str]) -> str:
+    """The names of several places, whose keys stand side by side, as one string."""
+    return json.dumps(list(names))
+
+
+def parted(name: str | None) -> tuple[str, ...]:
+    """The names that `joined` has joined, or the one; none for the head's input alone."""
+    if name is None:
+        return ()
+    return tuple(json.loads(name)) if isinstance(name, str) and name.startswith("[") else (name,)
 
 
 class Place(NamedTuple):

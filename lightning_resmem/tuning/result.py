@@ -2,10 +2,29 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Regression
 from lightning_resmem.tuning.balance import BalancedScore
+
+
+class TriedKey(NamedTuple):
+    """What a memory gave on the tuning rows with the keys of one place.
+
+    Attributes:
+        embedding: The name of the place; `"head"` for the input of the head.
+        score: Of its best params.
+        loss: Of its best params.
+        strength: 0 where such keys did not help.
+        chosen: Whether the memory has these keys.
+    """
+
+    embedding: str
+    score: float
+    loss: float
+    strength: float
+    chosen: bool
 
 
 @dataclass(frozen=True)
@@ -34,6 +53,7 @@ class TuningResult:
             classes are far from uniform, or labels rare, the summary has it.
         knn_lm: Of positions of sequences, how the same neighbours are best read as kNN-LM: `strength` is the share of
             their labels.
+        keys: With `embedding="auto"` what each of the places gave; else empty.
         notes: What else there is to say, as sentences without a full stop.
 
     Examples:
@@ -62,6 +82,7 @@ class TuningResult:
     notes: tuple[str, ...] = ()
     balanced: BalancedScore | None = None
     knn_lm: ResMemParams | None = None
+    keys: tuple[TriedKey, ...] = ()
 
     @property
     def gain(self) -> float:

@@ -1,0 +1,191 @@
+"""`embedding="auto"`: of the keys of several places the memory has those that are best on validation rows."""
+
+import json
+
+import lightning.pytorch as L
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_resmem import (
+    GridTuner,
+    InputError,
+    LocalMemory,
+    RayMemory,
+    Regression,
+    ResMemCallback,
+    ResMemModule,
+    ResMemParams,
+    memorize,
+)
+from lightning_resmem.collection.chunks import Chunk
+from lightning_resmem.model.candidates import candidates
+from lightning_resmem.tuning.keys import choose_key
+from tests import oracle
+from tests.models import CallsSelf, Data, trainer
+
+TUNER = GridTuner(
+    k=[3], sigma=[0.4], softmax_temperature=[1.0], strength=[1.0], refinements=0, noise=0, calibrate=False
+)
+
+
+class Narrow(CallsSelf):
+    """What tells classes apart is in the first hidden layer, and hardly anything of it reaches the head."""
+
+    def __init__(self):
+        super().__init__(lr=0.0)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1), nn.Tanh())
+            self.head = nn.Linear(1, 4)
+        self.body[0].weight.data[:, 2:] = 0  # of the columns that say nothing
+
+
+def in_order(model, x):
+    return candidates(model, "head", lambda: model(x))
+
+
+def test_the_best_place_is_kept_told_saved_and_used(tmp_path):
+    data, model, resmem = Data(), Narrow(), ResMemCallback(tuner=TUNER, embedding="auto")
+    run = trainer(tmp_path, resmem)
+    run.fit(model, datamodule=data)
+    memory, name = resmem.memory, "body.2:input"
+    assert in_order(model, data.train[0]) == [name]
+    assert memory.provenance["embedding"] == name
+    with torch.no_grad():
+        wide, narrow = (model.body[:2](data.train[0]), model.body(data.train[0]))
+        val_wide, val_narrow = (model.body[:2](data.val[0]), model.body(data.val[0]))
+        outputs, val_outputs = model.head(narrow), model.head(val_narrow)
+    assert torch.equal(memory._query_rows(memory.ids), wide)  # only the chosen keys are left
+    scores = {}
+    for place, keys, queries in (("head", narrow, val_narrow), (name, wide, val_wide)):
+        alone = LocalMemory()
+        alone.add(keys, outputs, data.train[1])
+        found = TUNER.tune(alone, queries, val_outputs, data.val[1])
+        p = found.params
+        rows = keys, outputs, data.train[1], queries, val_outputs
+        expected = oracle.predict(*rows, p.k, p.sigma, p.softmax_temperature, p.strength)
+        scores[place] = np.mean(expected.resmem.argmax(axis=1) == data.val[1].numpy())
+        if place == name:
+            assert memory.params == p
+    told = {key.embedding: key for key in resmem.tuning.keys}
+    assert {place: key.score for place, key in told.items()} == pytest.approx(scores)
+    assert scores[name] > scores["head"] + 0.1
+    assert (told["head"].chosen, told[name].chosen) == (False, True)
+    assert json.loads(memory.provenance["keys"]) == [key._asdict() for key in resmem.tuning.keys]
+    assert f"keys of {name!r} (acc {scores[name]:.4f}" in resmem.tuning.summary()
+    (before,) = run.test(model, datamodule=data, verbose=False)
+    resmem.module.save(tmp_path / "saved")
+    for options in ({}, {"embedding": "auto"}):  # a loaded memory knows its place
+        loaded = ResMemModule.load(tmp_path / "saved", model, **options)
+        (after,) = trainer(tmp_path).test(loaded, datamodule=data, verbose=False)
+        assert after["test/acc_resmem"] == before["test/acc_resmem"]
+
+
+def chosen(first, second, objective="accuracy", task=None, targets=None):
+    """The place of two, whose keys these are, of 200 rows to remember and 200 to choose on."""
+    targets = torch.arange(400) % 2 if targets is None else targets
+    outputs = torch.zeros(400, 1 if task else 2)
+    keys = torch.cat([first, second], dim=1)
+    memory, tuner = LocalMemory(task), GridTuner(objective=objective, k=[3, 10], refinements=0, calibrate=False)
+    memory.add(keys[:200], outputs[:200], targets[:200])
+    rows = Chunk(keys[200:], outputs[200:], targets[200:], torch.arange(200), torch.zeros(200, 0))
+    sides = {"head": first.shape[1], "early:input": second.shape[1]}
+    result = choose_key(memory, tuner, sides, rows, lambda part: part)
+    assert memory.stats()["width"] == sides[next(key.embedding for key in result.keys if key.chosen)]
+    return next(key.embedding for key in result.keys if key.chosen)
+
+
+@pytest.mark.parametrize("objective", ["accuracy", "nll", "f1"])
+def test_the_heads_input_stays_unless_another_place_is_better_beyond_the_error(objective):
+    torch.manual_seed(0)
+    labels = torch.arange(400)[:, None] % 2
+    good, noise = labels + 0.3 * torch.randn(400, 3), torch.randn(400, 2)
+    assert chosen(noise, good, objective) == "early:input"
+    assert chosen(good, noise, objective) == "head"
+    assert chosen(good, good.flip(1), objective) == "head"
+    assert chosen(noise, torch.randn(400, 2), objective) == "head"
+
+
+def test_less_error_is_better_in_regression():
+    torch.manual_seed(0)
+    x = torch.rand(400, 1)
+    assert chosen(torch.rand(400, 2), x, task=Regression(), targets=4 * x) == "early:input"
+    assert chosen(x, torch.rand(400, 2), task=Regression(), targets=4 * x) == "head"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"memory": LocalMemory(params=ResMemParams(k=1))}, "chooses the place of the keys on validation rows"),
+        ({"tuner": None}, "chooses the place of the keys on validation rows"),
+        ({"memory": RayMemory(), "tuner": TUNER}, "memory is a RayMemory"),
+    ],
+)
+def test_refused_before_training(options, said, tmp_path):
+    data = Data()
+    run = trainer(tmp_path, ResMemCallback(embedding="auto", **options))
+    with pytest.raises(InputError, match=f'embedding="auto".*{said}'):
+        run.fit(Narrow(), datamodule=data)
+    assert run.global_step == 0
+    if "memory" not in options:
+        with pytest.raises(InputError, match=said):
+            memorize(trainer(tmp_path), Narrow(), data.train_dataloader(), embedding="auto")
+
+
+def test_a_model_with_no_other_place(tmp_path):
+    memory = memorize(trainer(tmp_path), CallsSelf(), Data(), tuner=TUNER, embedding="auto").memory
+    assert "embedding" not in memory.provenance
+    assert memory.stats()["width"] == 5
+
+
+def test_a_module_without_a_choice(tmp_path):
+    memory = LocalMemory()
+    memory.add(torch.eye(1), torch.zeros(1, 4), torch.tensor([0]))
+    with pytest.raises(InputError, match="for memorize and ResMemCallback"):
+        ResMemModule(Narrow(), memory, embedding="auto")
+
+
+# -- which places there are
+
+
+class Net(L.LightningModule):
+    def __init__(self, body, head):
+        super().__init__()
+        self.body, self.head = body, head
+
+    def forward(self, x):
+        return self.head(self.body(x).flatten(1) if x.ndim == 4 else self.body(x))
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return torch.relu(x + self.two(torch.relu(self.one(x))))
+
+
+def dense(*layers):
+    return nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())))
+
+
+def test_what_the_last_blocks_are_given():
+    convolutional = nn.Sequential(nn.Conv2d(1, 3, 3), *(Block(3) for _ in range(4)), nn.AdaptiveAvgPool2d(1))
+    assert in_order(Net(convolutional, nn.Linear(3, 2)), torch.randn(2, 1, 8, 8)) == [
+        f"body.{place}:input" for place in (2, 3, 4)
+    ]
+    normed = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 6), nn.BatchNorm1d(6))
+    assert in_order(Net(normed, nn.Linear(6, 2)).eval(), torch.randn(2, 4)) == ["body.3:input"]
+    wide = dense(nn.Linear(4, 3000), nn.Linear(3000, 6), nn.Linear(6, 6))
+    assert in_order(Net(wide, nn.Linear(6, 2)), torch.randn(2, 4)) == ["body.4:input"]
+    shared = nn.Linear(4, 4)
+    assert in_order(Net(dense(nn.Linear(4, 4), shared, shared), nn.Linear(4, 2)), torch.randn(2, 4)) == []
+
+
+def test_of_tokens_the_input_of_the_last_feed_forward_block():
+    layer = nn.TransformerEncoderLayer(6, 2, 24, batch_first=True)
+    model = Net(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(6, 3))
+    assert in_order(model.train(), torch.randn(2, 5, 6)) == ["body.layers.1.linear1:input"]
