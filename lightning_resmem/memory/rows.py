@@ -25,6 +25,9 @@ from lightning_resmem.memory.values.interface import Values
 class Rows:
     """Keys, ids and values of the same rows, in the same order, which is that of the ids once they have settled.
 
+    Methods come in the order of a row's way: `reserve` to `replace` bring rows in, `settle` to `of_columns` make them
+    ready, `drop` to `to` change them, and `search` to `stats` answer.
+
     Args:
         device: Where they are; who adds rows brings them there.
 
