@@ -10,6 +10,8 @@ from lightning_resmem.memory.transfer import beside
 
 # Predictions that are judged at once: what stays in a core's cache, and what keeps a GPU busy.
 _CPU_ENTRIES, _GPU_ENTRIES = 2**16, 2**24
+# With fewer rows at once the runs of many classes are too short for vectors.
+_LEAST_ROWS = 16
 
 
 def multiclass_sweep(
@@ -42,7 +44,7 @@ def multiclass_sweep(
     losses = base.new_empty(len(strengths), rows)
     tiny = torch.finfo(base.dtype).tiny
     entries = _GPU_ENTRIES if base.is_cuda else _CPU_ENTRIES
-    block = max(1, entries // (classes * len(strengths)))
+    block = max(_LEAST_ROWS, entries // (classes * len(strengths)))
     for start in range(0, rows, block):
         here = slice(start, start + block)
         first = base[here].T.contiguous()[:, None]  # (C, 1, b)

@@ -18,6 +18,7 @@ from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Multiclass, Regression
 from lightning_resmem.tuning.multiclass import multiclass_sweep
 from lightning_resmem.tuning.objectives import MetricObjective
+from lightning_resmem.tuning.sample import count_columns, sampled
 from lightning_resmem.tuning.tables import LabelTable, Table, narrow_table
 
 Gather = Callable[[Tensor], Tensor]
@@ -43,6 +44,10 @@ class Rows(NamedTuple):
     outputs: Tensor
     targets: Tensor
     ids: Tensor | None
+
+    def where(self, kept: Tensor) -> "Rows":
+        """Those of a mask `(V,)`."""
+        return Rows(*(None if part is None else part[kept.to(part.device)] for part in self))  # type: ignore[arg-type]
 
 
 class Measured(NamedTuple):
@@ -85,29 +90,37 @@ class Sweep:
 
     Attributes:
         ks: The numbers of neighbours, ascending.
+        rows: Of this rank, those that settings are computed on: where these times the classes are many, a sample.
         scale: Median over the rows of the mean distance to the 10 nearest neighbours.
-        num_rows: Of all ranks.
+        num_rows: So many of them there are on all ranks.
+        notes: What there is to say of them.
         counts_flips: Whether an answer is right or wrong.
     """
 
     def __init__(self, memory: ResidualMemory, rows: Rows, ks: Sequence[int], gather: Gather) -> None:
         self.task = memory.task
-        self._outputs, self._targets, self._gather = rows.outputs, rows.targets, gather
-        self._asked_at = memory.asked_at
-        self.num_rows = int(gather(torch.tensor([len(rows.targets)])).sum())
+        self._gather, self._asked_at = gather, memory.asked_at
         most = len(memory) if rows.ids is None else len(memory) - 1
         self.ks = sorted({min(k, max(1, most)) for k in ks})
         distances, ids = self._search(memory, rows)
-        self.distances = distances
+        near = distances[:, :10]
+        near = near.where(near.isfinite(), torch.nan).nanmean(dim=1)
+        scale = float(gather(near).nanmedian())
+        self.scale = scale if scale > 0 else 1.0  # all distances may be 0, or no neighbour may have been found
+        given, columns = self._count(rows), count_columns(memory, ids, rows.outputs.shape[1], gather)
+        kept = sampled(near, columns, gather)
+        if kept is not None:
+            rows, distances, ids = rows.where(kept), distances[kept], ids[kept]
+            if self._asked_at is not None and self._asked_at.ndim:  # a time for each row
+                self._asked_at = self._asked_at[kept.to(self._asked_at.device)]
+        self.rows, self.distances, self.num_rows = rows, distances, self._count(rows)
+        self.notes = () if kept is None else (f"{self.num_rows} of {given} rows are looked at, for {columns} columns",)
+        self._outputs, self._targets = rows.outputs, rows.targets
         self._norms = rows.embeddings.to(distances.device).float().norm(dim=1)
         self._values, self._positions = fetch_neighbors(memory, ids)
         check_width(rows.outputs, self._values.num_outputs)
         of_rows = rows.outputs, rows.targets, self._values, self._positions
         self._whole, self._narrow = Table(self.task, *of_rows), narrow_table(self.task, *of_rows)
-        near = distances[:, :10]
-        near = near.where(near.isfinite(), torch.nan).nanmean(dim=1)
-        scale = float(gather(near).nanmedian())
-        self.scale = scale if scale > 0 else 1.0  # all distances may be 0, or no neighbour may have been found
         base = self.task.predict(rows.outputs)
         self._base_score = self.task.score(base, rows.targets)
         self._base_right = None if isinstance(self.task, Regression) else is_right(base, rows.targets)
@@ -115,6 +128,9 @@ class Sweep:
         self.counts_flips = self._base_right is not None
         self._order = gather(self.task.loss(base, base, rows.targets)).argsort(stable=True)
         self._all_targets = gather(rows.targets)[self._order]
+
+    def _count(self, rows: Rows) -> int:
+        return int(self._gather(torch.tensor([len(rows.targets)])).sum())
 
     def of_knn_lm(self) -> "Sweep":
         """The same neighbours read as kNN-LM: `strength` is the share of their labels."""

@@ -236,7 +236,7 @@ class GridTuner(Tuner):
             best_objective=objective[choice.place],
             refined=refined,
             leave_one_out=ids is not None,
-            notes=() if choice.note is None else (choice.note,),
+            notes=sweep.notes if choice.note is None else (*sweep.notes, choice.note),
         )
         if of_sequences(memory.provenance) and isinstance(memory.task, Multiclass):
             peer = GridSearch(sweep.of_knn_lm(), metric, by_loss, self.noise, self.max_negative_flip_rate)
@@ -245,14 +245,14 @@ class GridTuner(Tuner):
             result = with_gate(result, sweep, self.max_negative_flip_rate)
         if self.calibrate and ids is None and isinstance(aim, str):
             result = with_temperature(result, sweep, self.noise)
-        result = replace(result, balanced=measure_balance(memory, rows, sweep, result.params, gather))
+        result = replace(result, balanced=measure_balance(memory, sweep.rows, sweep, result.params, gather))
         if result.balanced is not None and _unbalances(result):
             note = (
                 f"{result.balanced.words}, in which every class counts the same, falls while accuracy does not: "
                 f'GridTuner(objective="{result.balanced.objective}") keeps it'
             )
             result = replace(result, notes=(*result.notes, note))
-        _warn(result, measure_residuals(memory, rows, gather), 0 if result.leave_one_out else sweep.known_rows())
+        _warn(result, measure_residuals(memory, sweep.rows, gather), 0 if result.leave_one_out else sweep.known_rows())
         return result
 
 
