@@ -94,7 +94,12 @@ def memory_summary(stats: dict[str, Any], seconds: float, tuning: TuningResult |
     )
     lost = chosen_flip_rate(tuning)
     flips = [] if lost is None else [_flips(tuning.gain + lost, lost)]
-    return [table, *map(Text, [*flips, chosen, filled])]
+    tried = [
+        f"keys of {key.embedding}{' (kept)' if key.chosen else ''}: {_long(tuning.score_name)} {key.score:.4f}, "
+        f"loss {key.loss:.4f}, strength {key.strength:g}"
+        for key in tuning.keys
+    ]
+    return [table, *map(Text, [*flips, *tried, chosen, filled])]
 
 
 def chosen_flip_rate(tuning: TuningResult) -> float | None:

@@ -21,6 +21,7 @@ from lightning_resmem import (
 )
 from lightning_resmem.collection.chunks import Chunk
 from lightning_resmem.model.candidates import candidates
+from lightning_resmem.reporting.summary import memory_summary
 from lightning_resmem.tuning.keys import choose_key
 from tests import oracle
 from tests.models import CallsSelf, Data, trainer
@@ -75,6 +76,9 @@ def test_the_best_place_is_kept_told_saved_and_used(tmp_path):
     assert (told["head"].chosen, told[name].chosen) == (False, True)
     assert json.loads(memory.provenance["keys"]) == [key._asdict() for key in resmem.tuning.keys]
     assert f"keys of {name!r} (acc {scores[name]:.4f}" in resmem.tuning.summary()
+    lines = [str(line) for line in memory_summary(memory.stats(), 1.0, resmem.tuning)]
+    assert any(line.startswith(f"keys of {name} (kept): accuracy {scores[name]:.4f}") for line in lines)
+    assert any(line.startswith(f"keys of head: accuracy {scores['head']:.4f}") for line in lines)
     (before,) = run.test(model, datamodule=data, verbose=False)
     resmem.module.save(tmp_path / "saved")
     for options in ({}, {"embedding": "auto"}):  # a loaded memory knows its place
