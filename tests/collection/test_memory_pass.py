@@ -87,6 +87,15 @@ class _Iterable:
         return iter(self.batches)
 
 
+def test_training_and_held_out_rows_after_training(tmp_path):
+    data, model = Data(), make(CallsSelf)
+    callback = ResMemCallback(nearest(), memory_dataloader=[data.loader(data.train), data.loader(data.val)])
+    trainer(tmp_path, callback).fit(model, data.loader(data.train, shuffle=True))
+    assert callback.memory.ids.tolist() == list(range(160))
+    held = callback.memory.fetch(callback.memory.ids).targets
+    assert held.tolist() == [*data.train[1].tolist(), *data.val[1].tolist()]
+
+
 def test_two_loaders_are_one_memory(tmp_path):
     data, model = Data(), make(CallsSelf)
     loaders = {"a": data.loader(data.train, shuffle=True), "b": data.loader(data.val, batch_size=3)}
