@@ -154,3 +154,10 @@ def test_workflows_call_targets_that_there_are(workflow: Path) -> None:
         called = re.findall(r"make ([a-z-]+)", script)
         assert called
         assert set(called) <= set(phony.split())
+
+
+def test_the_version_is_in_the_changelog_and_the_citation() -> None:
+    newest, *_ = re.findall(r"^## \[([0-9.]+)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert newest == (lightning_resmem.__version__, str(citation["date-released"]))
+    assert citation["version"] == lightning_resmem.__version__
