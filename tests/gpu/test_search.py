@@ -38,6 +38,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     ("rows", "width", "count", "k"),
     [
         (1, 3, 5, 1),
+        (700, 12, 3000, 20),
+        (5000, 64, 8192, 53),
         (1000, 1, 40, 53),
         (20_000, 7, 300, 53),
         (45_001, 64, 1000, 53),

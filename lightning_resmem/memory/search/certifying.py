@@ -4,7 +4,6 @@
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -60,12 +59,11 @@ def take_nearest(
     count, num = distances.shape
     # What is not looked at has to be something.
     limits, numbers, kept, unit = screen or Screen(distances, distances, 1.0, 1.0)
-    with torch.cuda.device_of(distances):
-        _take_nearest[(count, -(-num // _ORDERED))](
-            *(distances, columns, groups, limits, numbers, *found),
-            *(count, num, groups.shape[1], found[0].shape[1], kept, unit),
-            *(group, screen is not None, are_all, _ORDERED, _COMPARED),
-        )
+    _take_nearest[(count, -(-num // _ORDERED))](
+        *(distances, columns, groups, limits, numbers, *found),
+        *(count, num, groups.shape[1], found[0].shape[1], kept, unit),
+        *(group, screen is not None, are_all, _ORDERED, _COMPARED),
+    )
 
 
 @triton.jit

@@ -23,7 +23,9 @@ _MOST_NEIGHBORS = 2048
 # Times the groups that are measured: so many there have to be.
 _GROUPS = 4
 # Numbers of keys, once for every query, up to which all keys are measured where there are fewer groups.
-_ALL_MEASURED = 2**30
+_ALL_MEASURED = 2**28
+# Groups that there are at least, if there are as many keys.
+_LEAST_GROUPS = 2048
 # Positions are counted in int32, up to what is a multiple of everything.
 _MOST_KEYS = 2**31 - 2**16
 # Distances beyond those wanted that are put in order, as keys may be equally near.
@@ -51,7 +53,7 @@ def is_worthwhile(queries: Tensor, keys: Tensor, k: int) -> bool:
 
 def _has_groups(keys: Tensor, k: int) -> bool:
     """Whether there are clearly more groups than are measured: else their minima save nothing."""
-    return len(keys) >= _GROUPS * _wanted(k) * group_size(keys.shape[1])
+    return len(keys) >= _GROUPS * _wanted(k) * group_size(*keys.shape)
 
 
 def runs_on(device: torch.device) -> bool:
@@ -108,15 +110,16 @@ def _wanted(k: int) -> int:
     return k + k // 4 + 16
 
 
-def group_size(width: int) -> int:
-    """Keys of a group: of wide ones fewer, as to measure a group costs more than to write a minimum."""
-    return 32 if width <= 128 else 16
+def group_size(rows: int, width: int) -> int:
+    """Keys of a group: of few or wide ones fewer, as to measure a group costs more than to write a minimum."""
+    few = max(1, rows // _LEAST_GROUPS)
+    return min(32 if width <= 128 else 16, 1 << few.bit_length() - 1)
 
 
 def kept_bytes(rows: int, width: int, dtype: torch.dtype, half_copy: bool) -> int:
     """Of what is kept beside the keys from the first search on: the copy in half precision, norms and errors."""
     copied = rows * _padded_width(width) * 2 if half_copy and not _is_read_as_it_is(width, dtype) else 0
-    return copied + 4 * rows + 8 * rows // group_size(width)
+    return copied + 4 * rows + 8 * rows // group_size(rows, width)
 
 
 def _padded_width(width: int) -> int:
@@ -129,7 +132,7 @@ def _is_read_as_it_is(width: int, dtype: torch.dtype) -> bool:
 
 
 class Groups:
-    """The nearest keys, from a lower bound of the distance to every group of 16 or 32 keys that follow each other.
+    """The nearest keys, from a lower bound of the distance to every group of up to 32 keys that follow each other.
 
     With x and z the query and a key, both less about the mean of the keys and times a power of two, and x' and z' what
     they are in float16, |x|^2 + |z|^2 - 2 x'.z' differs from the squared distance by at most
@@ -149,7 +152,7 @@ class Groups:
     """
 
     def __init__(self, keys: Tensor, half_copy: bool) -> None:
-        self._keys, self._group, self._width = keys, group_size(keys.shape[1]), _padded_width(keys.shape[1])
+        self._keys, self._group, self._width = keys, group_size(*keys.shape), _padded_width(keys.shape[1])
         self._as_it_is = _is_read_as_it_is(keys.shape[1], keys.dtype)
         largest = 0.0 if self._as_it_is else largest_number(keys)
         # The largest number less the center is then at most 2^15, which float16 has.
@@ -202,12 +205,13 @@ class Groups:
     def _find(self, queries: Tensor, wanted: int, found: tuple[Tensor, Tensor, Tensor]) -> None:
         """`nearest` of a block of queries, among the keys of `wanted` groups."""
         kernels, certifying, group = _kernels(), _certifying(), self._group
-        groups, screen = self._near_groups(queries, wanted)
-        measured = kernels.measure_groups(queries, self._keys, groups, group)
-        count = min(found[0].shape[1] + _SPARE, measured.shape[1])
-        distances, columns = _selecting().smallest(measured, count)
-        candidates = certifying.Candidates(distances, columns, groups, count == measured.shape[1])
-        certifying.take_nearest(candidates, screen, group, found)
+        with torch.cuda.device_of(queries):  # where Triton starts kernels
+            groups, screen = self._near_groups(queries, wanted)
+            measured = kernels.measure_groups(queries, self._keys, groups, group)
+            count = min(found[0].shape[1] + _SPARE, measured.shape[1])
+            distances, columns = _selecting().smallest(measured, count)
+            candidates = certifying.Candidates(distances, columns, groups, count == measured.shape[1])
+            certifying.take_nearest(candidates, screen, group, found)
 
     def _near_groups(self, queries: Tensor, wanted: int) -> tuple[Tensor, "Screen | None"]:
         """Groups `(b, wanted)`, and what is known of the others, if there are any."""

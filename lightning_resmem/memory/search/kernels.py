@@ -90,10 +90,9 @@ def round_queries(queries: Tensor, center: Tensor, scale: float, typical: Tensor
     rounded = torch.empty(count, width, dtype=torch.float16, device=queries.device)
     numbers = torch.empty(5, count, dtype=torch.float32, device=queries.device)
     block = triton.next_power_of_2(width)
-    with torch.cuda.device_of(queries):
-        _round_queries[(count,)](
-            queries, center, typical, rounded, numbers, scale, 1 - slack(columns), count, columns, width, block
-        )
+    _round_queries[(count,)](
+        queries, center, typical, rounded, numbers, scale, 1 - slack(columns), count, columns, width, block
+    )
     return rounded, numbers
 
 
@@ -138,12 +137,11 @@ def _multiply(
         each = -(-tiles // max(1, _PROGRAMS * _processors(rounded.device) // blocks))
     strides = errors.stride(0) // 16, out.stride(0) // 16
     grid = (blocks * -(-tiles // each),)
-    with torch.cuda.device_of(rounded):
-        _group_minima[grid](
-            *(rounded, numbers, keys, norms, errors, out, count, len(keys), blocks, each, tiles, *strides),
-            *(width, group, *tile[:4]),
-            num_warps=tile.warps,
-        )
+    _group_minima[grid](
+        *(rounded, numbers, keys, norms, errors, out, count, len(keys), blocks, each, tiles, *strides),
+        *(width, group, *tile[:4]),
+        num_warps=tile.warps,
+    )
 
 
 @functools.cache
@@ -167,10 +165,9 @@ def measure_groups(queries: Tensor, keys: Tensor, chosen: Tensor, group: int) ->
     count, groups = chosen.shape
     distances = torch.empty(count, groups * group, dtype=torch.float32, device=queries.device)
     block = min(128, max(16, triton.next_power_of_2(keys.shape[1])))
-    with torch.cuda.device_of(queries):
-        _measure_groups[(count, -(-groups * group // _MEASURED))](
-            queries, keys, chosen, distances, len(keys), groups, keys.shape[1], group, _MEASURED, block
-        )
+    _measure_groups[(count, -(-groups * group // _MEASURED))](
+        queries, keys, chosen, distances, len(keys), groups, keys.shape[1], group, _MEASURED, block
+    )
     return distances
 
 

@@ -18,7 +18,7 @@ _CPU_SCORES = 2**22
 _GPU_SCORES = 2**26
 _CPU_KEYS = 8192
 _CPU_PRODUCT = 1024  # keys of one matrix product, which stay in a core's cache
-_GPU_QUERIES = 1024
+_GPU_QUERIES = 8192
 _GPU_SHIFTED = 2**24  # numbers of keys that are not multiplied as they are
 # Candidates beyond k that are measured, so that rounding in the scores cannot push a neighbour out.
 _SPARE = 16

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Numbers that a program looks at, and times those that it keeps at least; and how many of them a warp has.
-_PIECE, _TIMES, _OF_A_WARP = 1024, 4, 1024
+# Numbers that a program looks at, how many times those that it keeps they are at least, and how many a warp has.
+_PIECE, _TIMES, _OF_A_WARP = 4096, 4, 1024
 
 
 def smallest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -30,11 +30,10 @@ def smallest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
         pieces = -(-n // piece)
         kept = values.new_empty(rows, pieces * count)
         places = torch.empty(rows, pieces * count, dtype=torch.int64, device=values.device)
-        with torch.cuda.device_of(values):
-            _smallest[(rows, pieces)](
-                *(values, places if columns is None else columns, kept, places, n, count, piece, columns is not None),
-                num_warps=min(16, max(1, piece // _OF_A_WARP)),
-            )
+        _smallest[(rows, pieces)](
+            *(values, places if columns is None else columns, kept, places, n, count, piece, columns is not None),
+            num_warps=min(16, max(1, piece // _OF_A_WARP)),
+        )
         if pieces == 1:
             return kept, places
         values, columns = kept, places

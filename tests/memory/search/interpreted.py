@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_resmem.memory.search import exact, groups, kernels
+from lightning_resmem.memory.search import exact, groups, kernels, selecting
 from lightning_resmem.memory.search.exact import ExactIndex
 from lightning_resmem.memory.search.groups import Groups
 from tests import oracle
@@ -27,6 +27,7 @@ def _few_and_large_programs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(groups, "runs_on", lambda device: True)
         patch.setattr(groups, "_GROUPS", 1)
+        patch.setattr(groups, "_LEAST_GROUPS", 1)
         patch.setattr(kernels, "_MEASURED", 2048)
         patch.setattr(kernels, "_PROGRAMS", 1)
         patch.setattr(kernels, "PADDED", 512)
@@ -144,6 +145,34 @@ def test_queries_of_another_magnitude_than_the_keys(scale: float) -> None:
     sure = Groups(keys, half_copy=True).nearest(queries, 3)[2]
     assert not sure[5]
     check(keys, queries, ExactIndex(keys).search(queries, 3), 3)
+
+
+@pytest.mark.parametrize(("rows", "group"), [(300, 1), (1300, 4)])
+def test_groups_of_few_keys_are_small(rows: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "_LEAST_GROUPS", 300)
+    for data in ("normal", "every key twice", "1e-30 to 1e30"):
+        keys = DATA[data](draw, rows, 12)
+        queries = torch.cat([keys[:3], DATA[data](draw, rows + 2, 12)[rows:]])
+        index = Groups(keys, half_copy=True)
+        assert index._group == group
+        check(keys, queries, ExactIndex(keys).search(queries, 20), 20)
+    assert index._near_groups(queries, 36)[0].shape == (5, 36)
+
+
+@pytest.mark.parametrize("kind", ["normal", "equal", "behind the last", "negative"])
+@pytest.mark.parametrize(("n", "count"), [(7, 7), (300, 20), (3000, 20), (1100, 300)])
+def test_the_smallest_of_each_row(kind: str, n: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selecting, "_PIECE", 256)
+    values = draw.normal(2, n).abs()
+    if kind == "equal":
+        values = (values * 2).round()
+    if kind == "behind the last":
+        values[:, n // 2 :] = torch.inf
+    values = draw.normal(2, n).half() if kind == "negative" else values
+    found, columns = selecting.smallest(values, count)
+    assert torch.equal(found.sort(dim=1).values, values.topk(count, dim=1, largest=False).values.sort(dim=1).values)
+    assert torch.equal(values.gather(1, columns), found)
+    assert all(len(set(row)) == count for row in columns.tolist())
 
 
 def test_few_keys_are_all_measured(monkeypatch: pytest.MonkeyPatch) -> None:
