@@ -10,7 +10,7 @@ from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.memory.single_rows import fetch_neighbors
 from lightning_resmem.memory.values.sparse import SparseValues
 
-# Rows x columns of all ranks that are computed for every setting: half a minute of one core for a thousand settings.
+# Rows x columns of all ranks that are computed for every setting: a minute of one core for a thousand settings.
 ENTRIES = 2**22
 # Rows whose neighbours' classes are counted.
 _PROBED = 64
