@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 
 from examples import diamonds
 from tests.interpreters import run_python
@@ -81,6 +82,35 @@ def test_gpu_search_on_a_cpu(tmp_path, monkeypatch):
     assert sorted(set(exact)) == ["addmm + topk", "cdist + topk", "ours"]
     for call in ("search", "memory(queries)", "predict", "copy, bytes read and written"):
         assert f"| {call} |" in written
+
+
+def test_tabular(capsys):
+    from examples import tabular
+
+    with threadpool_limits(1):  # of the trees, which so few rows gain nothing from
+        tabular.main(["--rows", "120", "--seeds", "1", "--epochs", "1"])
+    printed = capsys.readouterr().out
+    assert re.findall(r"│ (price|cut) +│ (MLP|trees) ", printed) == [
+        ("price", "MLP"),
+        ("price", "trees"),
+        ("cut", "MLP"),
+        ("cut", "trees"),
+    ]
+    assert len(re.findall(r"\d\.\d\d", printed)) == 20
+
+
+def test_image_folder(tmp_path, capsys):
+    from examples import image_folder
+
+    picture = tmp_path / "neighbours.png"
+    image_folder.main(["--count", "100", "--epochs", "1", "--size", "8", "--plot", str(picture)])
+    assert re.search(r"\d+ of 2\d predictions changed", capsys.readouterr().out)
+    assert picture.read_bytes().startswith(PNG)
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "0.png").write_bytes(picture.read_bytes())
+    with pytest.raises(SystemExit):
+        image_folder.main(["--data", str(tmp_path)])
+    assert "1 images in 1 class folders" in capsys.readouterr().err
 
 
 def test_forecasting(capsys):
