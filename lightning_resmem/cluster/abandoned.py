@@ -1,8 +1,8 @@
 """Directories of pools whose process has ended without deleting them. Knows nothing of Ray.
 
-The process that makes a pool holds a lock in its directory, in a file that names the machine's boot: where that is the
-same and the lock is free, the process is dead. Nothing else tells that for sure: process numbers are given again, and
-file systems that machines share may keep the locks of one from the others.
+The process that makes a pool holds a lock in its directory, in a file that names the machine's boot, the mount and the
+directory: where these are the same and the lock is free, the process is dead. Nothing else tells that for sure: process
+numbers are given again, and what is mounted twice may keep the locks of one from the other. A copy has another name.
 """
 
 import os
@@ -23,32 +23,35 @@ def claim(storage_path: str) -> int | None:
 
     Returns:
         The descriptor that holds the lock, for as long as it is open; None where this process does not see the
-        directory, or could not tell whether another one has ended.
+        directory, may not write to it, or could not tell whether another one has ended.
     """
-    directory, name = _here(storage_path), _owner()
-    if directory is None or name is None or not directory.is_dir():
+    directory = _here(storage_path)
+    if directory is None:
         return None
-    unlocked = directory / f"{name}.{secrets.token_hex(4)}.partial"  # nobody takes it for one that was left
-    descriptor = os.open(unlocked, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    if not _lock(descriptor):
+    with suppress(OSError):
+        owner = directory / _owner(directory)
+        unlocked = owner.with_name(f"{secrets.token_hex(4)}.partial")  # nobody takes it for one that was left
+        descriptor = os.open(unlocked, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            if _lock(descriptor):
+                unlocked.rename(owner)
+                return descriptor
+        except OSError:
+            pass
         os.close(descriptor)
         unlocked.unlink()
-        return None
-    unlocked.rename(directory / name)
-    return descriptor
+    return None
 
 
 def sweep(root: str) -> None:
     """Remove the directories of pools below `root` whose process has ended on this machine."""
-    directory, name = _here(root), _owner()
-    if directory is None or name is None:
-        return
-    for owner in directory.glob(f"*/{name}"):
-        with suppress(OSError):  # another process has removed it meanwhile
-            descriptor = os.open(owner, os.O_RDWR)
+    directory = _here(root)
+    for pool in directory.glob("*/") if directory is not None else ():
+        with suppress(OSError):  # it is nobody's, or another process has removed it meanwhile
+            descriptor = os.open(pool / _owner(pool), os.O_RDWR)
             try:
                 if _lock(descriptor):
-                    shutil.rmtree(owner.parent)
+                    shutil.rmtree(pool)
             finally:
                 os.close(descriptor)
 
@@ -65,9 +68,9 @@ def _here(url: str) -> Path | None:
     return Path(root) if isinstance(fs, LocalFileSystem) else None
 
 
-def _owner() -> str | None:
-    """The name of the file with the lock; None where machines do not say when they were started."""
-    return f"owner-{_BOOT_ID.read_text().strip()}" if _BOOT_ID.exists() else None
+def _owner(directory: Path) -> str:
+    """The name of the file with the lock; OSError where machines do not say when they were started."""
+    return f"owner-{_BOOT_ID.read_text().strip()}-{directory.stat().st_dev}-{directory.name}"
 
 
 def _lock(descriptor: int) -> bool:

@@ -1,6 +1,5 @@
 """The rows of a memory in this process, and the index over their keys."""
 
-import copy
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -176,11 +175,8 @@ class Rows:
     def of_columns(self, columns: slice) -> "Rows":
         """The same rows, found by these columns of their keys alone, which are copied; the values are shared."""
         self.settle()
-        self.values.tensors()  # joins them, once
-        narrow, keys = copy.copy(self), self.keys.finish()[:, columns].contiguous()
-        narrow.keys = GrowingTensor()
-        narrow.keys.replace(keys)
-        narrow.shape, narrow.index, narrow.key_map = (keys.shape[1], self.values.num_outputs), None, None
+        tensors, narrow = self.tensors(), Rows(self.device)
+        narrow.replace(tensors | {"keys": tensors["keys"][:, columns].contiguous()}, self.values.like())
         return narrow
 
     def drop(self, positions: Tensor) -> None:

@@ -12,6 +12,10 @@ from lightning_resmem.memory.values.sparse import SparseValues
 
 # Rows x columns of all ranks that are computed for every setting: a minute of one core for a thousand settings.
 ENTRIES = 2**22
+# The same of a GPU.
+_GPU_ENTRIES = 2**26
+# Multiples of it, less their whole parts, are spread evenly over [0, 1).
+_GOLDEN = (5**0.5 - 1) / 2
 # Rows whose neighbours' classes are counted.
 _PROBED = 64
 
@@ -22,16 +26,23 @@ def sampled(keys: Tensor, columns: int, gather: Callable[[Tensor], Tensor]) -> T
     They are evenly spaced in the order of their keys, over all ranks: the same ones for any number of these.
 
     Args:
-        keys: Of the rows, shape `(V,)`; rows with equal ones are kept or left out together.
+        keys: Of the rows, shape `(V,)`. Of rows with equal ones as large a share is kept as of the others; which of
+            them depends on how ranks share them.
         columns: Of the rows, over all ranks.
         gather: Concatenates a tensor `(n, ...)` over all ranks.
     """
-    keys = keys.nan_to_num(nan=torch.inf)
-    all_keys = gather(keys)
-    most = max(1, ENTRIES // columns)
+    device = keys.device
+    keys = keys.nan_to_num(nan=torch.inf).cpu()
+    all_keys = gather(keys).cpu()
+    most = max(1, (_GPU_ENTRIES if device.type == "cuda" else ENTRIES) // columns)
     if len(all_keys) <= most:
         return None
-    return torch.isin(keys, evenly_spaced(all_keys.sort().values, most).to(keys.device))
+    distinct, counts = all_keys.unique(return_counts=True)
+    chosen = torch.searchsorted(distinct, evenly_spaced(all_keys.sort().values, most))
+    share = chosen.bincount(minlength=len(distinct)) / counts
+    turns = torch.arange(len(keys), dtype=torch.float64) * _GOLDEN % 1  # evenly spread, whichever rows are looked at
+    kept: Tensor = turns < share[torch.searchsorted(distinct, keys)]
+    return kept.to(device)
 
 
 def count_columns(memory: ResidualMemory, ids: Tensor, num_outputs: int, gather: Callable[[Tensor], Tensor]) -> int:

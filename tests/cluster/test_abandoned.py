@@ -1,6 +1,7 @@
 """Directories of pools: removed once the process that made them has ended, and never before."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,26 @@ def test_what_may_be_of_others_stays(pools: list[Path], tmp_path: Path, monkeypa
         os.close(claimed(pools[0]))  # whether its process lives cannot be seen from here
     abandoned.sweep(str(tmp_path))  # the second was never claimed: that of a named pool, which outlives its process
     assert all(pool.exists() for pool in pools)
+
+
+def test_a_copy_stays(pools: list[Path], tmp_path: Path) -> None:
+    descriptor = claimed(pools[0])
+    shutil.copytree(pools[0], tmp_path / "backup")
+    abandoned.sweep(str(tmp_path))
+    assert (tmp_path / "backup" / "shard-0000-0" / "rows").exists()
+    os.close(descriptor)
+
+
+def test_what_cannot_be_claimed_is_not(pools: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(abandoned, "_lock", lambda descriptor: False)
+    assert abandoned.claim(str(pools[0])) is None
+    monkeypatch.undo()
+    monkeypatch.setattr(abandoned, "_BOOT_ID", pools[0] / "no such file")
+    assert abandoned.claim(str(pools[0])) is None
+    monkeypatch.undo()
+    pools[1].joinpath(abandoned._owner(pools[1])).mkdir()  # nothing can take its place
+    assert abandoned.claim(str(pools[1])) is None
+    assert [part.name for part in pools[0].iterdir()] == ["shard-0000-0"]
 
 
 @pytest.mark.parametrize("unseen", ["memory://pools/resmem-1", "/nowhere/resmem-1"])

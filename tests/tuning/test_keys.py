@@ -193,3 +193,11 @@ def test_of_tokens_the_input_of_the_last_feed_forward_block():
     layer = nn.TransformerEncoderLayer(6, 2, 24, batch_first=True)
     model = Net(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(6, 3))
     assert in_order(model.train(), torch.randn(2, 5, 6)) == ["body.layers.1.linear1:input"]
+
+
+def test_what_is_done_to_the_rows_of_one_place_leaves_the_others() -> None:
+    memory = LocalMemory(params=ResMemParams(k=1, sigma=1.0))
+    memory.add(torch.eye(4), torch.zeros(4, 2), torch.tensor([0, 1, 0, 1]))
+    narrow = memory.of_columns(slice(0, 3))
+    narrow._rows.to(torch.device("meta"))
+    assert {tensor.device.type for tensor in memory._rows.tensors().values()} == {"cpu"}

@@ -35,6 +35,17 @@ def test_ranks_keep_what_one_process_keeps() -> None:
     assert sample.sampled(keys, sample.ENTRIES // 1000, lambda part: part) is None
 
 
+def test_rows_with_equal_keys_are_kept_as_others_are() -> None:
+    keys = torch.rand(10_000, generator=torch.Generator().manual_seed(0))
+    keys[::3] = 0
+    keys[1::5] = torch.nan
+    kept = sample.sampled(keys, sample.ENTRIES // 1000, lambda part: part)
+    assert kept is not None
+    assert abs(int(kept.sum()) - 1000) < 10
+    for part in (keys == 0, keys.isnan(), keys > 0):
+        assert float(kept[part].float().mean()) == pytest.approx(0.1, abs=0.01)
+
+
 def test_the_choice_is_that_of_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     memory, (keys, outputs, targets) = filled(), rows(200, 2)
     near = memory.search(keys, 10).distances.mean(dim=1)

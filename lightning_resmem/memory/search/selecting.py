@@ -53,7 +53,7 @@ def _smallest(
         order = tl.where(bits < 0, bits ^ 0x7FFF, bits)
         high = 0x7FFF
     else:
-        order = values.to(tl.int32, bitcast=True)
+        order = tl.maximum(values.to(tl.int32, bitcast=True), 0)
         high = 0x7FFFFFFF
     low = tl.min(order, axis=0)
     while low < high:
