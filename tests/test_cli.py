@@ -574,7 +574,7 @@ def test_memorize_needs_overwrite_on_the_command_line(resmem, tmp_path):
     before = LocalMemory.load("outputs/digits/resmem").provenance
     status, _, err = resmem(*config, "--seed_everything=1")
     assert status == 1
-    assert "Give --overwrite to replace it" in err
+    assert "Give --overwrite=true to replace it" in err
     assert LocalMemory.load("outputs/digits/resmem").provenance == before
     assert resmem(*config, "--seed_everything=1", "--overwrite=true")[0] == 0
     assert LocalMemory.load("outputs/digits/resmem").provenance != before

@@ -61,8 +61,8 @@ class ResMemTrainer(L.Trainer):
         for place in places.values():
             if not overwrite and _holds_a_memory(place):
                 raise StorageError(
-                    f"{disk.as_path(place)} holds a memory: it is left as it is. Give --overwrite to replace it, or "
-                    "name another place with --directory."
+                    f"{disk.as_path(place)} holds a memory: it is left as it is. Give --overwrite=true to "
+                    "replace it, or name another place with --directory."
                 )
         _check_checkpoint(ckpt_path)
         if ckpt_path is None:

@@ -24,7 +24,7 @@ def named_modules(model: nn.Module, aliases: bool = False) -> dict[str, nn.Modul
     return names
 
 
-def submodule(model: nn.Module, argument: str, name: str) -> nn.Module:
+def submodule(model: nn.Module, argument: str, name: object) -> nn.Module:
     """The module of a name that was given as `argument`.
 
     Raises:
@@ -34,7 +34,8 @@ def submodule(model: nn.Module, argument: str, name: str) -> nn.Module:
     if not isinstance(name, str) or not name or name not in modules:
         known = [n for n, module in modules.items() if n and isinstance(module, nn.Linear)] or [n for n in modules if n]
         close = difflib.get_close_matches(name, [n for n in modules if n], n=1) if isinstance(name, str) else []
-        meant = f"Did you mean {close[0]!r}? " if close else ""
+        named = next((n for n, module in modules.items() if module is name), None)  # it was given itself
+        meant = f"Give its name, {named!r}. " if named else f"Did you mean {close[0]!r}? " if close else ""
         raise HeadError(
             f"{argument}={name!r} is not a module of {type(model).__name__}. {meant}Its modules are named as in "
             f"model.named_modules(), for example {quoted(known[-5:])}."

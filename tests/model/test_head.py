@@ -291,6 +291,12 @@ def test_unknown_names_list_real_ones(name, argument):
         HeadTap(Returning(lambda h, o: o), **names)
 
 
+def test_a_module_instead_of_its_name():
+    model = Returning(lambda h, o: o)
+    with pytest.raises(HeadError, match=r"Give its name, 'net.fc'"):
+        HeadTap(model, model.net.fc)
+
+
 def test_unknown_names_in_a_model_without_linear():
     with pytest.raises(HeadError, match=r"for example '0', '1'"):
         HeadTap(nn.Sequential(nn.Conv2d(1, 3, 8), nn.Flatten()), "fc")
