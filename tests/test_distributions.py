@@ -53,9 +53,8 @@ def test_the_version_is_written_once(source: Path, wheel: Path) -> None:
     assert importlib.metadata.version("lightning-resmem") == version
     assert source.name == f"lightning_resmem-{version}"
     assert wheel.name == f"lightning_resmem-{version}-py3-none-any.whl"
-    for name in ("pyproject.toml", "CITATION.cff"):
-        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
-        assert [line for line in lines if line.startswith("version")] == []
+    lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.startswith("version")] == []
 
 
 def test_source_distribution_holds_what_its_tests_and_docs_need(source: Path) -> None:
