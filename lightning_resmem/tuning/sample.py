@@ -23,11 +23,11 @@ _PROBED = 64
 def sampled(keys: Tensor, columns: int, gather: Callable[[Tensor], Tensor]) -> Tensor | None:
     """Which rows of this rank are computed on, a mask `(V,)`; None for all.
 
-    They are evenly spaced in the order of their keys, over all ranks: the same ones for any number of these.
+    They are evenly spaced in the order of their keys, over all ranks: the same ones for any number of these, but for
+    rows with equal keys, of which as large a share is kept as of others.
 
     Args:
-        keys: Of the rows, shape `(V,)`. Of rows with equal ones as large a share is kept as of the others; which of
-            them depends on how ranks share them.
+        keys: Of the rows, shape `(V,)`.
         columns: Of the rows, over all ranks.
         gather: Concatenates a tensor `(n, ...)` over all ranks.
     """
