@@ -12,7 +12,7 @@ from collections import Counter
 import numpy as np
 import torch
 from _harness import report
-from real_data import SETS, STEPS, gains, measured, rows_of, split, summary, trained
+from real_data import SETS, STEPS, gains, installed, measured, rows_of, split, summary, trained
 
 from lightning_resmem import GridTuner, LocalMemory, Multiclass, Regression, ResMemWarning
 from lightning_resmem.collection.chunks import Chunk
@@ -59,12 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     lines = []
     warnings.simplefilter("ignore", ResMemWarning)  # that a memory is better off: the table says so
-    for name in arguments.only:
-        try:
-            x, y = SETS[name]()
-        except ModuleNotFoundError as error:
-            print(f"{name}: skipped, {error} is not installed")
-            continue
+    for name, x, y in installed(arguments.only):
         is_error = y.dtype.kind == "f"
         runs, choices = zip(*(run(x, y, seed) for seed in range(arguments.seeds)), strict=True)
         unit = "% less error" if is_error else "points"

@@ -16,7 +16,7 @@ import io
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -277,6 +277,15 @@ def gains(kind: str, runs: list[dict[str, tuple[float, float, float]]], is_error
     return 100 * (1 - found / base) if is_error else found - base
 
 
+def installed(names: Iterable[str]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Names, inputs and targets of the sets whose packages are there; says which are not."""
+    for name in names:
+        try:
+            yield name, *SETS[name]()
+        except ModuleNotFoundError as error:
+            print(f"{name}: skipped, {error} is not installed")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SETS, default=list(SETS), metavar="SET", help="some of the sets")
@@ -284,12 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
 
     lines, others = [], []
-    for name in arguments.only:
-        try:
-            x, y = SETS[name]()
-        except ModuleNotFoundError as error:
-            print(f"{name}: skipped, {error} is not installed")
-            continue
+    for name, x, y in installed(arguments.only):
         is_error = y.dtype.kind == "f"
         runs = [run(name, x, y, seed) for seed in range(arguments.seeds)]
         values = {kind: np.array([run[kind][0] for run in runs]) for kind in ("base", "knn", "resmem", "strength")}

@@ -32,12 +32,10 @@ def claim(storage_path: str) -> int | None:
         owner = directory / _owner(directory)
         unlocked = owner.with_name(f"{secrets.token_hex(4)}.partial")  # nobody takes it for one that was left
         descriptor = os.open(unlocked, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
+        with suppress(OSError):
             if _lock(descriptor):
                 unlocked.rename(owner)
                 return descriptor
-        except OSError:
-            pass
         os.close(descriptor)
         unlocked.unlink()
     return None

@@ -81,8 +81,9 @@ class Pass:
         # Holds the tap's hooks, from the first batch to the end of a pass.
         self._capturing = ExitStack()
         self._tapped = False
-        found_later = reader.head is None or reader.embedding == AUTO
-        self.tap: HeadTap | None = None if found_later else find_tap(model, reader, lambda: None)
+        self.tap: HeadTap | None = None  # found in the first forward, as far as names do not tell
+        if reader.head is not None and reader.embedding != AUTO:
+            self.tap = HeadTap(model, reader.head, reader.embedding)
 
     def sample(self, parts: Sequence[Part]) -> Chunk | None:
         """Read one small batch; randomness is left as it was.
