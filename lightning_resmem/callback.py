@@ -16,7 +16,7 @@ from lightning_resmem.errors import EmptyMemoryError, InputError, ResMemWarning
 from lightning_resmem.memorization import Memorizer
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.memory.token_ids import of_sequences
-from lightning_resmem.metrics.evaluation import Evaluation
+from lightning_resmem.metrics.evaluation import Evaluation, first_of
 from lightning_resmem.metrics.reported import UserMetrics, as_collection
 from lightning_resmem.model.batches import BatchReader, ForwardFn, IdsFn, TargetsFn
 from lightning_resmem.model.first_loss import FirstLoss
@@ -140,9 +140,9 @@ class ResMemCallback(Callback):
         return self._generate_state_key(name=self._name)
 
     @property
-    def evaluation(self) -> Evaluation | None:
-        """What the last validate or test run showed on its first dataloader; None before any."""
-        return self.evaluations[0] if self.evaluations else None
+    def evaluation(self) -> Evaluation:
+        """What the last validate or test run showed on its first dataloader; an error before any."""
+        return first_of(self.evaluations)
 
     @property
     def memory(self) -> ResidualMemory:

@@ -754,7 +754,7 @@ def with_loader(make_loader):
         (Counting, lambda: with_targets(lambda y: y.float()), {}, InputError, "float32.*task=Regression"),
         (Counting, Data, {"head": "fc"}, HeadError, "head='fc' is not a module"),
         (Counting, Data, {"head": "body.1", "embedding": "nope"}, HeadError, "embedding='nope'"),
-        (Counting, lambda: Data(as_dicts=True), {"targets_fn": lambda batch: batch["z"]}, KeyError, "z"),
+        (Counting, lambda: Data(as_dicts=True), {"targets_fn": lambda batch: batch["z"]}, InputError, "targets_fn.*z"),
         (
             Counting,
             lambda: with_loader(lambda d: DataLoader(TensorDataset(*d.train, d.train[1]), batch_size=4)),

@@ -9,7 +9,15 @@ import torch
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAUROC
 
-from lightning_resmem import HeadError, LocalMemory, ResMemCallback, ResMemParams, ResMemWarning, StaleMemoryError
+from lightning_resmem import (
+    HeadError,
+    LocalMemory,
+    ResMemCallback,
+    ResMemError,
+    ResMemParams,
+    ResMemWarning,
+    StaleMemoryError,
+)
 from lightning_resmem.memory.search.faiss_index import FaissIndex
 from lightning_resmem.tasks import TASKS
 from tests.models import CallsSelf, Data, ManyLabels, Numbers, Trained, data_for, hooks_on, make, memory_for, trainer
@@ -87,7 +95,8 @@ def test_what_a_run_showed(tmp_path):
     auroc = MulticlassAUROC(4)
     run, model, data, _ = fitted(CallsSelf, tmp_path, metrics={"auroc": auroc})
     callback = run.callbacks[-1]
-    assert callback.evaluation is None
+    with pytest.raises(ResMemError, match=r"evaluation is there after trainer\.test"):
+        _ = callback.evaluation
     (logged,) = run.test(model, datamodule=data, verbose=False)
     seen = callback.evaluation
     assert seen.rows == 50

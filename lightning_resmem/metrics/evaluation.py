@@ -1,7 +1,9 @@
 """What one validate or test run showed: scores, flips, calibration, neighbourhoods."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lightning_resmem.errors import ResMemError
 from lightning_resmem.metrics.bins import Neighborhoods, ReliabilityBins
 from lightning_resmem.metrics.reported import LESS_IS_BETTER
 
@@ -121,3 +123,18 @@ class Evaluation:
     def shown_scores(self) -> dict[str, float]:
         """Those that the run logs by itself, under their full names."""
         return {f"{self.prefix}/{name}{self.suffix}": self.scores[name] for name in self.shown}
+
+
+def first_of(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """What the last run showed on its first dataloader.
+
+    Raises:
+        ResMemError: If it showed nothing.
+    """
+    if not evaluations:
+        raise ResMemError(
+            "Nothing was evaluated with the memory yet: evaluation is there after trainer.test(...) or "
+            "trainer.validate(...), once trainer.fit has filled the memory (evaluations is empty before). Runs of a "
+            "ResMemModule are in its own evaluations."
+        )
+    return evaluations[0]

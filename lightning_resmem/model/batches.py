@@ -17,6 +17,7 @@ from torch.utils.data import default_collate
 from torchmetrics import Metric
 
 from lightning_resmem.errors import HeadError, InputError, ResMemError, wrong_type
+from lightning_resmem.model.calling import calling, in_short
 from lightning_resmem.model.times import TimesFn
 from lightning_resmem.together import together
 
@@ -57,7 +58,8 @@ class BatchReader:
             InputError: If the batch has none that can be told from its inputs.
         """
         if self.targets_fn is not None:
-            targets = self.targets_fn(batch)
+            with calling("targets_fn", batch, "give one that returns targets: lambda batch: batch[1]."):
+                targets = self.targets_fn(batch)
         else:
             targets = _default_targets(batch, self.forward_fn is None)
         try:
@@ -77,7 +79,8 @@ class BatchReader:
         """The ids of a batch's rows, or None where they are positions in the dataset."""
         if self.ids_fn is None:
             return None
-        ids = self.ids_fn(batch)
+        with calling("ids_fn", batch, "give one that returns the rows' ids: lambda batch: batch[2]."):
+            ids = self.ids_fn(batch)
         try:
             return torch.as_tensor(ids)
         except (TypeError, ValueError, RuntimeError, KeyError):
@@ -131,13 +134,14 @@ class BatchReader:
             InputError: If it is unclear how to.
         """
         if self.forward_fn is not None:
-            return self.forward_fn(model, batch)
+            with calling("forward_fn", batch, "give one that runs the model: lambda model, batch: model(batch[0])."):
+                return self.forward_fn(model, batch)
         if has_forward(model):
             args, kwargs = _inputs(model, batch, self.targets_fn is None)
             try:
                 return model(*args, **kwargs)
             except Exception as error:
-                given = [*map(_in_short, args), *(f"{name}={_in_short(value)}" for name, value in kwargs.items())]
+                given = [*map(in_short, args), *(f"{name}={in_short(value)}" for name, value in kwargs.items())]
                 note = (
                     f"ResMem called {type(model).__name__}({', '.join(given)}) for a batch that is a "
                     f"{type(batch).__name__}. If forward wants the whole batch, call its argument `batch`, or give "
@@ -220,11 +224,6 @@ def _state(metric: Metric) -> dict[str, Any]:
         value = state[name]
         state[name] = value.clone() if isinstance(value, Tensor) else list(value)
     return state
-
-
-def _in_short(value: Any) -> str:
-    shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
-    return type(value).__name__ + shape
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

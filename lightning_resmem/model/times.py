@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.errors import InputError
+from lightning_resmem.model.calling import calling
 
 # It returns two of what torch.as_tensor takes: the command line would refuse functions that do not say so.
 TimesFn = Callable[[Any], Any]
+
+_AS_IN = "times_fn=lambda batch: (batch[2], batch[2] + horizon)"
 
 
 def read_times(times_fn: TimesFn, batch: Any) -> Tensor:
@@ -19,7 +22,8 @@ def read_times(times_fn: TimesFn, batch: Any) -> Tensor:
     Raises:
         InputError: If the function returns something else than a pair of those.
     """
-    given = times_fn(batch)
+    with calling("times_fn", batch, f"give one that returns a pair of times, as in {_AS_IN}."):
+        given = times_fn(batch)
     try:
         if not isinstance(given, (tuple, list)):
             raise TypeError
@@ -32,7 +36,7 @@ def read_times(times_fn: TimesFn, batch: Any) -> Tensor:
     except (TypeError, ValueError, RuntimeError):
         raise InputError(
             f"times_fn returned a {type(given).__name__} for a batch, expected a pair of tensors (n,): when each row "
-            "is asked for, and when its target is known, as in times_fn=lambda batch: (batch[2], batch[2] + horizon)."
+            f"is asked for, and when its target is known, as in {_AS_IN}."
         ) from None
     return times
 

@@ -1,0 +1,55 @@
+"""What is said of an error in a function of the user's, and what is passed on as it is."""
+
+import lightning.pytorch as L
+import pytest
+import torch
+
+from lightning_resmem import HeadError, InputError
+from lightning_resmem.model.batches import BatchReader
+from lightning_resmem.model.calling import calling
+from lightning_resmem.model.times import read_times
+
+PAIR = [torch.zeros(3, 8), torch.zeros(3)]
+ASKED = {
+    "targets_fn": lambda fails: BatchReader(targets_fn=fails).targets(PAIR),
+    "ids_fn": lambda fails: BatchReader(ids_fn=fails).ids(PAIR),
+    "forward_fn": lambda fails: BatchReader(forward_fn=lambda _, batch: fails(batch)).run(L.LightningModule(), PAIR),
+    "times_fn": lambda fails: read_times(fails, PAIR),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize(
+    "fails",
+    [lambda batch: batch["x"], lambda batch: batch[2], lambda batch: batch.x],
+    ids=["key", "place", "attribute"],
+)
+def test_an_error_names_the_argument_the_batch_and_the_way_out(name, fails):
+    expected = (
+        rf"^{name} failed for a batch that is a list of Tensor of shape \(3, 8\), Tensor of shape \(3,\) "
+        r"\((TypeError|IndexError|AttributeError): .*\): give one that .*lambda "
+    )
+    with pytest.raises(InputError, match=expected) as caught:
+        ASKED[name](fails)
+    assert isinstance(caught.value.__cause__, TypeError | IndexError | AttributeError)
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        ({"x": PAIR[0], "n": 3}, r"a dict of 'x': Tensor of shape \(3, 8\), 'n': int"),
+        ((), "an empty tuple"),
+        (PAIR[0], r"a Tensor of shape \(3, 8\)"),
+    ],
+    ids=["dict", "empty", "tensor"],
+)
+def test_what_a_batch_is(batch, said):
+    with pytest.raises(InputError, match=f"^f failed for a batch that is {said} \\("), calling("f", batch, "give g."):
+        raise KeyError("z")
+
+
+@pytest.mark.parametrize("error", [HeadError("ours"), torch.OutOfMemoryError("full"), KeyboardInterrupt()], ids=repr)
+def test_errors_that_stay(error):
+    with pytest.raises(type(error)) as caught, calling("f", PAIR, "give g."):
+        raise error
+    assert caught.value is error
