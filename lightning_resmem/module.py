@@ -172,23 +172,28 @@ class ResMemModule(L.LightningModule):
             yield
 
     @uncompiled
-    def predictions(self, batch: Any) -> Predictions:
+    def predictions(self, batch: Any, at: Any = None) -> Predictions:
         """Base, knn and combined prediction for a batch as the loaders yield it, each `(B, C)` (or `(B, T, C)`).
 
         A list of rows of a dataset, `[dataset[0], dataset[1]]`, is made a batch.
+
+        Args:
+            batch: Inputs, with or without targets.
+            at: When it is asked, as for `memory.at`, if the memory's rows have times; by default `times_fn` reads it.
         """
         check_batch(batch)
         with self.memory.reading():
             batch = self._reader.collate(batch, self.memory.task.target_shapes(self.memory.num_outputs))
             captured = self._answering.captured(batch)
-            return Answer.of(self.memory.at(asked_at(self._reader.times_fn, batch)), *captured).shaped(captured.output)
+            return Answer.of(self._asked(batch, at), *captured).shaped(captured.output)
 
-    def explain(self, batch: Any, top: int = 5) -> Explanation:
+    def explain(self, batch: Any, top: int = 5, at: Any = None) -> Explanation:
         """Why the predictions for a batch are what they are: the neighbours behind each, and what each of them added.
 
         Args:
             batch: As the loaders yield it, on any device, or a list of rows `[dataset[0], dataset[1]]`.
             top: How many neighbours are listed one by one; what the others add is summed up.
+            at: As for `predictions`.
 
         Returns:
             A table (print it with rich), plain `rows`, and a picture grid `figure()` where inputs are images.
@@ -204,7 +209,7 @@ class ResMemModule(L.LightningModule):
         with self.memory.reading():
             captured = self._answering.captured(batch)
             known = targets if captured.output.ndim == 2 else None  # of positions it is not told here which count
-            explanation = explain(self.memory.at(asked_at(self._reader.times_fn, batch)), *captured.rows, top, known)
+            explanation = explain(self._asked(batch, at), *captured.rows, top, known)
         return dataclasses.replace(explanation, images=find_images(batch))
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
@@ -304,6 +309,10 @@ class ResMemModule(L.LightningModule):
         """Raise `StaleMemoryError` if the base or the memory is another by now: see `WeightsWatch.check`."""
         self._watch.check(doing, surely)
 
+    def _asked(self, batch: Any, at: Any = None) -> ResidualMemory:
+        """The memory as it was known when a batch is asked."""
+        return self.memory.at(asked_at(self._reader.times_fn, batch) if at is None else at)
+
     def _start_run(self, stage: str | None) -> None:
         self._check_weights("ResMemModule runs", surely=True)
         board = None
@@ -321,7 +330,7 @@ class ResMemModule(L.LightningModule):
         if run is not None:
             run.answer()
         with self.memory.reading():
-            answer = ask(self.memory.at(asked_at(self._reader.times_fn, batch)), *self._answering.captured(batch))
+            answer = ask(self._asked(batch), *self._answering.captured(batch))
         if run is not None:
             run.score(answer, batch, dataloader_idx)
         return answer.resmem(self.memory)

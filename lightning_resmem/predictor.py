@@ -38,9 +38,11 @@ class ResMemPredictor:
         device: Where base and memory go.
         forward_fn: `forward_fn(model, batch)` runs the base on a tensor, or for several columns on a dict of tensors;
             by default `model(...)`.
+        asked_at: Name of the column that says when each row is asked, in the unit of the memory's times; for a memory
+            whose rows have times, and for no other.
 
     Raises:
-        InputError: If an argument is none of these.
+        InputError: If an argument is none of these, or if the memory's rows have times and `asked_at` is not given.
         StorageError: If the memory cannot be loaded.
         StaleMemoryError: If it was filled with other weights than the base has.
 
@@ -71,6 +73,7 @@ class ResMemPredictor:
         output: Literal["scores", "labels"] = "scores",
         device: str | torch.device = "cpu",
         forward_fn: ForwardFn | None = None,
+        asked_at: str | None = None,
     ) -> None:
         columns = [inputs] if isinstance(inputs, str) else list(inputs) if isinstance(inputs, Sequence) else []
         if not columns or not all(isinstance(column, str) and column for column in columns):
@@ -81,13 +84,16 @@ class ResMemPredictor:
             raise InputError(f'output={output!r} is not known: give "scores" or "labels".')
         if not callable(base):  # a LightningModule is, too
             raise InputError(f"base is a {type(base).__name__}, expected the trained model or a function for it.")
+        if asked_at is not None and (not isinstance(asked_at, str) or not asked_at):
+            raise InputError(f'asked_at={asked_at!r}: give the name of the column with the times, such as "hour".')
         base = base if isinstance(base, L.LightningModule) else base()
         filled = memory() if callable(memory) else LocalMemory.load(memory)
+        _check_times(filled, asked_at)
         self._module = ResMemModule(base, filled, forward_fn=forward_fn).to(device)
         if output == "labels" and not isinstance(filled.task, Multiclass):
             raise InputError(f'output="labels" is for Multiclass, the memory is for {type(filled.task).__name__}.')
         self._single, self._columns = isinstance(inputs, str), columns
-        self._predictions, self._labels = list(predictions), output == "labels"
+        self._predictions, self._labels, self._asked_at = list(predictions), output == "labels", asked_at
 
     def __call__(self, batch: Batch) -> Batch:
         """Score a batch.
@@ -106,8 +112,9 @@ class ResMemPredictor:
         if taken:
             raise InputError(f"The batch has a column {taken[0]!r} already: rename it, or leave out that prediction.")
         tensors = {column: self._tensor(batch, column) for column in self._columns}
+        times = None if self._asked_at is None else torch.tensor(_numbers(batch, self._asked_at))
         with torch.inference_mode():
-            found = self._module.predictions(tensors[self._columns[0]] if self._single else tensors)
+            found = self._module.predictions(tensors[self._columns[0]] if self._single else tensors, at=times)
         check_finite("The base's predictions", found.base)
         added: Batch = {}
         for name in self._predictions:
@@ -116,14 +123,31 @@ class ResMemPredictor:
         return {**batch, **added}
 
     def _tensor(self, batch: Batch, column: str) -> Tensor:
-        if column not in batch:
-            raise InputError(f"The batch has no column {column!r}, it has {sorted(batch)}: give inputs=...")
-        array = np.asarray(batch[column])
-        if array.dtype.kind not in "biuf":
-            raise InputError(
-                f"Column {column!r} is an array of {array.dtype}, expected numbers of one shape in all rows: convert "
-                "it before, in a map_batches of its own."
-            )
         floats = next((p.dtype for p in self._module.base.parameters() if p.is_floating_point()), torch.float32)
-        tensor = torch.tensor(array)  # copied: the arrays of Ray Data cannot be written to
+        tensor = torch.tensor(_numbers(batch, column))  # copied: the arrays of Ray Data cannot be written to
         return tensor.to(self._module.device, floats if tensor.is_floating_point() else None)
+
+
+def _numbers(batch: Batch, column: str) -> NDArray[Any]:
+    if column not in batch:
+        raise InputError(
+            f"The batch has no column {column!r}, it has {sorted(batch)}: give the name of one that is there."
+        )
+    array = np.asarray(batch[column])
+    if array.dtype.kind not in "biuf":
+        raise InputError(
+            f"Column {column!r} is an array of {array.dtype}, expected numbers of one shape in all rows: convert "
+            "it before, in a map_batches of its own."
+        )
+    return array
+
+
+def _check_times(memory: ResidualMemory, asked_at: str | None) -> None:
+    are_dated = memory._row_times(memory.ids[:1]) is not None
+    if are_dated and asked_at is None:
+        raise InputError(
+            "The rows of this memory have times, so it must be told when each row is asked: give the name of the "
+            'column with the times, asked_at="hour".'
+        )
+    if asked_at is not None and not are_dated:
+        raise InputError(f"asked_at={asked_at!r}, but the rows of this memory have no times: leave it out.")

@@ -241,3 +241,39 @@ def test_labels_of_positions(tmp_path: Path) -> None:
     labels = ResMemPredictor(saved, base, inputs="tokens", output="labels")(tokens)["resmem"]
     assert labels.shape == (2, 7)
     np.testing.assert_array_equal(labels, scores.argmax(axis=-1))
+
+
+def dated() -> LocalMemory:
+    """Three rows that are alike in everything but their labels, known from the moments 1, 2 and 3 on."""
+    memory = LocalMemory(params=ResMemParams(k=3, sigma=0.5))
+    memory.add(torch.ones(3, 16), torch.zeros(3, 10), torch.arange(3), times=torch.tensor([[0, 1], [1, 2], [2, 3]]))
+    return memory
+
+
+def test_a_query_recalls_what_was_known_when_it_was_asked(digits: Digits) -> None:
+    base = Net()
+    memory = dated()
+    moments = np.array([0, 1, 2, 3], dtype=np.int32)
+    moments.flags.writeable = False  # as those of Ray Data are
+    batch = {"pixels": digits.test.inputs[:4].numpy(), "hour": moments}
+    found = ResMemPredictor(lambda: memory, base, inputs="pixels", predictions=["base", "knn"], asked_at="hour")(batch)
+    assert found["hour"] is moments
+    wanted = [[1 / (row + 1) if label <= row else 0 for label in range(10)] for row in range(3)]
+    np.testing.assert_allclose(found["knn"][1:], wanted, atol=1e-6)
+    np.testing.assert_allclose(found["knn"][0], found["base"][0], atol=1e-6)  # nothing was known
+    module = ResMemModule(base, memory, head="head")
+    assert torch.equal(module.predictions(digits.test.inputs[:4], at=moments).knn, torch.tensor(found["knn"]))
+    explained = module.explain(digits.test.inputs[:4], at=moments)
+    assert explained.neighbors.ids[1].tolist()[:2] == [0, -1]
+    with pytest.raises(InputError, match="column 'hour'"):
+        ResMemPredictor(lambda: memory, base, inputs="pixels", asked_at="hour")({"pixels": batch["pixels"]})
+
+
+def test_times_are_given_where_the_memory_has_them(saved: Path) -> None:
+    memory = dated()
+    with pytest.raises(InputError, match='give the name of the column with the times, asked_at="hour"'):
+        ResMemPredictor(lambda: memory, Net, inputs="pixels")
+    with pytest.raises(InputError, match="asked_at='hour', but the rows of this memory have no times"):
+        ResMemPredictor(saved, Net, inputs="pixels", asked_at="hour")
+    with pytest.raises(InputError, match="asked_at=3"):
+        ResMemPredictor(lambda: memory, Net, inputs="pixels", asked_at=3)  # type: ignore[arg-type]

@@ -34,7 +34,8 @@ def _check_exact(name: str, times: Tensor) -> None:
     is_half = times.dtype in (torch.float16, torch.bfloat16)
     largest = int(2 / torch.finfo(times.dtype).eps) if times.is_floating_point() else _LARGEST
     wide = times.dtype == torch.float64 or not times.numel()
-    if wide or not (is_half or bool((times.abs().where(times.isfinite(), 0) > largest).any())):
+    sizes = (times if times.is_floating_point() else times.long()).abs()  # in int32 the largest would wrap around
+    if wide or not (is_half or bool((sizes.where(times.isfinite(), 0) > largest).any())):
         return
     if times.is_floating_point():
         raise InputError(
@@ -145,8 +146,8 @@ def check_asked(asked_at: Tensor | None, are_dated: bool) -> None:
     """Raise an error if rows have times and a query has none, or the other way round."""
     if are_dated and asked_at is None:
         raise InputError(
-            "The rows of this memory have times, so it must be told when it is asked: memory.at(now), or times_fn= for "
-            "ResMemCallback, memorize and ResMemModule, whose `predictions(batch)` reads it."
+            "The rows of this memory have times, so it must be told when it is asked: memory.at(now), "
+            "module.predictions(batch, at=now), or times_fn= for ResMemCallback, memorize and ResMemModule."
         )
     if asked_at is not None and not are_dated:
         raise InputError(

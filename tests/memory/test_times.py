@@ -238,6 +238,11 @@ def test_times_that_were_rounded_are_refused(times: torch.Tensor) -> None:
         as_times("times_fn", read_times(lambda batch: (batch, batch), times))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_whole_numbers_of_any_width_are_times(dtype: torch.dtype) -> None:
+    assert as_times("asked_at", torch.tensor([0, 100], dtype=dtype)).tolist() == [0.0, 100.0]
+
+
 def test_numbers_of_python_are_not_rounded() -> None:
     memory = LocalMemory(params=ResMemParams(k=1))
     asked_at = [1_700_000_000.0, 1_700_000_040.0]
