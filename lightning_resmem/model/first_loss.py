@@ -16,6 +16,8 @@ from lightning_resmem.model.loss_graph import CLASSES, DISTANCES, compared, comp
 from lightning_resmem.model.names import named_modules, submodule
 from lightning_resmem.model.relation import OFF, Relation, relation
 from lightning_resmem.model.returned import same
+from lightning_resmem.model.sequences import RowReader
+from lightning_resmem.model.token_loss import TokenRows, moved
 from lightning_resmem.tasks import Multiclass, Regression, Task
 
 # Rows that tell a line from chance.
@@ -67,7 +69,7 @@ class FirstLoss:
 
     def _keeper(self, name: str) -> Any:
         def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.ndim == 2:
+            if isinstance(output, Tensor) and output.ndim in (2, 3):
                 self._others.append((name, output.detach()))
 
         return keep
@@ -90,19 +92,30 @@ class FirstLoss:
             return
         outputs, others, batch = self._outputs, self._others, self._batch
         self.close()
-        try:
-            targets = self._reader.targets(batch).detach()
-        except InputError:  # the rehearsal has said so where it matters
-            return
-        if len(outputs) != 1 or outputs[0][0].ndim != 2:
+        if len(outputs) != 1 or outputs[0][0].ndim not in (2, 3):
             return
         output, end = outputs[0][0].detach(), outputs[0][1]
-        distances, classes = list(compared(loss, DISTANCES)), list(compared(loss, CLASSES))
+        try:
+            reader = RowReader(self._reader, self._model, self._task or Multiclass())
+            read = reader.targets(batch, tuple(output.shape))
+        except InputError:  # the rehearsal has said so where it matters
+            return
+        targets, others = read.targets.detach(), [other for other in others if other[1].ndim == output.ndim]
+        kinds: list[_Pairs] = [list(compared(loss, kind)) for kind in (DISTANCES, CLASSES)]
+        kinds.append(list(compared_by_hand(loss, output.flatten(0, -2), end, targets)))
+        labels = targets
+        if read.kept is not None:
+            self._check_shift(moved(output, read, kinds[1]))
+            rows, labels = TokenRows.of(output, read), targets[read.kept]
+            kinds = [list(rows.pairs(pairs)) for pairs in kinds]
+            others = [(name, rows.of_them(other)) for name, other in others if other.shape[:2] == rows.shape[:2]]
+            output, targets = rows.output, rows.targets
+        distances, classes, by_hand = kinds
         self._check_classes(output, targets, classes)
         self._check_head(output, targets, [*distances, *classes], others)
-        self._check_units(output, targets, [*distances, *compared_by_hand(loss, output, end, targets)])
+        self._check_units(output, targets, [*distances, *by_hand])
         self._check_labels(output, targets, classes)
-        self._check_range(output, targets)
+        self._check_range(labels, output.shape[1], len(output) if read.kept is None else len(labels))
         self._check_missing(targets)
         if isinstance(self._task, Regression) and not distances and exponentials(loss, end):
             raise InputError(
@@ -124,6 +137,19 @@ class FirstLoss:
                     f"step compares the output of {name!r} with them. Name that one: head={name!r}, and if the model's "
                     "forward does not call it, give forward_fn=lambda model, batch: ... that does."
                 )
+
+    def _check_shift(self, ahead: int | None) -> None:
+        """Whether the loss is given the labels of other positions than are memorized."""
+        if ahead is None:
+            return
+        theirs, ours = ("next", "same") if ahead > 0 else ("same", "next")
+        raise InputError(
+            f"The loss of the first training step compares what the head {self._name!r} returns at a position with the "
+            f"label of the {theirs} one, but a memory of the batch would hold that of the {ours} one there: labels are "
+            "moved only where they are the model's inputs, the entry input_ids or the first of a pair. Give "
+            "targets_fn=lambda batch: ... that returns the targets (B, T) of the outputs' own positions, with -100 "
+            "where there is none."
+        )
 
     def _check_units(self, output: Tensor, targets: Tensor, pairs: _Pairs) -> None:
         found: InputError | None = None
@@ -211,13 +237,13 @@ class FirstLoss:
                 "Map the labels in the dataset, or give a targets_fn that returns them as the loss is given them."
             )
 
-    def _check_range(self, output: Tensor, targets: Tensor) -> None:
+    def _check_range(self, targets: Tensor, num_classes: int, rows: int) -> None:
         """Labels of all rows of the batch: fewer were read before training."""
-        if not isinstance(self._task, Multiclass) or targets.shape != output.shape[:1] or targets.is_floating_point():
+        if not isinstance(self._task, Multiclass) or targets.shape != (rows,) or targets.is_floating_point():
             return
-        kept = self._labelled(targets, output.shape[1])
+        kept = self._labelled(targets, num_classes)
         try:
-            self._task.check_targets(targets[kept], output.shape[1], kept)
+            self._task.check_targets(targets[kept], num_classes, kept)
         except InputError as error:
             raise InputError(f"In the batch of the first training step: {error}") from error
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 # Losses of PyTorch's own, which keep what they compare.
 DISTANCES = ("MseLossBackward0", "L1LossBackward0", "SmoothL1LossBackward0", "HuberLossBackward0")
-CLASSES = ("NllLossBackward0",)
+CLASSES = ("NllLossBackward0", "NllLoss2DBackward0")
 # What changes no number.
 _SHAPES = {
     f"{name}Backward{version}" for name in ("Squeeze", "Unsqueeze", "View", "Reshape", "Flatten") for version in (0, 1)

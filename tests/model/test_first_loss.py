@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from lightning_resmem import HeadError, InputError, LocalMemory, ResMemCallback, ResMemParams
 from lightning_resmem.model.batches import BatchReader
 from lightning_resmem.model.first_loss import FirstLoss
-from lightning_resmem.tasks import Regression
+from lightning_resmem.tasks import Multiclass, Regression
 from tests.models import (
     CallsSelf,
     Data,
@@ -319,3 +319,95 @@ def test_the_head_whose_output_the_loss_gets_is_named():
     said = look(F.cross_entropy, TwoHeads)
     assert "compares the output of 'main' with them. Name that one: head='main'" in said
     assert look(F.cross_entropy, TwoHeads, head="main") is None
+
+
+TEXT = torch.randint(1, 9, (4, 6), generator=torch.Generator().manual_seed(0))
+
+
+class Tokens(nn.Module):
+    """Two heads at each position, of which the first is asked last."""
+
+    def __init__(self, columns=9):
+        super().__init__()
+        self.embed, self.aux, self.head = nn.Embedding(99, 8), nn.Linear(8, columns), nn.Linear(8, columns)
+
+    def forward(self, tokens):
+        states = self.embed(tokens)
+        return self.aux(states), self.head(states)
+
+
+def look_at_tokens(loss, batch, task=None, columns=9, **options):
+    """What is said of a step with this loss of the two heads' outputs."""
+    torch.manual_seed(0)
+    model = Tokens(columns)
+    watching = FirstLoss(model, "head", BatchReader(**options), task or Multiclass())
+    try:
+        watching.watch(batch)
+        watching.check(loss(*model(TEXT)))
+        return None
+    except (InputError, HeadError) as error:
+        return str(error)
+    finally:
+        watching.close()
+        assert hooks_on(model) == 0
+
+
+def entropy(outputs, labels):
+    return F.cross_entropy(outputs.reshape(-1, 9), labels.flatten())
+
+
+FOLLOWING = F.pad(TEXT[:, 1:], (0, 1), value=-100)
+# Three ways to write the loss of the next token.
+NEXT_TOKEN = {
+    "shorter": lambda outputs: entropy(outputs[:, :-1], TEXT[:, 1:]),
+    "padded": lambda outputs: entropy(outputs, FOLLOWING),
+    "by classes": lambda outputs: F.cross_entropy(outputs.transpose(1, 2), FOLLOWING),
+}
+
+
+@pytest.mark.parametrize("next_token", NEXT_TOKEN.values(), ids=NEXT_TOKEN)
+def test_labels_of_other_positions_than_are_memorized(next_token):
+    def loss(_, outputs):
+        return next_token(outputs)
+
+    # Labels that are the entry `input_ids`, or the first of a pair, are moved; it cannot be told of other names.
+    assert look_at_tokens(loss, {"input_ids": TEXT, "labels": TEXT}) is None
+    assert look_at_tokens(loss, {"words": TEXT, "labels": FOLLOWING}) is None
+    assert look_at_tokens(loss, {"words": TEXT}, targets_fn=lambda batch: FOLLOWING) is None
+    said = look_at_tokens(loss, {"words": TEXT, "labels": TEXT})
+    assert "the head 'head' returns at a position with the label of the next one, but a memory of the batch" in said
+    assert "would hold that of the same one there" in said
+    assert "targets_fn=lambda batch: ..." in said
+
+
+def test_tokens_that_are_to_be_repeated_and_not_continued():
+    said = look_at_tokens(lambda _, outputs: entropy(outputs, TEXT), (TEXT, TEXT))
+    assert "with the label of the same one, but a memory of the batch would hold that of the next one" in said
+    assert look_at_tokens(lambda _, outputs: entropy(outputs, TEXT), (TEXT, TEXT), targets_fn=lambda b: b[1]) is None
+
+
+def test_labels_of_tokens_that_the_step_maps_and_another_head():
+    batch = {"words": TEXT, "labels": TEXT}
+    assert look_at_tokens(lambda _, outputs: entropy(outputs, TEXT), batch) is None
+    said = look_at_tokens(lambda _, outputs: entropy(outputs, 8 - TEXT), batch)
+    assert "trained on other labels than those of the batch: 1 is 7 in the loss" in said
+    said = look_at_tokens(lambda _, outputs: entropy(outputs[TEXT > 3], 8 - TEXT[TEXT > 3]), batch | {"labels": KEPT})
+    assert "trained on other labels than those of the batch: 5 is 3 in the loss" in said
+    said = look_at_tokens(lambda aux, outputs: entropy(aux, TEXT), batch)
+    assert "compares the output of 'aux' with them. Name that one: head='aux'" in said
+    assert look_at_tokens(lambda aux, outputs: entropy(aux, TEXT) + entropy(outputs, TEXT), batch) is None
+    said = look_at_tokens(lambda _, outputs: entropy(outputs, TEXT.flip(0)), batch | {"labels": TEXT + 50})
+    assert "In the batch of the first training step: targets holds 5" in said
+    assert "outside [0, 9)" in said
+
+
+KEPT = TEXT.where(TEXT > 3, -100)
+
+
+def test_numbers_of_each_position_in_other_units():
+    numbers = torch.randn(4, 6, 2)
+    batch = {"words": TEXT, "targets": numbers}
+    for loss in (F.mse_loss, lambda outputs, targets: ((outputs - targets) ** 2).mean()):
+        assert look_at_tokens(lambda _, o: loss(o, numbers), batch, Regression(), 2) is None  # noqa: B023
+        said = look_at_tokens(lambda _, o: loss(3 * o + 1, numbers), batch, Regression(), 2)  # noqa: B023
+        assert "compares 3 * output + 1 with 1 * target + " in said
