@@ -80,3 +80,18 @@ def test_a_line_for_every_network_and_metric(harness, monkeypatch, tmp_path, cap
         assert base == pytest.approx(100 * right.mean(), abs=0.01)
         assert resmem > base + 10
     assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+def test_a_memory_of_tokens(harness, monkeypatch, tmp_path):
+    import tokens
+
+    monkeypatch.setattr(harness, "TABLES", tmp_path)
+    monkeypatch.setattr(tokens, "alone", lambda case, share: case(share))  # a process of their own would take seconds
+    tokens.main(["--share", "0.001"])
+    measured = dict(line.strip("| ").split(" | ") for line in (tmp_path / "tokens.md").read_text().splitlines())
+    assert measured["4,000 tokens, D = 128, V = 1,100, m = 16, float16 keys: held"] == "0.00 GB"
+    assert any(what.startswith("memory pass over 128 tokens") for what in measured)
+    assert "the base within `combined()`, more than alone" in measured
+    _, _, every, _, *samples = (tmp_path / "token_samples.md").read_text().splitlines()
+    assert every.startswith("| 388, all, float32 keys | ")
+    assert [line.split(",")[:2] for line in samples[:2]] == [["| 194", " uniform"], ["| 194", " residual"]]
