@@ -229,10 +229,11 @@ class Memorizer:
                 self._fill(reading, model, self._plan(reading, loaders, limit_batches))
                 self._describe(reading, model, before)
             result, seconds = None, time.monotonic() - started
-            if isinstance(memory, LocalMemory) and reading.tap is not None and len(reading.tap.names) > 1:
+            keys = side_by_side(reading.ranks.gather_objects(None if reading.tap is None else reading.tap.sides))
+            if isinstance(memory, LocalMemory) and reading.tap is not None and len(keys) > 1:
                 val_parts = self._plan(reading, val_loaders, limit_val_batches)
-                result = self._tune(reading, self.tuner, val_parts) if self.tuner is not None else None
-                reading.tap = settle(memory, reading.tap, model, result)
+                result = self._tune(reading, self.tuner, val_parts, keys) if self.tuner is not None else None
+                reading.tap = settle(memory, reading.tap, model, result, keys)
                 with reading.ranks.together("building the memory"):
                     build_near(memory, device_of(model))
             with reading.ranks.together("looking at the base"):
@@ -243,7 +244,7 @@ class Memorizer:
                 f"{memory.provenance['head']!r}) in {seconds:.1f} s."
             )
             if result is None and self.tuner is not None and self._tunes_on(val_loaders):
-                result = self._tune(reading, self.tuner, self._plan(reading, val_loaders, limit_val_batches))
+                result = self._tune(reading, self.tuner, self._plan(reading, val_loaders, limit_val_batches), keys)
             if self.tuner is not None and result is None and len(memory) >= _LEAST_ROWS and self.limit.may_tune():
                 result = self._tune_leave_one_out(reading.ranks, self.tuner, reading.show_progress)
             if result is not None:
@@ -311,7 +312,7 @@ class Memorizer:
     def _tunes_on(self, val_loaders: Any) -> bool:
         return self.tuner is not None and val_loaders is not None and val_loaders != []  # both mean none to Lightning
 
-    def _tune(self, reading: Pass, tuner: Tuner, parts: list[Part]) -> TuningResult | None:
+    def _tune(self, reading: Pass, tuner: Tuner, parts: list[Part], keys: dict[str, int]) -> TuningResult | None:
         chunks: list[Chunk] = []
         reading.run(parts, chunks.append, "collecting validation rows")
         # A rank without rows takes part with none of the others' kind.
@@ -319,7 +320,6 @@ class Memorizer:
         chunks = chunks or [kind for kind in kinds if isinstance(kind, Chunk)][:1]
         if not chunks:  # limit_val_batches=0
             return None
-        keys = side_by_side(reading.ranks.gather_objects(None if reading.tap is None else reading.tap.sides))
         with reading.ranks.together("tuning"), working(reading.show_progress, "tuning"):
             rows = Chunk(*(torch.cat(column) for column in zip(*chunks, strict=True)))
             if isinstance(self.memory, LocalMemory) and len(keys) > 1:

@@ -29,12 +29,13 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_resmem import LocalMemory, ResMemCallback, memorize
+from lightning_resmem import LocalMemory, ResMemCallback, ResMemParams, memorize
 from tests import language
 from tests.ddp_processes import GROUP_SECONDS
 
 WIDTH, CLASSES, BATCH = 4, 3, 8
 TRAIN, VAL, TEST = 103, 29, 31  # no multiples of a batch or of a number of ranks
+DATED = ResMemParams(k=3, sigma=0.5)
 
 
 def rows(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -92,6 +93,24 @@ class Deep(Net):
             torch.manual_seed(4)
             self.body = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, 1), nn.Tanh())
             self.head = nn.Linear(1, CLASSES)
+
+
+class Dated(Net):
+    """Batches have a third column: when a row is asked for."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch[:2], batch_idx)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        super().test_step(batch[:2], batch_idx)
+
+    @staticmethod
+    def data(count: int, seed: int = 0) -> TensorDataset:
+        return TensorDataset(*rows(count, seed), 37 * torch.arange(count) % 101)
+
+    @staticmethod
+    def times(batch: Any) -> tuple[Tensor, Tensor]:
+        return batch[2], batch[2] + 8
 
 
 def trainer_of(directory: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
@@ -311,6 +330,15 @@ def everything(rank: int, directory: Path) -> dict[str, Any]:
 
     of_places = memorize(trainer_of(directory), Deep(), train, val, embedding="auto").memory
     found["auto"] = contents(of_places) | {"keys": of_places.provenance["keys"], "width": of_places.stats()["width"]}
+
+    dated = ResMemCallback(
+        targets_fn=lambda batch: batch[1], forward_fn=lambda net, batch: net(batch[0]), times_fn=Dated.times
+    )
+    trainer, model = trainer_of(directory, dated), Dated()
+    trainer.fit(model, DataLoader(Dated.data(TRAIN), BATCH, shuffle=True), DataLoader(Dated.data(VAL, 1), BATCH))
+    found["dated"] = contents(dated.memory) | {"times": dated.memory._row_times(dated.memory.ids)}
+    dated.memory.params = DATED
+    found["dated test"] = trainer.test(model, DataLoader(Dated.data(TEST, 2), 4), verbose=False)[0]
 
     model = language.Causal()
     tokens, test = language.loader(language.texts(23), 3), language.loader(language.texts(11, seed=1), 2)

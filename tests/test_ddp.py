@@ -119,6 +119,24 @@ def test_every_rank_chooses_the_same_place_of_the_keys(found: Found) -> None:
             assert rank["auto"]["keys"] == ranks[0]["auto"]["keys"]
 
 
+def test_ranks_recall_what_was_known(found: Found) -> None:
+    train, test = ddp_scenarios.Dated.data(TRAIN).tensors, ddp_scenarios.Dated.data(ddp_scenarios.TEST, 2).tensors
+    known = train[2] + 8
+    with torch.no_grad():
+        away = torch.cdist(Net().body(test[0]).double(), Net().body(train[0]).double())
+    away[known > test[2][:, None]] = torch.inf
+    near, ids = away.topk(ddp_scenarios.DATED.k, largest=False)
+    weights = (-near / ddp_scenarios.DATED.sigma).exp()
+    votes = (weights[:, :, None] * torch.eye(3)[train[1][ids]]).sum(dim=1)
+    votes = torch.where(weights.sum(dim=1, keepdim=True) > 0, votes, Net()(test[0]).detach())
+    right = (votes.argmax(dim=1) == test[1]).double().mean()
+    for ranks in found.values():
+        for rank in ranks:
+            same_memory(rank["dated"], found[1][0]["dated"], 1e-6)
+            assert torch.equal(rank["dated"]["times"].T, torch.stack([train[2], known]).double())
+            assert rank["dated test"]["test/acc_knn"] == pytest.approx(right.item())
+
+
 def test_tokens_do_not_depend_on_the_number_of_ranks(found: Found) -> None:
     wanted = language.rows_of(language.Causal(), language.texts(23))
     test_rows = sum(len(text) - 1 for text in language.texts(11, seed=1))

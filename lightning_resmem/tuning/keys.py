@@ -19,11 +19,12 @@ from lightning_resmem.memory.local import LocalMemory
 from lightning_resmem.model.head import HeadTap
 from lightning_resmem.model.places import AUTO
 from lightning_resmem.tuning.result import TriedKey, TuningResult
+from lightning_resmem.tuning.selection import error_over_time
 from lightning_resmem.tuning.sweep import Gather
 from lightning_resmem.tuning.tuner import Tuner
 
 # Means that differ by less are equal: their sums over other ranks are rounded otherwise.
-_EQUAL = 1e-9
+_DIGITS = 9
 
 
 def check_choice(embedding: str | None, memory: ResidualMemory, tunes_on_others: bool) -> None:
@@ -74,11 +75,21 @@ def told_keys(tap: HeadTap | None) -> str:
     return f", with the keys of {len(tap.names)} places ({named}) until one is chosen on validation rows"
 
 
-def settle(memory: LocalMemory, tap: HeadTap, model: nn.Module, result: TuningResult | None) -> HeadTap:
-    """The tap on the place that was chosen, which the memory notes; without validation rows it is the head's input."""
+def settle(
+    memory: LocalMemory, tap: HeadTap, model: nn.Module, result: TuningResult | None, keys: Mapping[str, int]
+) -> HeadTap:
+    """The tap on the place that was chosen, which the memory notes; without validation rows it is the head's input.
+
+    Args:
+        memory: With the keys of the place, or without validation rows with those of all.
+        tap: On all places.
+        model: The model.
+        result: From `choose_key`, if there were validation rows.
+        keys: As for `choose_key`.
+    """
     place = 0 if result is None else next(place for place, key in enumerate(result.keys) if key.chosen)
     if result is None:
-        memory.keep_columns(slice(0, tap.widths[0] if tap.widths else None))
+        memory.keep_columns(slice(0, next(iter(keys.values()))))
     tap = tap.only(model, place)
     for name in ("embedding", "channels"):
         memory.provenance.pop(name, None)
@@ -91,7 +102,8 @@ def choose_key(memory: LocalMemory, tuner: Tuner, keys: Mapping[str, int], rows:
 
     The first place stays unless another is better by more than the standard error of the difference, which the rows
     tell in pairs: in the score, or in the loss while the score is no worse; for an objective that is no mean over
-    rows, in the loss. Of several that are, the best one is taken.
+    rows, in the loss. Where rows have times, it is the error over stretches of time, if that is larger. Of several that
+    are better, the best one is taken, and of equally good ones that with the lower loss.
 
     Args:
         memory: With rows whose keys stand side by side, not built.
@@ -110,7 +122,8 @@ def choose_key(memory: LocalMemory, tuner: Tuner, keys: Mapping[str, int], rows:
     results = [result for result, _, _ in found]
     sign = 1.0 if memory.task.higher_is_better else -1.0
     by_score = results[0].objective in ("accuracy", "mse")
-    place = _best(sign * scores if by_score else -losses, -losses)
+    times = None if rows.asked_at is None else gather(rows.asked_at.cpu())
+    place = _best(sign * scores if by_score else -losses, -losses, times)
     for message in found[place][2]:
         warnings.warn_explicit(message.message, message.category, message.filename, message.lineno)
     tried = tuple(
@@ -147,23 +160,24 @@ def _tuned(
     return result, gather(measured).T, caught
 
 
-def _best(aim: Tensor, gain: Tensor) -> int:
+def _best(aim: Tensor, gain: Tensor, times: Tensor | None) -> int:
     """The place to take, by two numbers of every row, each `(places, V)` and the larger the better."""
-    best, best_aim = 0, -math.inf
+    evident = {}
     for place in range(1, len(aim)):
-        better, error = _difference(aim[place], aim[0])
-        less_loss, loss_error = _difference(gain[place], gain[0])
-        evident = better > error + _EQUAL or (better >= -_EQUAL and less_loss > loss_error + _EQUAL)
-        if evident and better > best_aim + _EQUAL:
-            best, best_aim = place, better
-    return best
+        better, error = _difference(aim[place], aim[0], times)
+        less_loss, loss_error = _difference(gain[place], gain[0], times)
+        if better > error or (better >= 0 and less_loss > loss_error):
+            evident[place] = better, less_loss
+    return max(evident, key=lambda place: evident[place], default=0)
 
 
-def _difference(one: Tensor, other: Tensor) -> tuple[float, float]:
+def _difference(one: Tensor, other: Tensor, times: Tensor | None) -> tuple[float, float]:
     """The mean of the rows' differences and its standard error; infinite for a single row."""
     difference = one - other
     error = float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else math.inf
-    return float(difference.mean()), error
+    if times is not None:
+        error = max(error, float(error_over_time(difference[:, None], times)))
+    return round(float(difference.mean()), _DIGITS), error
 
 
 def _told(key: TriedKey, score_name: str) -> str:

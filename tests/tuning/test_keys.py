@@ -21,8 +21,10 @@ from lightning_resmem import (
 )
 from lightning_resmem.collection.chunks import Chunk
 from lightning_resmem.model.candidates import candidates
+from lightning_resmem.model.head import HeadTap
+from lightning_resmem.model.places import HEAD, joined
 from lightning_resmem.reporting.summary import memory_summary
-from lightning_resmem.tuning.keys import choose_key
+from lightning_resmem.tuning.keys import choose_key, settle
 from tests import oracle
 from tests.models import CallsSelf, Data, trainer
 
@@ -110,6 +112,48 @@ def test_the_heads_input_stays_unless_another_place_is_better_beyond_the_error(o
     assert chosen(good, noise, objective) == "head"
     assert chosen(good, good.flip(1), objective) == "head"
     assert chosen(noise, torch.randn(400, 2), objective) == "head"
+
+
+def kept(remembered, labels, asked, wanted, moments=None):
+    """The number of the place that is chosen, by keys `(n, 1)` of each for rows to remember and to ask with."""
+    times = torch.zeros(len(labels), 2) if moments is not None else None  # all known from the start
+    memory = LocalMemory()
+    memory.add(torch.cat(remembered, dim=1), torch.zeros(len(labels), 2), labels, times=times)
+    asked_at = torch.zeros(len(wanted), 0) if moments is None else torch.stack([moments, moments], dim=1)
+    rows = Chunk(torch.cat(asked, dim=1), torch.zeros(len(wanted), 2), wanted, torch.arange(len(wanted)), asked_at)
+    result = choose_key(memory, TUNER, {str(place): 1 for place in range(len(asked))}, rows, lambda part: part)
+    return next(place for place, key in enumerate(result.keys) if key.chosen)
+
+
+def test_of_places_with_equal_scores_the_one_with_the_lower_loss():
+    labels = torch.arange(60) // 3 % 2
+    nothing, own, mixed = torch.zeros(60, 1), labels[:, None].float(), torch.arange(60)[:, None] // 3 * 10.0
+    labels_of_two_in_three = torch.where(torch.arange(60) % 3 == 2, 1 - labels, labels)
+    own_of_two_in_three = labels_of_two_in_three[:, None].float()
+    asked = [nothing, mixed, own]
+    assert kept([nothing, mixed, own_of_two_in_three], labels_of_two_in_three, asked, labels) == 2
+    asked = [nothing, own, mixed]
+    assert kept([nothing, own_of_two_in_three, mixed], labels_of_two_in_three, asked, labels) == 1
+
+
+def test_rows_of_one_time_go_right_or_wrong_together():
+    labels, moments = torch.arange(200) % 2, torch.arange(200) // 20
+    right, wrong = labels[:, None].float(), 1 - labels[:, None].float()
+    first = torch.where(moments[:, None] < 2, wrong, right)  # in two of ten moments
+    second = torch.where(moments[:, None] == 2, wrong, right)
+    assert kept([right, right], labels, [first, second], labels) == 1
+    assert kept([right, right], labels, [first, second], labels, moments) == 0
+    assert kept([right, right], labels, [first, right], labels, torch.arange(200)) == 1
+
+
+def test_a_rank_that_has_met_no_row_keeps_the_same_columns(tmp_path):
+    model, memory = Narrow(), LocalMemory(params=ResMemParams(k=1))
+    memory.add(torch.randn(8, 17), torch.zeros(8, 4), torch.arange(8) % 4)
+    tap = HeadTap(model, "head", joined([HEAD, "body.2:input"]))
+    assert tap.widths == ()
+    tap = settle(memory, tap, model, None, {HEAD: 1, "body.2:input": 16})
+    assert memory.stats()["width"] == 1
+    assert tap.embedding is None
 
 
 def test_less_error_is_better_in_regression():
