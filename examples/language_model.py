@@ -35,9 +35,13 @@ PREDICTIONS = ("base", "knn", "knn_lm", "resmem")
 def docstrings(package: ModuleType) -> Iterator[str]:
     """Those of an installed package, file by file."""
     for path in sorted(Path(package.__file__).parent.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
-                yield text
+        yield from docstrings_in(path)
+
+
+def docstrings_in(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+            yield text
 
 
 def default_text(most: int) -> Path:

@@ -77,3 +77,42 @@ def test_hf_text_classification(main, capsys):
     assert "test/acc_resmem" in printed
     _, behind = printed.split("Behind the answer to")
     assert len(re.findall(r"^(lightning\.pytorch|numpy|torch|torchmetrics): ", behind, re.M)) == 3
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    """A tiny encoder of bytes with random weights, as Hugging Face saves it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({"[PAD]": 0} | {byte: number for number, byte in enumerate(alphabet, 1)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]").save_pretrained(tmp_path / "encoder")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=257, max_position_embeddings=32, **sizes)).save_pretrained(tmp_path / "encoder")
+    return tmp_path / "encoder"
+
+
+def test_text_encoder(main, encoder, capsys):
+    main("text_encoder", "--encoder", str(encoder), "--texts", "14", "--labels", "2", "4", "--seeds", "2")
+    numbers = r"([\d.]+) ± [\d.]+ │ ([\d.]+) ± [\d.]+ │ ([\d.]+) ± [\d.]+ │ (-?[\d.]+) ± [\d.]+"
+    found = re.findall(rf"│ (\d) +│ {numbers}", re.sub(" +", " ", capsys.readouterr().out))
+    assert [int(row[0]) for row in found] == [2, 4]
+    for base, knn, resmem, gain in (map(float, row[1:]) for row in found):
+        assert max(base, knn, resmem) <= 100
+        assert resmem - base == pytest.approx(gain, abs=0.11)
+    for options, said in (["--encoder", "nowhere"], "no config.json"), (["--labels", "7"], "two times as many"):
+        with pytest.raises(SystemExit):
+            main("text_encoder", "--encoder", str(encoder), "--texts", "14", *options)
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("main")
+def test_texts_are_encoded_as_if_each_were_alone(encoder):
+    encode = import_module("text_encoder").encode
+    texts = ["the longest of them all", "a", "longer than a", "b"]
+    alone = torch.cat([encode(encoder, [text], tokens=16) for text in texts])
+    torch.testing.assert_close(encode(encoder, texts, tokens=16), alone, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(alone[1], alone[3])
+    assert torch.equal(encode(encoder, [texts[0]], tokens=2), encode(encoder, [texts[0][:2]], tokens=16))
