@@ -288,8 +288,7 @@ def ray_address() -> Iterator[str]:
     One for the whole session, so do not shut it down, and leave no actors. Tests that kill nodes need a cluster of
     their own, in a process of their own.
     """
-    import ray
-
+    ray = pytest.importorskip("ray")
     # The CPUs are only counted: actors of tests mostly wait.
     ray.init(
         address="local",

@@ -20,6 +20,8 @@ SIZES = (
     (256, 500_000, 64),
     (64, 1_000_000, 128),
     (1, 1_000_000, 128),
+    (64, 10_000, 128),
+    (1, 1_000, 128),
 )
 SMALL_SIZES = ((16, 3_000, 24), (1, 3_000, 24))
 # Scores that are written at once by those that write them.

@@ -233,7 +233,7 @@ def checked_changes(
 def checked_search(queries: Any, width: int, k: int, rows: int) -> tuple[Tensor, int]:
     """Queries and `k` as `ResidualMemory.search` takes them; raises an error that names the argument.
 
-    Whether the queries are finite is for the caller to check: those of a batch are looked at together with its outputs.
+    Whether the queries are finite is for the search to check, which on a GPU knows it without waiting for it once more.
 
     Args:
         queries: Shape `(B, D)`.

@@ -2,7 +2,6 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -272,7 +271,7 @@ class ResidualMemory(Movable, Dated, Guarded, Locating, ABC):
             Shape `(B, C)`, not yet multiplied by `strength`.
         """
         with self.reading():
-            found = self.sums(self._nearest(queries, self.search))
+            found = self.sums(self._nearest(queries))
             return answers.residual_sum(self.task, self.params, outputs, found)
 
     def knn(self, queries: Tensor) -> Tensor:
@@ -285,7 +284,7 @@ class ResidualMemory(Movable, Dated, Guarded, Locating, ABC):
             Shape `(B, C)`.
         """
         with self.reading():
-            return self.sums(self._nearest(queries, self.search)).labels
+            return self.sums(self._nearest(queries)).labels
 
     def predict(self, queries: Tensor, outputs: Tensor) -> Tensor:
         """The combined prediction `F(x)`.
@@ -300,7 +299,7 @@ class ResidualMemory(Movable, Dated, Guarded, Locating, ABC):
         """
         queries, outputs = checked_batch(queries, outputs)
         with self.reading():
-            nearest = self._nearest(queries, self._search_finite)
+            nearest = self._nearest(queries)
             return answers.combined_in_blocks(self.task, self.params, outputs, nearest, self.sums)
 
     def predictions(self, queries: Tensor, outputs: Tensor) -> Predictions:
@@ -314,15 +313,12 @@ class ResidualMemory(Movable, Dated, Guarded, Locating, ABC):
     def predictions_of_finite(self, queries: Tensor, outputs: Tensor) -> tuple[Predictions, Neighbors]:
         """`predictions_and_neighbors` of a batch that was checked, which a GPU would be waited for to do again."""
         with self.reading():
-            params, neighbors = self.params, self._nearest(queries, self._search_finite)
+            params, neighbors = self.params, self._nearest(queries)
             return answers.combined(self.task, params, outputs, neighbors, self.sums(neighbors)), neighbors
 
-    def _nearest(self, queries: Tensor, search: Callable[[Tensor, int], Neighbors]) -> Neighbors:
+    def _nearest(self, queries: Tensor) -> Neighbors:
         """The neighbours that a prediction reads: no places for more of them than there are rows."""
-        return search(queries, min(self.params.k, max(1, len(self))))
-
-    def _search_finite(self, queries: Tensor, k: int) -> Neighbors:
-        return self.search(queries, k)
+        return self.search(queries, min(self.params.k, max(1, len(self))))
 
     def distance_scale(self) -> float:
         """The median over up to 512 rows of the mean distance to the 10 nearest others, a natural unit for `sigma`.

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_resmem.functional import neighbor_weights
 from lightning_resmem.memory.answers import Neighbors, Sums
 from lightning_resmem.memory.capacity import sample_of
-from lightning_resmem.memory.checks import as_compared, as_ids, checked_changes, checked_rows, checked_search
+from lightning_resmem.memory.checks import as_ids, checked_changes, checked_rows, checked_search
 from lightning_resmem.memory.exchange import all_gather_rows
 from lightning_resmem.memory.local_config import LocalConfig
 from lightning_resmem.memory.locks import exclusive
@@ -27,7 +27,7 @@ from lightning_resmem.memory.values.dense import DenseConfig
 from lightning_resmem.memory.values.interface import Values
 from lightning_resmem.memory.values.sparse import SparseConfig
 from lightning_resmem.params import ResMemParams
-from lightning_resmem.tasks import Task, check_finite
+from lightning_resmem.tasks import Task
 
 
 class LocalMemory(PartMemory):
@@ -181,17 +181,8 @@ class LocalMemory(PartMemory):
 
     def search(self, queries: Tensor, k: int) -> Neighbors:
         with self.reading():
-            queries, k = self._checked_search(queries, k)
-            check_finite("queries", as_compared(queries))
+            queries, k = checked_search(queries, self._rows.keys.finish().shape[1], k, len(self))
             return self._rows.search(queries, k, self._asked(len(queries)))
-
-    def _search_finite(self, queries: Tensor, k: int) -> Neighbors:
-        with self.reading():
-            queries, k = self._checked_search(queries, k)
-            return self._rows.search(queries, k, self._asked(len(queries)))
-
-    def _checked_search(self, queries: Tensor, k: int) -> tuple[Tensor, int]:
-        return checked_search(queries, self._rows.keys.finish().shape[1], k, len(self))
 
     def sums(self, neighbors: Neighbors) -> Sums:
         with self.reading(), torch.no_grad():

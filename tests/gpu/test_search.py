@@ -1,13 +1,14 @@
 """Exact search on a GPU: the neighbours of float64, in the bytes and with the waits that are promised."""
 
+import threading
 import warnings
 
 import numpy as np
 import pytest
 import torch
 
-from lightning_resmem import LocalMemory, ResMemParams
-from lightning_resmem.memory.search import groups
+from lightning_resmem import InputError, LocalMemory, ResMemParams
+from lightning_resmem.memory.search import groups, replay
 from lightning_resmem.memory.search.exact import ExactIndex
 from lightning_resmem.memory.search.groups import Groups
 from tests.hard_keys import DATA, Draw, check
@@ -142,6 +143,66 @@ def test_the_users_contexts_change_nothing() -> None:
     for found in (inside, after):
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize(("rows", "k"), [(700, 20), (40_000, 53)])
+def test_a_search_that_is_replayed_finds_the_same(rows: int, k: int) -> None:
+    keys, index = draw.normal(rows, 40), None
+    asked = [draw.normal(count, 40, seed=seed) for seed, count in enumerate((5, 8, 7, 8, 1, 1, 1, 130, 140, 200, 0), 1)]
+    index = ExactIndex(keys)
+    found = []
+    for number, queries in enumerate(asked):
+        with torch.inference_mode(mode=number % 2 == 1):
+            found.append(index.search(queries, k))
+    assert set(index._grouped._replays._graphs) == {(8, k), (1, k), (256, k)}
+    for queries, each in zip(asked, found, strict=True):  # at the end: none was written over by a later one
+        check(keys, queries, each, k)
+
+
+def test_replays_of_threads_and_streams_do_not_meet() -> None:
+    keys, wrong = draw.normal(30_000, 24), []
+    index = ExactIndex(keys)
+    asked = [draw.normal(16, 24, seed=seed) for seed in range(1, 33)]
+    expected = [ExactIndex(keys).search(queries, 10) for queries in asked]
+    torch.cuda.synchronize()
+
+    def search(first: int) -> None:
+        stream = torch.cuda.Stream(GPU)
+        with torch.cuda.stream(stream):
+            for number in list(range(first, 32, 4)) * 3:
+                found = index.search(asked[number], 10)
+                wrong.extend(number for one, other in zip(found, expected[number], strict=True) if not one.equal(other))
+
+    threads = [threading.Thread(target=search, args=(first,)) for first in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not wrong
+    assert set(index._grouped._replays._graphs) == {(16, 10)}
+
+
+def test_graphs_that_were_not_used_for_long_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "_GRAPHS", 2)
+    keys, queries = draw.normal(5000, 8), draw.normal(4, 8, seed=1)
+    index = ExactIndex(keys)
+    for k in (1, 2, 3, 1, 4, 3):
+        for _ in range(3):
+            check(keys, queries, index.search(queries, k), k)
+    assert [k for _, k in index._grouped._replays._graphs] == [4, 3]
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("rows", [40, 20_000])
+def test_queries_that_are_not_finite_are_refused(rows: int) -> None:
+    keys, queries = draw.normal(rows, 12), draw.normal(6, 12, seed=1)
+    index = ExactIndex(keys)
+    for bad in (torch.nan, torch.inf, -torch.inf) * 2:
+        asked = queries.clone()
+        asked[4, 3] = bad
+        with pytest.raises(InputError, match="rows 4"):
+            index.search(asked, 30)
+        check(keys, queries, index.search(queries, 30), 30)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")

@@ -8,8 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_resmem.memory.search.measuring import FARTHEST
+
 # Candidates that a program puts in order, and those that it compares them with at once.
 _ORDERED, _COMPARED = 128, 32
+_FARTHEST = tl.constexpr(FARTHEST)
 
 
 class Candidates(NamedTuple):
@@ -99,9 +102,9 @@ def _take_nearest(
     taken = (own < num) & (place < k)
     tl.store(nearest_ptr + query * k + place, distance, mask=taken)
     tl.store(positions_ptr + query * k + place, position, mask=taken)
-    sure = distance < float("inf")
+    sure = distance < _FARTHEST
     if not ALL:  # or candidates as near as the last may be at lower positions
-        sure = distance < tl.max(farthest, axis=0)
+        sure = sure & (distance < tl.max(farthest, axis=0))
     if SCREENED:
         limit = tl.full((OTHER,), -float("inf"), tl.float32)
         for start in range(0, groups, OTHER):

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.memory.search import groups, rough
+from lightning_resmem.memory.search.interface import Found
 from lightning_resmem.memory.search.measuring import measure
 from lightning_resmem.memory.search.precise import Precise
+from lightning_resmem.tasks import check_finite
 from lightning_resmem.together import Lock, together
 
 # Queries whose candidates are held at once on a CPU.
@@ -63,16 +65,18 @@ class ExactIndex:
         if not len(queries):
             empty = queries.new_empty(0, k)
             return empty, empty.long()
+        if asked_at is None and self._is_rough and groups.is_worthwhile(queries, self.keys, k):
+            with torch.no_grad():  # nothing that autocast or TF32 would change
+                return self._certified(queries, k, self._grouped.nearest(queries, k))
+        on_cpu = queries.device.type == "cpu"
+        if on_cpu or asked_at is not None:  # a GPU would be waited for: there, what is not finite is found unsure
+            check_finite("queries", queries)
         if asked_at is not None:
             assert self._available_at is not None
             with _full_precision(queries.device):
                 return self._precise.search(queries, k, torch.searchsorted(self._available_at, asked_at, right=True))
-        if self._is_rough and groups.is_worthwhile(queries, self.keys, k):
-            with torch.no_grad():  # nothing that autocast or TF32 would change
-                return self._certified(queries, k, self._grouped.nearest(queries, k))
-        rows = _ROWS if queries.device.type == "cpu" else len(queries)
         with _full_precision(queries.device):
-            found = [self._search_rows(part, k) for part in queries.split(rows)]
+            found = [self._search_rows(part, k) for part in queries.split(_ROWS if on_cpu else len(queries))]
         return torch.cat([distances for distances, _ in found]), torch.cat([positions for _, positions in found])
 
     def _search_rows(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -80,19 +84,20 @@ class ExactIndex:
         found = self._search_roughly(queries, k) if self._is_rough else None
         return self._precise.search(queries, k) if found is None else self._certified(queries, k, found)
 
-    def _certified(self, queries: Tensor, k: int, found: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Distances and positions `(B, k)`: what was found, and by float32 what is not sure `(B,)`."""
-        distances, positions, sure = found
+    def _certified(self, queries: Tensor, k: int, found: Found) -> tuple[Tensor, Tensor]:
+        """Distances and positions `(B, k)`: what was found, and by float32 what is not sure."""
+        distances, positions, sure, all_sure = found
         self._tried += len(queries)
-        if not bool(sure.all()):  # nearly always the only time that a GPU is waited for
+        if not all_sure.item():  # nearly always the only time that a GPU is waited for
+            check_finite("queries", queries)
             unsure = (~sure).nonzero()[:, 0]
             self._unsure += len(unsure)
             with _full_precision(queries.device):
                 distances[unsure], positions[unsure] = self._precise.search(queries[unsure], k)
         return distances, positions
 
-    def _search_roughly(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Distances and positions `(B, k)`, and whether they certainly are the nearest `(B,)`; None where not tried."""
+    def _search_roughly(self, queries: Tensor, k: int) -> Found | None:
+        """What is found by half precision; None where that is not tried."""
         wanted = k + k // 4 + 16  # more than enough for nearly all queries
         if not rough.is_worthwhile(queries, self.keys, wanted) or self._precise.scale != 1:
             return None
@@ -104,7 +109,7 @@ class ExactIndex:
         candidates, limits = found
         distances, positions = measure(self.keys, queries, candidates, in_order=True)
         sure = distances[:, k - 1].square() * (1 + 1e-6) < limits
-        return distances[:, :k].contiguous(), positions[:, :k].contiguous(), sure
+        return Found(distances[:, :k].contiguous(), positions[:, :k].contiguous(), sure, sure.all())
 
     @property
     def _grouped(self) -> groups.Groups:

@@ -32,6 +32,7 @@ from lightning_resmem.memory.search.faiss_index import (
 from lightning_resmem.memory.search.faiss_limits import check_nsg
 from lightning_resmem.memory.search.measuring import largest_number, measure
 from lightning_resmem.memory.search.precise import ORDINARY
+from lightning_resmem.tasks import check_finite
 from lightning_resmem.together import Lock
 
 _log = logging.getLogger("lightning_resmem")
@@ -99,6 +100,7 @@ class FaissSearch:
         queries = queries.detach().float()
         far = ~(queries.abs().amax(dim=1) < ORDINARY[1])
         if bool(far.any()):
+            check_finite("queries", queries)
             near = (~far).nonzero()[:, 0]
             distances, positions = queries.new_empty(len(queries), k), near.new_empty(len(queries), k)
             distances[far], positions[far] = self._exact.search(queries[far], k)

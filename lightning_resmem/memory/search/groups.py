@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.memory.capacity import free_bytes, size
+from lightning_resmem.memory.search.interface import Found
 from lightning_resmem.memory.search.measuring import largest_number
+from lightning_resmem.memory.search.replay import Replays, padded
 
 if TYPE_CHECKING:  # there may be no Triton
     from lightning_resmem.memory.search.certifying import Screen
@@ -35,6 +37,8 @@ _SPARE = 16
 _MINIMA_BYTES = 192 * 2**20
 _DISTANCES_BYTES = 64 * 2**20
 _ROUNDED = 2**22
+# Bytes of both up to which a search is recorded: those of a larger one take a GPU longer than a host to start them.
+_RECORDED_BYTES = 64 * 2**20
 WORK_BYTES = 512 * 2**20
 # Keys whose mean is taken for that of all.
 _SAMPLE = 4096
@@ -68,11 +72,8 @@ def _works(device: torch.device) -> bool:
         return False
     try:
         keys = torch.arange(1024.0, device=device).view(64, 16)
-        index, queries = Groups(keys, half_copy=True), keys[40:42]
-        distances, positions = queries.new_empty(2, 1), queries.new_empty(2, 1, dtype=torch.int64)
-        sure = queries.new_empty(2, dtype=torch.bool)
-        index._find(queries, 2, (distances, positions, sure))
-        if positions.tolist() != [[40], [41]] or not bool(sure.all()):
+        found = Groups(keys, half_copy=True).nearest(keys[40:42], 1)
+        if found.positions.tolist() != [[40], [41]] or not bool(found.all_sure):
             raise ArithmeticError("of 64 keys it does not find the nearest")
         return True
     except torch.cuda.OutOfMemoryError:
@@ -166,6 +167,7 @@ class Groups:
         self._prepare()
         self._typical = self._squared_norms[: len(keys)].median().sqrt()
         self._shared_bytes = _shared_bytes(keys.device)
+        self._replays = Replays() if keys.is_cuda else None
         if keys.is_cuda:  # whichever stream searches finds it finished
             torch.cuda.current_stream(keys.device).synchronize()
 
@@ -175,7 +177,7 @@ class Groups:
         held = (self._squared_norms, self._errors) + (() if self._copy is None else (self._copy,))
         return sum(tensor.nbytes for tensor in held)
 
-    def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    def nearest(self, queries: Tensor, k: int) -> Found:
         """The k nearest keys of each query, and whether they certainly are. The GPU is not waited for.
 
         Args:
@@ -183,35 +185,46 @@ class Groups:
             k: For which `is_worthwhile`.
 
         Returns:
-            Distances and positions `(B, k)`, ascending, of equally near keys those at the lowest positions; and bool
-            `(B,)`. What a query found that is not sure is of no use.
+            Distances and positions in order, of equally near keys those at the lowest positions. What a query found
+            that is not sure is of no use; one that is not finite never is.
         """
-        groups = self._errors.shape[1]
-        wanted = min(_wanted(k), groups) if _has_groups(self._keys, k) else groups
-        rows = min(_MINIMA_BYTES // (groups * 2), _DISTANCES_BYTES // (wanted * self._group * 4))
-        rows = max(16, rows // 128 * 128)
-        device, count = queries.device, len(queries)
-        found = (
-            torch.empty(count, k, dtype=torch.float32, device=device),
-            torch.empty(count, k, dtype=torch.int64, device=device),
-            torch.empty(count, dtype=torch.bool, device=device),
-        )
-        queries = queries.contiguous()
+        queries, count = queries.contiguous(), len(queries)
+        rows, bytes_of_each = self._blocks(k)
+        if self._replays is not None and padded(count) <= min(rows, _RECORDED_BYTES // bytes_of_each):
+            replayed = self._replays.search(queries, k, self._find)
+            if replayed is not None:
+                return replayed
+        found = Found.within(Found.room(count, k, queries.device), count, k)
         for start in range(0, count, rows):
-            distances, positions, sure = (part[start : start + rows] for part in found)
-            self._find(queries[start : start + rows], wanted, (distances, positions, sure))
+            self._find_block(queries[start : start + rows], *(part[start : start + rows] for part in found[:3]))
+        torch.all(found.sure, out=found.all_sure)
         return found
 
-    def _find(self, queries: Tensor, wanted: int, found: tuple[Tensor, Tensor, Tensor]) -> None:
-        """`nearest` of a block of queries, among the keys of `wanted` groups."""
-        kernels, certifying, group = _kernels(), _certifying(), self._group
+    def _measured(self, k: int) -> int:
+        """How many groups are measured."""
+        groups = self._errors.shape[1]
+        return min(_wanted(k), groups) if _has_groups(self._keys, k) else groups
+
+    def _blocks(self, k: int) -> tuple[int, int]:
+        """Queries that are searched for at once, and the bytes that each takes for minima and distances."""
+        minima, distances = self._errors.shape[1] * 2, self._measured(k) * self._group * 4
+        rows = min(_MINIMA_BYTES // minima, _DISTANCES_BYTES // distances)
+        return max(16, rows // 128 * 128), minima + distances
+
+    def _find(self, queries: Tensor, found: Found) -> None:
+        """`nearest` of not too many queries, written into `found`."""
+        self._find_block(queries, *found[:3])
+        torch.all(found.sure, out=found.all_sure)
+
+    def _find_block(self, queries: Tensor, distances: Tensor, positions: Tensor, sure: Tensor) -> None:
+        kernels, certifying, group, k = _kernels(), _certifying(), self._group, distances.shape[1]
         with torch.cuda.device_of(queries):  # where Triton starts kernels
-            groups, screen = self._near_groups(queries, wanted)
+            groups, screen = self._near_groups(queries, self._measured(k))
             measured = kernels.measure_groups(queries, self._keys, groups, group)
-            count = min(found[0].shape[1] + _SPARE, measured.shape[1])
-            distances, columns = _selecting().smallest(measured, count)
-            candidates = certifying.Candidates(distances, columns, groups, count == measured.shape[1])
-            certifying.take_nearest(candidates, screen, group, found)
+            count = min(k + _SPARE, measured.shape[1])
+            near, columns = _selecting().smallest(measured, count)
+            candidates = certifying.Candidates(near, columns, groups, count == measured.shape[1])
+            certifying.take_nearest(candidates, screen, group, (distances, positions, sure))
 
     def _near_groups(self, queries: Tensor, wanted: int) -> tuple[Tensor, "Screen | None"]:
         """Groups `(b, wanted)`, and what is known of the others, if there are any."""

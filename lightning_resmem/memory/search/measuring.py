@@ -12,6 +12,8 @@ _CHUNK = 65536
 # Distances below this may have lost digits, or all of them, when their squares were added up.
 _LEAST = 1e-13
 _MOST = torch.finfo(torch.float32).max
+# Distances from here on may be more than float32 holds: also those of a query that is not finite.
+FARTHEST = 2.0**127
 
 
 def measure(keys: Tensor, queries: Tensor, positions: Tensor, in_order: bool = False) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.memory.search import rough
-from lightning_resmem.memory.search.measuring import largest_number, measure
+from lightning_resmem.memory.search.measuring import FARTHEST, largest_number, measure
+from lightning_resmem.tasks import check_finite
 from lightning_resmem.together import Lock
 
 # The smallest score of every group of this many keys decides whether the group is looked at.
@@ -70,7 +71,10 @@ class Precise:
             self._search_block(block, k, wanted, key_block, count) for block, count in zip(blocks, seen, strict=True)
         ]
         distances, positions, bounds, sure = (torch.cat(parts) for parts in zip(*found, strict=True))
-        for row in (~sure).nonzero()[:, 0].tolist():  # the only time that a GPU is waited for
+        unsure = (~sure).nonzero()[:, 0].tolist()  # the only time that a GPU is waited for
+        if unsure:
+            check_finite("queries", queries)
+        for row in unsure:
             count = None if counts is None else counts[row]
             distances[row], positions[row] = self._scan(queries[row], bounds[row], k, count)
         return distances, positions
@@ -134,7 +138,7 @@ class Precise:
         if counts is not None:
             sure = sure | (torch.isfinite(scores).sum(dim=1) >= counts)  # all that it sees
         elif wanted == len(self._keys):
-            sure = torch.ones_like(sure)
+            sure = distances[:, k - 1] < FARTHEST
         return distances[:, :k], positions[:, :k], bounds, sure
 
     def _best_of_blocks(

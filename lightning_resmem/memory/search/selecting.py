@@ -46,15 +46,15 @@ def _smallest(
     """Bisect for a number that `count` are not above; numbers are compared as their bits, which need no exceptions."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
-    there = c < n
-    values = tl.load(values_ptr + row * n + c, mask=there, other=float("inf"))
+    # Behind the last are NaN, which come after all others, and after those that there are.
+    values = tl.load(values_ptr + row * n + c, mask=c < n, other=float("nan"))
     if values.dtype == tl.float16:
         bits = values.to(tl.int16, bitcast=True).to(tl.int32)
-        order = tl.where(bits < 0, bits ^ 0x7FFF, bits)
-        high = 0x7FFF
+        high = 0x7C01  # the first behind infinity
+        order = tl.minimum(tl.where(bits < 0, bits ^ 0x7FFF, bits), high)
     else:
-        order = tl.maximum(values.to(tl.int32, bitcast=True), 0)
-        high = 0x7FFFFFFF
+        high = 0x7F800001
+        order = tl.minimum(tl.maximum(values.to(tl.int32, bitcast=True), 0), high)
     low = tl.min(order, axis=0)
     while low < high:
         middle = low + (high - low) // 2

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_resmem import InputError
 from lightning_resmem.memory.search import exact, groups, kernels, selecting
 from lightning_resmem.memory.search.exact import ExactIndex
 from lightning_resmem.memory.search.groups import Groups
+from lightning_resmem.memory.search.interface import Found
 from tests import oracle
 from tests.hard_keys import DATA, Draw, check
 
@@ -114,7 +116,7 @@ def test_no_key_is_nearer_than_the_minimum_of_its_group(data: str, dtype: torch.
 def test_what_is_sure_is_right_however_keys_are_rounded(data: str, width: int) -> None:
     keys = BOUNDARY[data](draw, 900, width)
     queries = torch.cat([keys[:6], keys[100:106] * (1 + 2.0**-12), torch.full((1, width), 1.5)])
-    distances, positions, sure = Groups(keys, half_copy=True).nearest(queries, 3)
+    distances, positions, sure, _ = Groups(keys, half_copy=True).nearest(queries, 3)
     assert sure.dtype == torch.bool
     check(keys, queries[sure], (distances[sure], positions[sure]), 3)
 
@@ -133,7 +135,7 @@ def test_what_is_sure_is_right_however_keys_are_rounded(data: str, width: int) -
 def test_ordinary_queries_are_sure(data: str, width: int) -> None:
     keys = DATA[data](draw, 1500, width)
     queries = torch.cat([keys[20:23], DATA[data](draw, 1503, width)[1500:]])
-    distances, positions, sure = Groups(keys, half_copy=True).nearest(queries, 5)
+    distances, positions, sure, _ = Groups(keys, half_copy=True).nearest(queries, 5)
     assert sure.all()
     check(keys, queries, (distances, positions), 5)
 
@@ -145,6 +147,18 @@ def test_queries_of_another_magnitude_than_the_keys(scale: float) -> None:
     sure = Groups(keys, half_copy=True).nearest(queries, 3)[2]
     assert not sure[5]
     check(keys, queries, ExactIndex(keys).search(queries, 3), 3)
+
+
+@pytest.mark.parametrize(("rows", "k"), [(40, 30), (700, 3)])
+def test_a_query_that_is_not_finite_is_never_sure(rows: int, k: int) -> None:
+    keys, queries = draw.normal(rows, 4), torch.zeros(4, 4)
+    queries[:3, 2] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    distances, positions, sure, _ = Groups(keys, half_copy=True).nearest(queries, k)
+    assert sure.tolist() == [False, False, False, True]
+    assert all(len(set(row)) == k for row in positions.tolist())
+    check(keys, queries[3:], (distances[3:], positions[3:]), k)
+    with pytest.raises(InputError, match="queries has NaN or infinite entries in rows 0, 1"):
+        ExactIndex(keys).search(queries, k)
 
 
 @pytest.mark.parametrize(("rows", "group"), [(300, 1), (1300, 4)])
@@ -159,19 +173,20 @@ def test_groups_of_few_keys_are_small(rows: int, group: int, monkeypatch: pytest
     assert index._near_groups(queries, 36)[0].shape == (5, 36)
 
 
-@pytest.mark.parametrize("kind", ["normal", "equal", "behind the last", "negative"])
+@pytest.mark.parametrize("kind", ["normal", "equal", "infinite", "NaN", "negative"])
 @pytest.mark.parametrize(("n", "count"), [(7, 7), (300, 20), (3000, 20), (1100, 300)])
 def test_the_smallest_of_each_row(kind: str, n: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selecting, "_PIECE", 256)
     values = draw.normal(2, n).abs()
     if kind == "equal":
         values = (values * 2).round()
-    if kind == "behind the last":
-        values[:, n // 2 :] = torch.inf
+    if kind in ("infinite", "NaN"):
+        values[:, n // 200 :] = float(kind[:3])
     values = draw.normal(2, n).half() if kind == "negative" else values
     found, columns = selecting.smallest(values, count)
-    assert torch.equal(found.sort(dim=1).values, values.topk(count, dim=1, largest=False).values.sort(dim=1).values)
-    assert torch.equal(values.gather(1, columns), found)
+    wanted = values.sort(dim=1).values[:, :count]  # NaN last
+    assert torch.equal(found.sort(dim=1).values.nan_to_num(-1), wanted.nan_to_num(-1))
+    assert torch.equal(values.gather(1, columns).nan_to_num(-1), found.nan_to_num(-1))
     assert all(len(set(row)) == count for row in columns.tolist())
 
 
@@ -190,7 +205,7 @@ def test_of_equal_keys_the_first_are_found() -> None:
     found = ExactIndex(keys).search(keys[:4], 40)
     np.testing.assert_array_equal(found[1].numpy(), oracle.neighbors(keys.numpy(), None, keys[:4].numpy(), 40)[1])
     keys = draw.normal(800, 16).repeat_interleave(3, dim=0)
-    distances, positions, sure = Groups(keys, half_copy=True).nearest(keys[:5], 4)
+    distances, positions, sure, _ = Groups(keys, half_copy=True).nearest(keys[:5], 4)
     assert sure.all()
     assert torch.equal(positions[:, :3], torch.tensor([[0, 1, 2]] * 3 + [[3, 4, 5]] * 2))
     assert not distances[:, :3].any()
@@ -214,7 +229,7 @@ def test_the_smallest_and_the_largest() -> None:
     wide, queries = draw.normal(320, 4096), draw.normal(1, 4096, seed=1)
     check(wide, queries, ExactIndex(wide).search(queries, 3), 3)
     keys, queries = draw.normal(3000, 4), draw.normal(1, 4, seed=1)
-    distances, positions, sure = Groups(keys, half_copy=True).nearest(queries, 2048)  # among all groups
+    distances, positions, sure, _ = Groups(keys, half_copy=True).nearest(queries, 2048)  # among all groups
     assert sure.all()
     check(keys, queries, (distances, positions), 2048)
     million = torch.empty(10**6, 4)
@@ -266,7 +281,7 @@ def test_half_precision_that_suffices_for_few_is_given_up(monkeypatch: pytest.Mo
     counts = []
     nearest = Groups.nearest
 
-    def counted(self: Groups, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    def counted(self: Groups, queries: Tensor, k: int) -> Found:
         counts.append(len(queries))
         return nearest(self, queries, k)
 
