@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn import datasets
 
 from lightning_resmem.memory.search.exact import ExactIndex
 
@@ -53,6 +54,40 @@ def test_a_line_for_every_data_set(harness, monkeypatch, tmp_path):
     others = (tmp_path / "real_data_others.md").read_text()
     for kind in ("kNN-LM", "stacking", "temperature scaling", "4 times longer", "4 times wider"):
         assert f"| wine | {kind} |" in others
+
+
+def few_digits():
+    x, y = datasets.load_digits(return_X_y=True)
+    return x[:240], y[:240]
+
+
+def test_two_layers_beside_the_better_one(harness, monkeypatch, tmp_path):
+    import blended
+    import real_data
+
+    monkeypatch.setattr(harness, "TABLES", tmp_path)
+    monkeypatch.setitem(real_data.SETS, "digits", few_digits)
+    monkeypatch.setattr(blended, "SHARES", (0.5,))
+    monkeypatch.setattr(blended, "STRENGTHS", (1.0,))
+    blended.main(["--only", "digits", "--seeds", "1", "--steps", "20"])
+    _, _, *lines = (tmp_path / "blended.md").read_text().splitlines()
+    for line, name in zip(lines, ("digits", "digits, convolutions"), strict=True):
+        base, auto, both, evident, beyond, _ = (float(cell.split(" ± ")[0]) for cell in line.split(" | ")[1:7])
+        assert line.startswith(f"| {name} |")
+        assert evident == (both if line.endswith("1 of 1 |") else auto)
+        assert both == pytest.approx(auto + beyond, abs=0.011)
+        assert base + both > 50
+
+
+def test_two_layers_are_kept_only_where_they_are_evidently_better(harness):
+    from blended import Tried, best, is_evident
+
+    rows = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    lower, higher = Tried(rows, rows, rows), Tried(rows, rows, rows + torch.tensor([0.1, 0.2, 0.1, 0.2]))
+    assert is_evident(higher, lower)
+    assert not is_evident(lower, higher)
+    assert not is_evident(Tried(rows, rows.flip(0), rows), lower)  # right for another row
+    assert best([lower, higher]) is higher
 
 
 def test_a_line_for_every_network_and_metric(harness, monkeypatch, tmp_path, capsys):

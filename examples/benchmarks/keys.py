@@ -12,7 +12,7 @@ from collections import Counter
 import numpy as np
 import torch
 from _harness import report
-from real_data import SETS, STEPS, gains, installed, measured, rows_of, split, summary, trained
+from real_data import SETS, STEPS, gains, installed, rows_of, scores_of, split, summary, trained
 
 from lightning_resmem import GridTuner, LocalMemory, Multiclass, Regression, ResMemWarning
 from lightning_resmem.collection.chunks import Chunk
@@ -45,11 +45,7 @@ def run(x: np.ndarray, y: np.ndarray, seed: int, steps: int = STEPS) -> tuple[di
     result = choose_key(memory, GridTuner(), widths, rows, lambda part: part)
     chosen = next(key.embedding for key in result.keys if key.chosen)
     found["auto"] = found[chosen]
-    scores = {}
-    for kind, prediction in found.items():
-        score = measured(task, prediction, found["base"], test.targets)[0].mean().item()
-        scores[kind] = (100 * score if classes else unit * score**0.5,)
-    return scores, chosen
+    return scores_of(task, found, test.targets, unit), chosen
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -131,10 +131,14 @@ def split(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[list[tuple[Tensor, T
 
 
 def trained(train: tuple[Tensor, Tensor], outputs: int, seed: int, steps: int, hidden: int = 64) -> nn.Sequential:
-    """An MLP with two hidden layers: Adam with a cosine, the last of its children the head."""
+    """An MLP with two hidden layers, the last of its children the head."""
     torch.manual_seed(seed)
     body = nn.Sequential(nn.Linear(train[0].shape[1], hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
-    model = nn.Sequential(body, nn.Linear(hidden, outputs))
+    return fitted(nn.Sequential(body, nn.Linear(hidden, outputs)), train, steps)
+
+
+def fitted(model: nn.Sequential, train: tuple[Tensor, Tensor], steps: int) -> nn.Sequential:
+    """The network after so many steps of Adam with a cosine."""
     loss = nn.functional.mse_loss if train[1].is_floating_point() else nn.functional.cross_entropy
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -167,6 +171,17 @@ def tuned(train: Rows, val: Rows, metric: Literal["euclidean", "within_class"] =
 def measured(task: Multiclass | Regression, found: Tensor, base: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Score and loss of every row: right or not, and NLL; or squared errors twice."""
     return task.score(found, targets).double(), task.loss(found, base, targets).double()
+
+
+def scores_of(
+    task: Multiclass | Regression, found: dict[str, Tensor], targets: Tensor, unit: float
+) -> dict[str, tuple[float, float]]:
+    """The score of every prediction, in percent or units of the target, and its loss; one of them is the base's."""
+    scores = {}
+    for kind, prediction in found.items():
+        score, loss = (part.mean().item() for part in measured(task, prediction, found["base"], targets))
+        scores[kind] = (unit * score**0.5 if isinstance(task, Regression) else 100 * score, loss)
+    return scores
 
 
 def interpolated(memory: LocalMemory, val: Rows, test: Rows) -> Tensor:
