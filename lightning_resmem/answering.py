@@ -15,6 +15,7 @@ from lightning_resmem.metrics.answer import Answer
 from lightning_resmem.model.batches import BatchReader, has_forward
 from lightning_resmem.model.head import Captured, HeadTap
 from lightning_resmem.model.modes import evaluation_mode
+from lightning_resmem.model.returned import swapped
 
 
 class Answering:
@@ -75,6 +76,8 @@ class Answering:
         if _has_logits(returned):
             return returned
         (outputs,) = said
+        if isinstance(returned, Tensor) and swapped(outputs, returned):
+            return outputs.transpose(1, 2)
         is_flat = isinstance(returned, Tensor) and returned.shape == outputs.shape[:-1] and outputs.shape[-1] == 1
         return outputs[..., 0] if is_flat else outputs
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.core.hooks import DataHooks
-from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -30,6 +30,7 @@ from lightning_resmem.model.places import AUTO
 from lightning_resmem.model.placing import device_of
 from lightning_resmem.model.returned import check_diverged, check_returned
 from lightning_resmem.model.sequences import RowReader, merged
+from lightning_resmem.model.tail import check_tail
 from lightning_resmem.model.times import read_times
 from lightning_resmem.progress import progress_bar
 from lightning_resmem.tasks import Regression, Task
@@ -80,7 +81,7 @@ class Pass:
         self.show_progress = show_progress and self.ranks.rank == 0
         # Holds the tap's hooks, from the first batch to the end of a pass.
         self._capturing = ExitStack()
-        self._tapped = False
+        self._tapped = self._trains = False
         self.tap: HeadTap | None = None  # found in the first forward, as far as names do not tell
         if reader.head is not None and reader.embedding != AUTO:
             self.tap = HeadTap(model, reader.head, reader.embedding)
@@ -108,7 +109,7 @@ class Pass:
         Returns:
             The rows of each part that can be read without using them up; randomness is left as it was.
         """
-        chunks = []
+        chunks, self._trains = [], self._trainer.state.fn == TrainerFn.FITTING
         with self._evaluating(), self._capturing:
             for part in parts:
                 with naming(part.dataset if compare and len(parts) > 1 else None):
@@ -270,6 +271,8 @@ class Pass:
         if index == 0:
             returns_outputs, is_regression = self._reader.returns_outputs(model), isinstance(self._task, Regression)
             check_returned(model, self.tap.head, *captured, returned, returns_outputs, is_regression)
+            if self._trains and returns_outputs:
+                check_tail(model, self.tap.head, lambda: self._reader.run(model, batch))
         return self._rows(captured, batch, part, index, first_row)
 
     def _rows(self, captured: Captured, batch: Any, part: Part, index: int, first_row: int) -> _Read:

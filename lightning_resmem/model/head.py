@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_resmem.errors import HeadError, InputError
+from lightning_resmem.errors import HeadError
 from lightning_resmem.model.names import named_modules, quoted, submodule
 from lightning_resmem.model.places import HEAD, Place, parted, same_positions
-from lightning_resmem.model.pooling import Pooling
+from lightning_resmem.model.pooling import Pooling, check_vectors
 from lightning_resmem.model.returned import check_diverged, same, tensors, way_out
+from lightning_resmem.model.tail import by_module, maker
 
 
 class Captured(NamedTuple):
@@ -85,6 +86,7 @@ class HeadTap:
             Pooling(model, self._place(name), width, channel) for name, channel in zip(self.names, known, strict=True)
         ]
         self.widths: tuple[int, ...] = ()
+        self._swaps = isinstance(self._head, nn.Conv1d)  # its sequences are (B, D, T) and (B, C, T)
         self._seen: dict[int, _Seen] = {}  # by each thread: its hooks look at its own calls only
 
     @classmethod
@@ -119,9 +121,10 @@ class HeadTap:
                     stack.callback(module.register_forward_hook(record(name)).remove)
             result = run()
         if not executed:
+            made_by = maker(model, run) or "net.classifier"
             raise HeadError(
                 "No nn.Linear was executed in a forward of the model, so its head cannot be found. Name the module "
-                'whose input is the embedding and whose output is the logits: head="net.classifier". '
+                f"whose input is the embedding and whose output is the logits: head={made_by!r}. "
                 "(Modules inside a torch.jit.script or exported model cannot be hooked at all.)"
             )
         returned, (last, last_output) = list(tensors(result)), executed[-1]
@@ -141,9 +144,10 @@ class HeadTap:
                 f"makes the prediction, such as the first that is returned: head={first!r}."
             )
         outputs = dict(executed)
+        told = by_module(maker(model, run), last) or way_out(outputs, result)
         raise HeadError(
             f"The model returned the output of none of the nn.Linear modules it executed ({quoted(outputs)}), nor "
-            f"their softmax, log_softmax or sigmoid, so the head is uncertain. {way_out(outputs, result)}"
+            f"their softmax, log_softmax or sigmoid, so the head is uncertain. {told}"
         )
 
     def describe(self) -> dict[str, str]:
@@ -254,7 +258,8 @@ class HeadTap:
                         f"The module of embedding={name!r} was called {calls} times before the head was, so a "
                         "row has no single key. Name one that is called once in a forward."
                     )
-            return handle(self._captured([seen for seen, _ in taken], args, *rest))
+            answer = handle(self._captured([seen for seen, _ in taken], args, *rest))
+            return answer if answer is None or not self._swaps else answer.transpose(1, 2)
 
         def take(place: int) -> Callable[[Tensor], None]:
             def taking(key: Tensor) -> None:
@@ -278,6 +283,11 @@ class HeadTap:
         self, keys: Sequence[Tensor | None], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Captured:
         inputs = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if self._swaps:
+            output, inputs, *keys = (
+                part.transpose(1, 2) if isinstance(part, Tensor) and part.ndim == 3 else part
+                for part in (output, inputs, *keys)
+            )
         if not self._poolings:
             named = [(f"The input of the head {self.head!r}", inputs)]
         else:
@@ -287,8 +297,8 @@ class HeadTap:
         if not isinstance(output, Tensor) or output.ndim not in (2, 3):
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise HeadError(
-                f"The head {self.head!r} returned {shape}, expected a tensor (B, C), or of sequences (B, T, C). Name "
-                "another module with head=."
+                f"The head {self.head!r} returned {shape}, expected a tensor (B, C), or of sequences (B, T, C), of "
+                "an nn.Conv1d (B, C, T). Name another module with head=."
             )
         parts = []
         for place, (name, embedding) in enumerate(named):
@@ -315,7 +325,7 @@ class HeadTap:
                 if self._poolings
                 else f"{name} is not a tensor."
             )
-        _check_vectors(name, embedding)
+        check_vectors(name, embedding)
 
     def _of_tokens(self, place: int, keys: Tensor, output: Tensor, inputs: Tensor | None) -> Tensor:
         """Keys of tokens `(B, T, D)`, for those positions that the head has an output for."""
@@ -331,19 +341,3 @@ class HeadTap:
                 "input is no slice of them. Ask for all (logits_to_keep=0 in transformers), or for the last ones."
             )
         return asked
-
-
-def _check_vectors(name: str, embedding: Tensor) -> None:
-    """Raise an error if what has this name is not one vector a row, or a position."""
-    if embedding.ndim < 2:
-        raise InputError(
-            f"{name} has shape {tuple(embedding.shape)}, expected (B, D): the batch dimension is missing. Inputs "
-            "of the model need one, too: for a single row give x[None], or "
-            "torch.utils.data.default_collate([dataset[0]])."
-        )
-    if embedding.ndim > 3:
-        raise HeadError(
-            f"{name} has shape {tuple(embedding.shape)}, expected (B, D), or of sequences (B, T, D): one vector "
-            "for every row. Name a module with such an output (or a feature map, which is averaged) with "
-            "embedding=."
-        )

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
 
-from lightning_resmem.errors import HeadError, ResMemWarning
+from lightning_resmem.errors import HeadError, InputError, ResMemWarning
 from lightning_resmem.model.places import Place, input_of, output_of
 
 Channels = Literal["first", "last"]
@@ -142,3 +142,19 @@ def _channels(layer: nn.Module, shape: tuple[int, ...]) -> Channels | None:
     if fits_first and not fits_last:
         return "first"
     return "last" if fits_last and (not fits_first or type(layer) in (nn.LayerNorm, nn.RMSNorm)) else None
+
+
+def check_vectors(name: str, embedding: Tensor) -> None:
+    """Raise an error if what has this name is not one vector a row, or a position."""
+    if embedding.ndim < 2:
+        raise InputError(
+            f"{name} has shape {tuple(embedding.shape)}, expected (B, D): the batch dimension is missing. Inputs "
+            "of the model need one, too: for a single row give x[None], or "
+            "torch.utils.data.default_collate([dataset[0]])."
+        )
+    if embedding.ndim > 3:
+        raise HeadError(
+            f"{name} has shape {tuple(embedding.shape)}, expected (B, D), or of sequences (B, T, D): one vector "
+            "for every row. Name a module with such an output (or a feature map, which is averaged) with "
+            "embedding=."
+        )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_resmem.errors import HeadError, InputError
 from lightning_resmem.model.names import named_modules
 
-_WAY_OUT = (
+WAY_OUT = (
     "Residuals are of what the head returns, and that is what ResMem replaces, so what follows it may only be softmax, "
     "log_softmax or sigmoid, and of regression nothing. Make the rest a part of the head, self.head = "
     'nn.Sequential(self.fc, Rescale()) with head="head", or do it outside of the model: standardise targets in the '
@@ -36,13 +36,26 @@ def tensors(result: Any) -> Iterator[Tensor]:
 
 
 def same(output: Tensor, returned: Tensor, compare_numbers: bool = False) -> bool:
-    """Whether the model returned this output, or its softmax, log_softmax or sigmoid, perhaps squeezed.
+    """Whether the model returned this output, or its softmax, log_softmax or sigmoid, perhaps squeezed or swapped.
 
     With `compare_numbers` these are something else.
     """
     if output.numel() != returned.numel() or not output.numel() or output.ndim == 0 or not returned.is_floating_point():
         return False
-    returned = returned.detach().reshape(output.shape)
+    seen = returned.detach()
+    return _alike(output, seen.reshape(output.shape), compare_numbers) or swapped(output, seen, compare_numbers)
+
+
+def swapped(output: Tensor, returned: Tensor, compare_numbers: bool = False) -> bool:
+    """Whether a model returned an output of sequences `(B, T, C)` as `(B, C, T)`, which `F.cross_entropy` takes."""
+    if output.ndim != 3 or returned.shape != output.transpose(1, 2).shape:
+        return False
+    if returned.shape == output.shape and _alike(output, returned, compare_numbers):
+        return False
+    return _alike(output, returned.transpose(1, 2), compare_numbers)
+
+
+def _alike(output: Tensor, returned: Tensor, compare_numbers: bool) -> bool:
     if torch.equal(output, returned):
         return True
     wide = output.double()
@@ -86,7 +99,7 @@ def check_returned(
     for tensor in found:
         if tensor.numel() == output.numel() and not torch.equal(tensor, tensor.round()):  # labels may be float, too
             raise HeadError(
-                f"The model returns other values than its head {head!r} does: {_relation(output, tensor)}. {_WAY_OUT} "
+                f"The model returns other values than its head {head!r} does: {_relation(output, tensor)}. {WAY_OUT} "
                 "(If another module makes the prediction, name that one with head=; if the steps use other values than "
                 "these, give a forward_fn that returns them.)"
             )
@@ -116,9 +129,9 @@ def way_out(outputs: Mapping[str, Tensor], returned: Any) -> str:
     name = f"Name the module whose output is the logits: head={names[0]!r}."
     for alike, follows in pairs:
         if follows != _SOMETHING_ELSE:
-            return f"{name} What it returned is that of {alike!r}, but {follows}. {_WAY_OUT}"
+            return f"{name} What it returned is that of {alike!r}, but {follows}. {WAY_OUT}"
     if pairs:
-        return f"{name} If what it returned is made of that of {pairs[0][0]!r}, {_SOMETHING_ELSE}. {_WAY_OUT}"
+        return f"{name} If what it returned is made of that of {pairs[0][0]!r}, {_SOMETHING_ELSE}. {WAY_OUT}"
     if not any(tensor.ndim in (2, 3) for tensor in found):  # labels, or a loss
         return name
     return (
