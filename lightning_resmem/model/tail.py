@@ -17,18 +17,24 @@ from lightning_resmem.model.returned import WAY_OUT, same, tensors
 
 def maker(model: nn.Module, run: Callable[[], Any]) -> str | None:
     """The innermost module whose output is what one run of the model returned; None if no module made that."""
-    made: list[tuple[str, Tensor]] = []
+    made: list[tuple[str, Tensor, Tensor]] = []
 
     def record(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda _module, _args, output: made.append((name, output)) if isinstance(output, Tensor) else None
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                made.append((name, output, output.detach().clone()))  # the model may go on in place
+
+        return hook
 
     with ExitStack() as stack:
         for name, module in named_modules(model).items():
-            if name:
+            if name and not isinstance(module, torch.jit.ScriptModule):
                 stack.callback(module.register_forward_hook(record(name)).remove)
         returned = list(tensors(run()))
     # Inner modules end before those that they are a part of.
-    return next((name for name, output in made if any(output is tensor for tensor in returned)), None)
+    return next(
+        (name for name, output, was in made if any(output is t for t in returned) and torch.equal(output, was)), None
+    )
 
 
 def check_tail(model: nn.Module, head: str, run: Callable[[], Any]) -> None:
