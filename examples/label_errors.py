@@ -2,14 +2,17 @@
 
     python examples/label_errors.py                # half a minute; no download
     python examples/label_errors.py --seeds 20 --flipped 0.1
+    python examples/label_errors.py --features FILE --seeds 3     # of those that benchmarks/cifar_features.py reads
 
 Of 1,000 training rows 5% get a wrong label. A network is trained on them, once stopped early and once until it knows
 every training label by heart, wrong ones included, and its memory is asked which rows look mislabelled. The table shows
-what share of the flipped rows is among as many rows ranked first. Validation labels are right.
+what share of the flipped rows is among as many rows ranked first. Validation labels are right. Of features of another
+network a linear head is trained.
 """
 
 import argparse
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,34 +28,51 @@ from lightning_resmem import GridTuner, LocalMemory, ResMemWarning, label_errors
 RANKINGS = ("harm", "base_loss", "disagreement", "self_confidence")
 # Hidden units and epochs.
 NETWORKS = {"stopped early": (16, 20), "interpolating": (64, 100)}
+LINEAR = {"linear head": (0, 3)}
 
 
 class Data(NamedTuple):
-    """Digits, some of whose training labels are wrong."""
+    """Rows, some of whose training labels are wrong."""
 
     inputs: Tensor
     labels: Tensor
-    flipped: Tensor  # (1000,) bool
+    flipped: Tensor  # (N,) bool
     val_inputs: Tensor
     val_labels: Tensor
 
 
-def noisy_digits(seed: int, share: float) -> Data:
-    """1,000 rows to train on, `share` of them with a wrong label, and 300 clean ones to validate on."""
-    generator, data = np.random.default_rng(seed), load_digits()
+def digits(generator: np.random.Generator) -> list[Tensor]:
+    """1,000 rows to train on and 300 to validate on: inputs and labels of each."""
+    data = load_digits()
     order = generator.permutation(len(data.target))[:1300]
     inputs, labels = torch.tensor(data.data[order] / 16, dtype=torch.float32), torch.tensor(data.target[order])
-    flipped = torch.zeros(1000, dtype=torch.bool)
-    flipped[generator.permutation(1000)[: round(1000 * share)]] = True
-    noisy = labels[:1000].clone()
-    noisy[flipped] = (noisy[flipped] + torch.tensor(generator.integers(1, 10, int(flipped.sum())))) % 10
-    return Data(inputs[:1000], noisy, flipped, inputs[1000:], labels[1000:])
+    return [inputs[:1000], labels[:1000], inputs[1000:], labels[1000:]]
+
+
+def features(file: Path) -> list[Tensor]:
+    """The same of a file with `{train,val}_{embeddings,labels}`."""
+    with np.load(file) as data:
+        columns = [data[f"{part}_{name}"] for part in ("train", "val") for name in ("embeddings", "labels")]
+    return [torch.from_numpy(column).to(torch.int64 if column.ndim == 1 else torch.float32) for column in columns]
+
+
+def noisy(file: Path | None, seed: int, share: float) -> Data:
+    """Rows to train on, `share` of them with a wrong label, and clean ones to validate on."""
+    generator = np.random.default_rng(seed)
+    inputs, labels, val_inputs, val_labels = digits(generator) if file is None else features(file)
+    flipped = torch.zeros(len(labels), dtype=torch.bool)
+    flipped[generator.permutation(len(labels))[: round(len(labels) * share)]] = True
+    classes, wrong = int(labels.max()) + 1, labels.clone()
+    wrong[flipped] = (labels[flipped] + torch.tensor(generator.integers(1, classes, int(flipped.sum())))) % classes
+    return Data(inputs, wrong, flipped, val_inputs, val_labels)
 
 
 def train(data: Data, hidden: int, epochs: int, seed: int) -> tuple[nn.Module, nn.Linear]:
-    """A network with one hidden layer: its body and its head."""
+    """A network with one hidden layer, or none: its body and its head."""
     torch.manual_seed(seed)
-    body, head = nn.Sequential(nn.Linear(64, hidden), nn.ReLU()), nn.Linear(hidden, 10)
+    width, classes = data.inputs.shape[1], int(data.labels.max()) + 1
+    body = nn.Sequential(nn.Linear(width, hidden), nn.ReLU()) if hidden else nn.Sequential()
+    head = nn.Linear(hidden or width, classes)
     optimizer = torch.optim.Adam([*body.parameters(), *head.parameters()], lr=1e-2)
     for _ in range(epochs):
         for rows in torch.randperm(len(data.labels)).split(32):
@@ -62,9 +82,9 @@ def train(data: Data, hidden: int, epochs: int, seed: int) -> tuple[nn.Module, n
     return body.requires_grad_(False), head.requires_grad_(False)
 
 
-def run(seed: int, share: float, hidden: int, epochs: int) -> dict[str, float]:
+def run(seed: int, share: float, hidden: int, epochs: int, file: Path | None = None) -> dict[str, float]:
     """The share of flipped rows that each ranking finds among as many rows."""
-    data = noisy_digits(seed, share)
+    data = noisy(file, seed, share)
     body, head = train(data, hidden, epochs, seed)
     embeddings, val_embeddings = body(data.inputs), body(data.val_inputs)
     memory = LocalMemory()
@@ -84,6 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="number of networks of each kind (default: 5)")
     parser.add_argument("--flipped", type=float, default=0.05, help="share of wrong labels (default: 0.05)")
+    parser.add_argument("--features", type=Path, metavar="FILE", help="embeddings and labels in place of the digits")
     arguments = parser.parse_args()
     if arguments.seeds < 1 or not 0.001 <= arguments.flipped <= 0.5:
         parser.error("--seeds must be at least 1, --flipped between 0.001 and 0.5")
@@ -93,13 +114,15 @@ def main() -> None:
     table = Table(title=f"Share of {arguments.flipped:.1%} flipped labels found among as many rows ranked first")
     for column in ("network", "seed", *RANKINGS):
         table.add_column(column, justify="left" if column == "network" else "right")
-    for name, (hidden, epochs) in NETWORKS.items():
+    for name, (hidden, epochs) in (LINEAR if arguments.features else NETWORKS).items():
         seeds = track(range(arguments.seeds), description=f"Training ({name})", console=Console(stderr=True))
-        runs = [run(seed, arguments.flipped, hidden, epochs) for seed in seeds]
+        runs = [run(seed, arguments.flipped, hidden, epochs, arguments.features) for seed in seeds]
         for seed, found in enumerate(runs):
             table.add_row(name, str(seed), *(f"{found[by]:.2f}" for by in RANKINGS))
-        means = {by: np.mean([found[by] for found in runs]) for by in RANKINGS}
-        table.add_row(name, "mean", *(f"{means[by]:.3f}" for by in RANKINGS), style="bold", end_section=True)
+        values = np.array([[found[by] for by in RANKINGS] for found in runs])
+        errors = values.std(axis=0, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else np.full(len(RANKINGS), np.nan)
+        table.add_row(name, "mean", *(f"{mean:.3f}" for mean in values.mean(axis=0)), style="bold")
+        table.add_row(name, "standard error", *(f"{error:.3f}" for error in errors), end_section=True)
     Console().print(table)
 
 

@@ -163,6 +163,15 @@ def test_files_that_the_architecture_names_exist() -> None:
 # The reader of pages is itself code that could let a block slip through.
 
 
+def test_the_readme_has_the_measured_scores_of_real_data() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = (ROOT / "docs" / "benchmarks" / "real_data.md").read_text(encoding="utf-8").splitlines()[2:]
+    assert len(lines) >= 8
+    for line in lines:
+        data_to_resmem = line.split(" | ")[:5]
+        assert " | ".join(data_to_resmem) + " |\n" in readme, f"written by real_data.py, and not in the README: {line}"
+
+
 def test_blocks_are_found_in_order_with_their_lines() -> None:
     page = "a\n<!-- setup:\nx = 1\n-->\n\n```python title='t'\ny = x + 1\n```\n\n- item\n\n  ```py\n  z = y\n  ```\n"
     found = [(p.language, p.line, p.source) for p in pieces_of(page)]

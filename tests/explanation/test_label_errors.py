@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from examples.label_errors import NETWORKS, RANKINGS, run
+from examples.label_errors import LINEAR, NETWORKS, RANKINGS, run
 from lightning_resmem import InputError, LocalMemory, ResMemParams, label_errors, usefulness
 from lightning_resmem.explanation.label_errors import other_neighbors
 from tests import oracle
@@ -121,3 +121,15 @@ def test_default_finds_most_of_the_flipped_labels(network):
     assert min(found["self_confidence"] for found in runs) >= 0.8
     assert means["self_confidence"] >= max(means.values()) - 0.05
     assert inspect.signature(label_errors).parameters["by"].default == "self_confidence"
+
+
+def test_flipped_labels_of_features_are_found(tmp_path):
+    arrays = {}
+    for name, count in (("train", 300), ("val", 90)):
+        labels = np.arange(count) % 3
+        noise = np.random.default_rng(count).normal(0, 0.2, (count, 4))
+        arrays |= {f"{name}_labels": labels, f"{name}_embeddings": (np.eye(4)[labels] + noise).astype(np.float16)}
+    np.savez(tmp_path / "features.npz", **arrays)
+    found = run(0, 0.05, *LINEAR["linear head"], tmp_path / "features.npz")
+    assert list(found) == list(RANKINGS)
+    assert found["self_confidence"] > 0.9
