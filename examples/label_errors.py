@@ -120,9 +120,11 @@ def main() -> None:
         for seed, found in enumerate(runs):
             table.add_row(name, str(seed), *(f"{found[by]:.2f}" for by in RANKINGS))
         values = np.array([[found[by] for by in RANKINGS] for found in runs])
-        errors = values.std(axis=0, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else np.full(len(RANKINGS), np.nan)
         table.add_row(name, "mean", *(f"{mean:.3f}" for mean in values.mean(axis=0)), style="bold")
-        table.add_row(name, "standard error", *(f"{error:.3f}" for error in errors), end_section=True)
+        if len(runs) > 1:
+            errors = values.std(axis=0, ddof=1) / len(runs) ** 0.5
+            table.add_row(name, "standard error", *(f"{error:.3f}" for error in errors))
+        table.add_section()
     Console().print(table)
 
 
