@@ -19,7 +19,7 @@ from lightning_resmem.memory.search.interface import Found
 from tests import oracle
 from tests.hard_keys import DATA, Draw, check
 
-settings.register_profile("interpreted", deadline=None, derandomize=True, database=None, max_examples=10)
+settings.register_profile("interpreted", deadline=None, derandomize=True, database=None, max_examples=8)
 settings.load_profile("interpreted")
 
 
@@ -111,11 +111,12 @@ def test_no_key_is_nearer_than_the_minimum_of_its_group(data: str, dtype: torch.
     assert not (rest < reach[:, None]).any()
 
 
-@pytest.mark.parametrize("width", [1, 16])
-@pytest.mark.parametrize("data", BOUNDARY)
+@pytest.mark.parametrize(
+    ("data", "width"), [*((data, 16) for data in BOUNDARY), ("halfway between two float16", 1), ("rings", 1)]
+)
 def test_what_is_sure_is_right_however_keys_are_rounded(data: str, width: int) -> None:
     keys = BOUNDARY[data](draw, 900, width)
-    queries = torch.cat([keys[:6], keys[100:106] * (1 + 2.0**-12), torch.full((1, width), 1.5)])
+    queries = torch.cat([keys[:4], keys[100:104] * (1 + 2.0**-12), torch.full((1, width), 1.5)])
     distances, positions, sure, _ = Groups(keys, half_copy=True).nearest(queries, 3)
     assert sure.dtype == torch.bool
     check(keys, queries[sure], (distances[sure], positions[sure]), 3)
@@ -166,15 +167,15 @@ def test_groups_of_few_keys_are_small(rows: int, group: int, monkeypatch: pytest
     monkeypatch.setattr(groups, "_LEAST_GROUPS", 300)
     for data in ("normal", "every key twice", "1e-30 to 1e30"):
         keys = DATA[data](draw, rows, 12)
-        queries = torch.cat([keys[:3], DATA[data](draw, rows + 2, 12)[rows:]])
+        queries = torch.cat([keys[:1], DATA[data](draw, rows + 2, 12)[rows:]])
         index = Groups(keys, half_copy=True)
         assert index._group == group
         check(keys, queries, ExactIndex(keys).search(queries, 20), 20)
-    assert index._near_groups(queries, 36)[0].shape == (5, 36)
+    assert index._near_groups(queries, 36)[0].shape == (3, 36)
 
 
 @pytest.mark.parametrize("kind", ["normal", "equal", "infinite", "NaN", "negative"])
-@pytest.mark.parametrize(("n", "count"), [(7, 7), (300, 20), (3000, 20), (1100, 300)])
+@pytest.mark.parametrize(("n", "count"), [(7, 7), (300, 20), (1300, 20), (1100, 300)])
 def test_the_smallest_of_each_row(kind: str, n: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selecting, "_PIECE", 256)
     values = draw.normal(2, n).abs()
@@ -212,7 +213,7 @@ def test_of_equal_keys_the_first_are_found() -> None:
 
 
 def test_results_do_not_depend_on_the_division_of_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys, queries = draw.normal(2600, 12), draw.normal(18, 12, seed=1)
+    keys, queries = draw.normal(2600, 12), draw.normal(17, 12, seed=1)
     whole = Groups(keys, half_copy=True).nearest(queries, 6)
     monkeypatch.setattr(groups, "_ROUNDED", 2048 * 16)
     monkeypatch.setattr(groups, "_MINIMA_BYTES", 1)
@@ -228,10 +229,10 @@ def test_the_smallest_and_the_largest() -> None:
     assert none[0].shape == none[1].shape == (0, 4)
     wide, queries = draw.normal(320, 4096), draw.normal(1, 4096, seed=1)
     check(wide, queries, ExactIndex(wide).search(queries, 3), 3)
-    keys, queries = draw.normal(3000, 4), draw.normal(1, 4, seed=1)
-    distances, positions, sure, _ = Groups(keys, half_copy=True).nearest(queries, 2048)  # among all groups
+    keys, queries = draw.normal(1500, 4), draw.normal(1, 4, seed=1)
+    distances, positions, sure, _ = Groups(keys, half_copy=True).nearest(queries, 1000)  # among all groups
     assert sure.all()
-    check(keys, queries, (distances, positions), 2048)
+    check(keys, queries, (distances, positions), 1000)
     million = torch.empty(10**6, 4)
     assert groups.is_worthwhile(torch.empty(10**5, 4), million, 2048)
     assert not groups.is_worthwhile(queries, million, 2049)
