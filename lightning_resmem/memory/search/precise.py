@@ -148,7 +148,7 @@ class Precise:
         best = shifted.new_empty(len(shifted), 0)
         positions = torch.empty(len(shifted), 0, dtype=torch.int64, device=shifted.device)
         for start, scores in self._score_blocks(shifted, key_block, counts):
-            found, columns = scores.topk(min(wanted, scores.shape[1]), dim=1, largest=False, sorted=False)
+            found, columns = _smallest_by_groups(scores, min(wanted, scores.shape[1]))
             best, positions = torch.cat([best, found], dim=1), torch.cat([positions, columns + start], dim=1)
             if best.shape[1] > wanted:
                 best, positions = _keep(best, positions, wanted)
@@ -254,6 +254,24 @@ def _smallest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if not bool(torch.isfinite(limit).all()):  # squares overflow
         return scores.topk(count, dim=1, largest=False, sorted=False)
     return _below(scores, torch.nextafter(limit, torch.full_like(limit, torch.inf)))
+
+
+def _smallest_by_groups(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` smallest entries of each row of `scores` `(b, n)`, and their columns, by few operations.
+
+    They are in the `count` groups with the smallest minima, which are found among far fewer numbers.
+    """
+    groups = scores.shape[1] // _GROUP
+    if groups < 2 * count:
+        return scores.topk(count, dim=1, largest=False, sorted=False)
+    parts = scores[:, : groups * _GROUP].unflatten(1, (groups, _GROUP))
+    group = parts.amin(dim=2).topk(count, dim=1, largest=False, sorted=False).indices
+    members = parts.gather(1, group[:, :, None].expand(-1, -1, _GROUP)).flatten(1)
+    if scores.shape[1] % _GROUP:
+        members = torch.cat([members, scores[:, groups * _GROUP :]], dim=1)
+    found, member = members.topk(count, dim=1, largest=False, sorted=False)
+    columns = group.gather(1, (member // _GROUP).clamp_max(count - 1)) * _GROUP + member % _GROUP
+    return found, columns.where(member < count * _GROUP, member + (groups - count) * _GROUP)
 
 
 def _keep(scores: Tensor, positions: Tensor, count: int) -> tuple[Tensor, Tensor]:

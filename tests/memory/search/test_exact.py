@@ -104,6 +104,15 @@ def test_blocks_of_a_gpu_give_the_same(block: int, monkeypatch: pytest.MonkeyPat
     assert torch.equal(found[1], expected[1])
 
 
+@pytest.mark.parametrize("columns", [20, 640, 1300, 1311])
+def test_the_smallest_by_groups(columns: int) -> None:
+    scores = torch.randn(6, columns)
+    scores[1, -15:] -= 10  # behind the last whole group, where there is such
+    found, places = precise._smallest_by_groups(scores, 20)
+    assert torch.equal(scores.gather(1, places), found)
+    assert torch.equal(found.sort(dim=1).values, scores.sort(dim=1).values[:, :20])
+
+
 def test_reduced_precision_of_the_user_changes_nothing() -> None:
     keys, queries = torch.randn(20_000, 64), torch.randn(8, 64, requires_grad=True)
     expected = ExactIndex(keys).search(queries.detach(), 20)
