@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_resmem.errors import InputError
+from lightning_resmem.errors import InputError, ResMemWarning
 from lightning_resmem.model.batches import TARGET_KEYS, BatchReader, named_entries
 from lightning_resmem.model.ignored import IGNORE_INDEX, ignored_labels
 from lightning_resmem.tasks import Task
@@ -49,6 +50,7 @@ class RowReader:
         self._reader, self._task, self._ignored = reader, task, ignored_labels(model)
         configs = (getattr(module, "config", None) for module in model.modules())
         self._has_encoder = any(getattr(config, "is_encoder_decoder", False) for config in configs)
+        self._padding, self._has_warned = _padding_of(model), False
         found = None if reader.targets_fn is not None else (provenance or {}).get("shift")
         self._shifts: bool | None = None if found is None else found == "1"
 
@@ -68,6 +70,8 @@ class RowReader:
         targets = self._reader.targets(batch).detach() if labels is None else labels
         _check_shape(targets, shape)
         mask = self._mask(batch, targets)
+        if mask is None and not self._has_warned:
+            self._look_for_padding(_inputs(batch), targets)
         kept = torch.ones(shape[:2], dtype=torch.bool, device=targets.device) if mask is None else mask
         if self._reader.targets_fn is None and self._is_shifted(batch, targets, mask):
             # The one place of the shift: the last position has no next one, and padding is nobody's next.
@@ -104,6 +108,25 @@ class RowReader:
         if not isinstance(mask, Tensor) or mask.shape != targets.shape[:2]:
             return None
         return mask.to(targets.device) != 0
+
+    def _look_for_padding(self, inputs: Tensor | None, targets: Tensor) -> None:
+        """Warn of padding on the left that no mask tells of."""
+        if inputs is None or inputs.ndim != 2 or inputs.is_floating_point() or inputs.shape[1] < 2 or not len(inputs):
+            return
+        # Two of them: the first token of a text may be the padding's, too, where that ends texts as well.
+        found = [(inputs[:, :2] == token).all(dim=1).any() for token in self._padding]
+        if targets.shape == inputs.shape:
+            found.append(_is_padded(inputs, torch.stack([targets == label for label in self._ignored]).any(dim=0)))
+        if found and bool(torch.stack(found).any()):
+            self._has_warned = True
+            warnings.warn(
+                "Sequences of a batch begin with padding, and it has no attention_mask: positions, and with them the "
+                "ids of rows, are counted from the padding on, and the model computes with it, so both depend on how "
+                "long the other sequences of a batch are. Let the collate_fn return attention_mask, or pad on the "
+                "right.",
+                category=ResMemWarning,
+                stacklevel=2,
+            )
 
     def _is_shifted(self, batch: Any, targets: Tensor, mask: Tensor | None) -> bool:
         """Whether the labels are the model's inputs, at each position that counts; if so, once and for all."""
@@ -151,6 +174,23 @@ def _next(targets: Tensor) -> Tensor:
     moved = torch.full_like(targets, IGNORE_INDEX)
     moved[:, :-1] = targets[:, 1:]
     return moved
+
+
+def _padding_of(model: nn.Module) -> list[int]:
+    """The tokens that a model knows for padding."""
+    known = [getattr(getattr(module, "config", None), "pad_token_id", None) for module in model.modules()]
+    known += [module.padding_idx for module in model.modules() if isinstance(module, nn.Embedding)]
+    return sorted({token for token in known if isinstance(token, int)})
+
+
+def _is_padded(inputs: Tensor, ignored: Tensor) -> Tensor:
+    """Whether sequences `(B, T)` begin with different numbers of one token whose label is ignored; a scalar."""
+    firsts = ignored & (inputs == inputs[:, :1])
+    lengths = firsts.long().cumprod(dim=1).sum(dim=1)
+    all_ignored = ignored.long().cumprod(dim=1).sum(dim=1)
+    first = inputs[lengths.argmax(), 0]
+    alike = ((lengths == all_ignored) & ((lengths == 0) | (inputs[:, 0] == first))).all()
+    return alike & (lengths.max() > 1) & (lengths.min() < lengths.max())
 
 
 def _inputs(batch: Any) -> Tensor | None:

@@ -1,12 +1,13 @@
 """Which positions of sequences are rows, and what their targets are."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_resmem.errors import InputError
+from lightning_resmem.errors import InputError, ResMemWarning
 from lightning_resmem.model.batches import BatchReader
 from lightning_resmem.model.sequences import RowReader, merged
 from lightning_resmem.tasks import Multiclass, Regression
@@ -83,3 +84,42 @@ def test_ranks_that_found_different_things():
     assert merged([None, {}, {"shift": "1"}, {"shift": "1"}]) == {"shift": "1"}
     with pytest.raises(InputError, match="On some ranks the labels are the inputs"):
         merged([{"shift": "0"}, {"shift": "1"}])
+
+
+LEFT = TOKENS.flip(1)
+UNLABELLED = LEFT.where(LEFT > 0, -100)
+NO_MASK = "begin with padding, and it has no attention_mask: .* Let the collate_fn return attention_mask"
+
+
+def test_padding_on_the_left_without_a_mask():
+    knows = nn.Sequential(nn.Embedding(9, 2, padding_idx=0))
+    configured = nn.Linear(1, 1)
+    configured.config = SimpleNamespace(pad_token_id=0)
+    for model, batch in (
+        (None, {"input_ids": LEFT, "labels": UNLABELLED}),
+        (None, (LEFT, UNLABELLED)),
+        (knows, {"input_ids": LEFT}),
+        (configured, {"input_ids": LEFT, "labels": LEFT}),
+    ):
+        rows = reader(model)
+        with pytest.warns(ResMemWarning, match=NO_MASK):
+            rows.targets(batch, SHAPE)
+        with warnings.catch_warnings(action="error"):  # once
+            rows.targets(batch, SHAPE)
+
+
+def test_no_padding_on_the_left():
+    knows, prompts = nn.Embedding(9, 2, padding_idx=1), TOKENS.clone()
+    prompts[0, :2] = prompts[1, :1] = -100
+    masked = torch.full((2, 4), -100)
+    masked[:, 2] = 7
+    with warnings.catch_warnings(action="error"):
+        for model, batch in (
+            (knows, {"input_ids": TOKENS}),  # it begins with the padding's token, but for once
+            (None, {"input_ids": TOKENS, "labels": TOKENS.where(TOKENS > 0, -100)}),
+            (None, {"input_ids": TOKENS, "labels": prompts}),
+            (None, {"input_ids": TOKENS, "labels": masked}),
+            (nn.Embedding(9, 2, padding_idx=0), {"input_ids": LEFT, "attention_mask": (LEFT > 0).long()}),
+            (nn.Embedding(9, 2, padding_idx=0), (torch.randn(2, 4), TOKENS)),
+        ):
+            reader(model).targets(batch, SHAPE)
