@@ -16,6 +16,7 @@ from .errors import (
 from .explanation.influence import Influence, Ranking, influence, usefulness
 from .explanation.label_errors import label_errors
 from .explanation.neighbors import Explanation, explain
+from .explanation.passages import passages
 from .memorization import memorize
 from .memory.answers import Neighbors, Predictions
 from .memory.interface import ResidualMemory
@@ -87,5 +88,6 @@ __all__ = [
     "influence",
     "label_errors",
     "memorize",
+    "passages",
     "usefulness",
 ]

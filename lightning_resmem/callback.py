@@ -15,7 +15,6 @@ from lightning_resmem.collection.row_limit import RowLimit
 from lightning_resmem.errors import EmptyMemoryError, InputError, ResMemWarning
 from lightning_resmem.memorization import Memorizer
 from lightning_resmem.memory.interface import ResidualMemory
-from lightning_resmem.memory.token_ids import of_sequences
 from lightning_resmem.metrics.evaluation import Evaluation, first_of
 from lightning_resmem.metrics.reported import UserMetrics, as_collection
 from lightning_resmem.model.batches import BatchReader, ForwardFn, IdsFn, TargetsFn
@@ -212,9 +211,8 @@ class ResMemCallback(Callback):
             )
         self._memorized, seconds = True, time.monotonic() - started
         self._kept.save(trainer)
-        unpictured = self._reader.gives_ids or of_sequences(self._memory.provenance)
-        pictured = None if unpictured else loaders  # ids are positions in them
-        self._report.memorized(trainer, self._memory, self.tuning, seconds, self._kept.directory, pictured)
+        shown = None if self._reader.gives_ids else loaders  # ids are positions in them
+        self._report.memorized(trainer, self._memory, self.tuning, seconds, self._kept.directory, shown)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._base = pl_module

@@ -2,10 +2,12 @@
 
 import logging
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import WandbLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_resmem import (
@@ -19,6 +21,7 @@ from lightning_resmem import (
     memorize,
 )
 from lightning_resmem.memory.knn_lm import knn_lm_params
+from lightning_resmem.reporting import loggers
 from lightning_resmem.reporting.summary import evaluation_summary
 from tests import oracle
 from tests.language import VOCABULARY, Causal, Collate, Texts, loader, rows_of, texts
@@ -116,7 +119,7 @@ def test_ids_of_sequences_from_the_batch(tmp_path):
         filled(tmp_path, [batch], ids_fn=lambda batch: torch.arange(-1, 4))
 
 
-def test_callback_and_module_against_the_oracle(tmp_path, caplog):
+def test_callback_and_module_against_the_oracle(tmp_path, caplog, monkeypatch):
     """Tuned by the loss of validation tokens; the steps see log-probabilities, tokens are counted, not batches."""
     model, tuner = Causal(lr=0.1), GridTuner(k=[4], refinements=0)
     lengths = np.arange(1, VOCABULARY + 1)
@@ -129,6 +132,9 @@ def test_callback_and_module_against_the_oracle(tmp_path, caplog):
     check_rows(callback.memory, rows_of(model, TRAIN))
     told = "\n".join(record.message for record in caplog.records)
     assert "the output at position t belongs to the label at t + 1" in told
+    tables = Tables()
+    monkeypatch.setattr(loggers, "_has_matplotlib", lambda: False)
+    run.loggers, model.decode = [tables], words
     left, total = (
         sum(len(text) - 1 for text in TRAIN),
         sum(len(part) * max(map(len, part)) for part in (TRAIN[start : start + 4] for start in range(0, 23, 4))),
@@ -157,6 +163,7 @@ def test_callback_and_module_against_the_oracle(tmp_path, caplog):
     for flip in found.flips:
         target, base, resmem = places[flip.position, flip.token]
         assert (flip.target, flip.base, flip.resmem) == (target, base.argmax(), resmem.argmax())
+    check_flips(tables.rows["test/flipped_rows"], found.flips)
     peer = knn_lm_params(callback.memory)
     assert peer == callback.tuning.knn_lm
     train = rows_of(model, TRAIN)
@@ -186,6 +193,47 @@ def test_callback_and_module_against_the_oracle(tmp_path, caplog):
         np.testing.assert_allclose(getattr(predictions, name)[:, :-1][kept], getattr(wanted, name), atol=1e-5)
     assert math.isfinite(logged["loss"])
     assert len(combined.explain(batch, top=2)) == shape[0] * shape[1]
+
+
+class Tables(WandbLogger):
+    """Keeps tables, and has no run."""
+
+    name, version, save_dir = "tables", "0", "unused"
+
+    def __init__(self):
+        self.rows = {}
+
+    def log_table(self, key, columns=None, data=None, dataframe=None, step=None):
+        self.rows[key] = [dict(zip(columns, row, strict=True)) for row in data]
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, params):
+        pass
+
+    def save(self):
+        pass
+
+    def finalize(self, status):
+        pass
+
+
+def words(tokens):
+    return "".join("_abcdefg"[token] for token in tokens)
+
+
+def check_flips(rows, flips):
+    """A table's rows show the text around each flip, and around its neighbours."""
+    assert len(rows) == len(flips)
+    for row in rows:
+        text, position = TEST[row["position"]], row["token"]
+        assert row["text"] == f"{words(text[: position + 1])}▸{words(text[position + 1 : position + 5])}"
+        assert row["text"].partition("▸")[2][0] == words([row["target"]])
+        neighbor = re.fullmatch(r"([a-g]+)▸([a-g]+): (\d) \(#(\d+), distance .*\)", row["neighbor_1"])
+        sequence, place = divmod(int(neighbor[4]), 2**20)
+        assert neighbor[1] == words(TRAIN[sequence][: place + 1])
+        assert neighbor[2][0] == words([int(neighbor[3])])
 
 
 def oracle_probabilities(predictions):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_resmem.errors import InputError
 from lightning_resmem.explanation.class_names import class_name
-from lightning_resmem.explanation.pictures import Picture, find_picture
+from lightning_resmem.explanation.pictures import Picture, find_picture, row_of
 
 # Distinguishable without colour vision (Okabe and Ito).
 _TOWARDS, _AWAY = "#009e73", "#d55e00"
@@ -43,21 +43,11 @@ def gallery(
             name = class_name(label, class_names)
             change = row["change_resmem" if "change_resmem" in row else "change"]
             about = f"#{row['id']}: {name}\nd={row['distance']:.3g}, w={row['weight']:.2f}\n{change:+.3f}"
-            picture = None if dataset is None else _image_of(_row_of(dataset, row["id"]), f"dataset[{row['id']}]")
+            picture = None if dataset is None else _image_of(row_of(dataset, row["id"]), f"dataset[{row['id']}]")
             _picture(axes, picture, about, _TOWARDS if change >= 0 else _AWAY)
         for axes in grid[query, 1 + len(rows) :]:
             axes.set_axis_off()
     return figure
-
-
-def _row_of(dataset: Any, row_id: int) -> Any:
-    try:
-        return dataset[row_id]
-    except (IndexError, KeyError, TypeError) as error:
-        raise InputError(
-            f"dataset is a {type(dataset).__name__} that has no row {row_id} ({error}): give the dataset that was "
-            "memorized, with dataset[id] a row."
-        ) from error
 
 
 def _image_of(row: Any, name: str) -> Picture:

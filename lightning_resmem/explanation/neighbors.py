@@ -1,6 +1,6 @@
 """Why a prediction changed: the neighbours behind it, and what each of them added."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -105,11 +105,14 @@ class Explanation:
         others = {"id": None, "distance": None, "weight": float(1 - self.weights[query].sum()), "label": None}
         return [*rows, {**about, **others, **self._changes(self.rest[query], query)}]
 
-    def tables(self, class_names: Sequence[str] | None = None) -> list[Table]:
+    def tables(
+        self, class_names: Sequence[str] | None = None, text: Callable[[int], str | None] | None = None
+    ) -> list[Table]:
         """A rich table for each query.
 
         Args:
             class_names: Shown in the place of numbers, letter by letter: none of them is rich's markup.
+            text: Of a row's id, shown beside the row, such as the text around a token: see `passages`.
         """
         headings = {"change_base": "to base class", "change_resmem": "to resmem class", "change": "change"}
         tables = []
@@ -120,11 +123,15 @@ class Explanation:
             table = Table(title=title, title_justify="left")
             for column in ("id", "label", "distance", "weight", *(headings[name] for name in changes)):
                 table.add_column(column, justify="left" if column in ("id", "label") else "right")
+            if text is not None:
+                table.add_column("text")
             for row in rows:
                 about = ["others", "", ""]
                 if row["id"] is not None:
                     about = [str(row["id"]), class_name(row["label"], class_names), f"{row['distance']:.4g}"]
-                table.add_row(*map(Text, about), f"{row['weight']:.3f}", *(f"{row[name]:+.4f}" for name in changes))
+                added = [f"{row['weight']:.3f}", *(f"{row[name]:+.4f}" for name in changes)]
+                words = None if text is None or row["id"] is None else text(row["id"])
+                table.add_row(*map(Text, about), *added, *([] if words is None else [Text(words)]))
             table.add_section()
             table.add_row("sum", "", "", "", *(f"{sum(row[name] for row in rows):+.4f}" for name in changes))
             tables.append(table)

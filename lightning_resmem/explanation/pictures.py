@@ -7,6 +7,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from lightning_resmem.errors import InputError
+
 Picture = npt.NDArray[np.uint8]
 # A row of two dimensions is taken for an image if it has at least so many pixels either way.
 _SMALLEST_SIDE = 6
@@ -48,6 +50,17 @@ def find_images(batch: Any) -> Tensor | None:
         if isinstance(entry, Tensor) and (entry.ndim == 3 or (entry.ndim == 4 and entry.shape[1] in (1, 3, 4))):
             return entry.detach().cpu()
     return None
+
+
+def row_of(dataset: Any, number: int) -> Any:
+    """A row of a dataset, or an `InputError` if it has none there."""
+    try:
+        return dataset[number]
+    except (IndexError, KeyError, TypeError) as error:
+        raise InputError(
+            f"dataset is a {type(dataset).__name__} that has no row {number} ({error}): give the dataset that was "
+            "memorized, with dataset[id] a row."
+        ) from error
 
 
 def entries(row: Any) -> list[Any]:

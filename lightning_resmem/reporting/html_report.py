@@ -1,7 +1,7 @@
 """One self-contained HTML page about a saved memory: what it holds, its rows' neighbours, and likely label errors."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,12 @@ _BARS = 50
 
 
 def write_report(
-    directory: str | os.PathLike[str], output: str | os.PathLike[str], rows: int = 1000, k: int = 5, verify: bool = True
+    directory: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    rows: int = 1000,
+    k: int = 5,
+    verify: bool = True,
+    text: Callable[[int], str | None] | None = None,
 ) -> Path:
     """Write an HTML page about a saved memory; it needs no other file and no network.
 
@@ -39,6 +44,7 @@ def write_report(
         rows: How many rows, drawn at random, are searched for their neighbours and looked at for label errors.
         k: How many neighbours of a row are shown.
         verify: Whether the files' checksums are compared with the manifest, which reads all of them.
+        text: Of a row's id, shown beside the row, such as the text around a token: see `passages`.
 
     Returns:
         The absolute path of the page.
@@ -55,7 +61,8 @@ def write_report(
         if verify:
             saved.verify()
         try:
-            page = render(LocalMemory.of_saved(saved), disk.as_path(directory), saved.files.nbytes, rows, k, verify)
+            memory, path = LocalMemory.of_saved(saved), disk.as_path(directory)
+            page = render(memory, path, saved.files.nbytes, rows, k, verify, text)
         except (IndexError, RuntimeError, ValueError):
             saved.verify()  # names what is damaged
             raise
@@ -67,7 +74,15 @@ def write_report(
     return target
 
 
-def render(memory: LocalMemory, path: Path | disk.Url, on_disk: int, rows: int, k: int, verified: bool) -> str:
+def render(
+    memory: LocalMemory,
+    path: Path | disk.Url,
+    on_disk: int,
+    rows: int,
+    k: int,
+    verified: bool,
+    text: Callable[[int], str | None] | None = None,
+) -> str:
     """The HTML page about a memory that was loaded from `path`; see `write_report`."""
     read = read_rows(memory)
     searched = search_rows(memory, rows, k) if len(memory) > 1 else None
@@ -90,6 +105,7 @@ def render(memory: LocalMemory, path: Path | disk.Url, on_disk: int, rows: int, 
         samples=[] if searched is None else _samples(memory, searched, k),
         suspects=[] if searched is None else _suspects(memory, searched),
         k=k,
+        text=(lambda _: None) if text is None else text,
     )
 
 

@@ -15,12 +15,14 @@ from lightning_resmem.collection.loaders import evaluation_loaders
 from lightning_resmem.errors import ResMemWarning
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.memory.storage.paths import Url
+from lightning_resmem.memory.token_ids import of_sequences
 from lightning_resmem.metrics.evaluation import Evaluation
 from lightning_resmem.progress import shows_progress
 from lightning_resmem.reporting import wandb_report
 from lightning_resmem.reporting.loggers import each_logger, log_figures, log_hyperparameters, log_metrics, warn_only
-from lightning_resmem.reporting.pictures import picture_lookup
+from lightning_resmem.reporting.pictures import row_lookup
 from lightning_resmem.reporting.summary import chosen_flip_rate, evaluation_summary, memory_summary, num_shards
+from lightning_resmem.trainer.loaders import offered_decode
 from lightning_resmem.tuning.result import TuningResult
 
 
@@ -60,7 +62,7 @@ class Report:
             tuning: What the tuner found, if there was one.
             seconds: That memorizing took, tuning included.
             directory: Where it was saved, if it was.
-            loaders: That it was filled from, for pictures of neighbours, if ids are positions in their datasets.
+            loaders: That it was filled from, for pictures or text of neighbours, if ids are positions in its datasets.
         """
         self._memory_loaders = loaders
         with warn_only("the memory is not reported"):
@@ -149,8 +151,13 @@ class Report:
         name, step = named("scores"), trainer.global_step
         _each_wandb(trainer, name, lambda run: wandb_report.log_scores(run, name, evaluation, step))
         flips = named("flipped_rows")
-        pictures = picture_lookup(loader), picture_lookup(self._memory_loaders)
-        _each_wandb(trainer, flips, lambda run: wandb_report.log_flips(run, flips, evaluation, memory, *pictures, step))
+        owners = trainer.datamodule, trainer.lightning_module  # type: ignore[attr-defined]
+        decode = offered_decode(*owners) if of_sequences(memory.provenance) else None
+        rows = loader, self._memory_loaders
+        if decode is None and of_sequences(memory.provenance):
+            rows = None, None
+        looks = row_lookup(rows[0], decode), row_lookup(rows[1], decode)
+        _each_wandb(trainer, flips, lambda run: wandb_report.log_flips(run, flips, evaluation, memory, *looks, step))
 
 
 def memory_numbers(

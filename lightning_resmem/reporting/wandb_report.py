@@ -4,7 +4,7 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -15,12 +15,13 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 
 from lightning_resmem.errors import InputError, StorageError, check_type
-from lightning_resmem.explanation.pictures import Picture
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.memory.single_rows import fetch_neighbors
 from lightning_resmem.memory.storage.disk import local
 from lightning_resmem.memory.storage.paths import Url
+from lightning_resmem.memory.token_ids import STRIDE
 from lightning_resmem.metrics.evaluation import Evaluation, Flip
+from lightning_resmem.reporting.pictures import Look, Shown
 from lightning_resmem.reporting.summary import score_columns, score_rows
 from lightning_resmem.trainer.processes import runs_elsewhere
 from lightning_resmem.tuning.result import TuningResult
@@ -32,8 +33,6 @@ ARTIFACT_TYPE = "memory"
 # Flips of either kind in the table; with pictures fewer, as each takes up to six files.
 _MOST_ROWS, _MOST_PICTURED_ROWS = 100, 12
 _MOST_CHARACTERS = 112  # of a callback's name in that of an artifact, which has 128
-
-Look = Callable[[int], Picture | None]
 
 
 def hide_metrics(logger: WandbLogger, names: Iterable[str]) -> None:
@@ -74,34 +73,34 @@ def log_flips(
         name: Of the table.
         evaluation: Of one dataloader.
         memory: That answered.
-        look_at_row: Finds the picture of a row of the dataloader by its position, if there is one.
-        look_at_neighbor: Finds the picture of a memorized row by its id.
+        look_at_row: Finds the picture or the text of a row of the dataloader by its id, if there is one.
+        look_at_neighbor: Finds that of a memorized row.
         step: Of the trainer.
     """
     flips = [flip for right in (False, True) for flip in _first(evaluation.flips, right, _MOST_ROWS)]
     if not flips:
         return
-    pictured = flips[0].position is not None and look_at_row(flips[0].position) is not None
-    if pictured:
+    first = _shown(look_at_row, flips[0])
+    kind = [] if first is None else ["text" if isinstance(first, str) else "image"]
+    if kind == ["image"]:
         flips = [flip for right in (False, True) for flip in _first(evaluation.flips, right, _MOST_PICTURED_ROWS)]
     ids = torch.tensor([flip.neighbor_ids for flip in flips])
     labels = _labels_of(memory, ids, flips)
-    with_neighbors = pictured and look_at_neighbor(flips[0].neighbor_ids[0]) is not None
+    with_neighbors = first is not None and look_at_neighbor(flips[0].neighbor_ids[0]) is not None
     about = ["flip", "position", "target", "base", "resmem", "base_confidence", "resmem_confidence"]
-    if flips[0].output is not None:
-        about.insert(2, "output")
+    about[2:2] = [name for name in ("token", "output") if getattr(flips[0], name) is not None]
     neighbors = [f"neighbor_{place}" for place in range(1, ids.shape[1] + 1)]
     rows: list[list[Any]] = []
     for flip, row_labels in zip(flips, labels, strict=True):
         values = {**asdict(flip), "flip": "turned right" if flip.is_positive else "turned wrong"}
         cells = [values[column] for column in about]
-        if pictured:
-            cells.append(_image(None if flip.position is None else look_at_row(flip.position), ""))
+        if kind:
+            cells.append(_cell(_shown(look_at_row, flip), ""))
         for id, distance, label in zip(flip.neighbor_ids, flip.neighbor_distances, row_labels, strict=True):
             words = f"{label:g} (#{id}, distance {distance:.3g})"
-            cells.append(None if id < 0 else _image(look_at_neighbor(id), words) if with_neighbors else words)
+            cells.append(None if id < 0 else _cell(look_at_neighbor(id), words) if with_neighbors else words)
         rows.append(cells)
-    logger.log_table(name, [*about, *(["image"] if pictured else []), *neighbors], rows, step=step)
+    logger.log_table(name, [*about, *kind, *neighbors], rows, step=step)
 
 
 def artifact_name(name: str) -> str:
@@ -212,7 +211,15 @@ def _labels_of(memory: ResidualMemory, ids: torch.Tensor, flips: Sequence[Flip])
     return found
 
 
-def _image(picture: Picture | None, caption: str) -> "wandb.Image | None":
+def _shown(look_at_row: Look, flip: Flip) -> Shown | None:
+    if flip.position is None:
+        return None
+    return look_at_row(flip.position if flip.token is None else flip.position * STRIDE + flip.token)
+
+
+def _cell(shown: Shown | None, caption: str) -> "wandb.Image | str | None":
     import wandb
 
-    return None if picture is None else wandb.Image(picture, caption=caption)
+    if isinstance(shown, str):
+        return f"{shown}: {caption}" if caption else shown
+    return None if shown is None else wandb.Image(shown, caption=caption)

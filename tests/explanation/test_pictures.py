@@ -7,7 +7,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_resmem.explanation.pictures import find_images, find_picture
-from lightning_resmem.reporting.pictures import picture_lookup
+from lightning_resmem.reporting.pictures import row_lookup
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8)
 COLOR = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
@@ -69,7 +69,7 @@ def dataset(first):
 
 
 def test_ids_go_on_over_several_loaders():
-    look_up = picture_lookup([DataLoader(dataset(10)), DataLoader(dataset(20), shuffle=True)])
+    look_up = row_lookup([DataLoader(dataset(10)), DataLoader(dataset(20), shuffle=True)])
     assert [int(look_up(position).max()) for position in range(6)] == [10, 11, 12, 20, 21, 22]
 
 
@@ -77,7 +77,7 @@ def test_ids_go_on_over_several_loaders():
     "loaders", [None, [], DataLoader(Stream()), [[torch.rand(2, 8, 8)]], DataLoader(dataset(0), batch_size=None)]
 )
 def test_no_positions_no_pictures(loaders):
-    assert picture_lookup(loaders)(0) is None
+    assert row_lookup(loaders)(0) is None
 
 
 def test_random_augmentation_leaves_the_generators_alone():
@@ -85,7 +85,7 @@ def test_random_augmentation_leaves_the_generators_alone():
         def __getitem__(self, position):
             return torch.rand(8, 8)
 
-    look_up = picture_lookup(DataLoader(Augmented(torch.rand(3))))
+    look_up = row_lookup(DataLoader(Augmented(torch.rand(3))))
     before = torch.get_rng_state()
     assert look_up(1) is not None
     assert torch.equal(torch.get_rng_state(), before)

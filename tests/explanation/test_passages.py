@@ -1,0 +1,69 @@
+"""The text around rows that are positions of sequences, and where it is shown."""
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from lightning_resmem import InputError, LocalMemory, ResMemParams, explain, passages
+from lightning_resmem.memory.token_ids import STRIDE
+from lightning_resmem.reporting.html_report import write_report
+from lightning_resmem.reporting.pictures import row_lookup
+
+LONG = [token % 26 for token in range(40)]
+
+
+def words(tokens):
+    return "".join(chr(97 + token) for token in tokens)
+
+
+def test_text_around_positions():
+    text = passages([[7, 4, 11, 11, 14], LONG], words)
+    assert [text(place) for place in range(5)] == ["h▸ello", "he▸llo", "hel▸lo", "hell▸o", "hello▸"]
+    assert text(STRIDE + 30) == "pqrstuvwxyzabcde▸fghi"
+    with pytest.raises(InputError, match="dataset is a list that has no row 2"):
+        text(2 * STRIDE)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"input_ids": [7, 8, 0], "labels": [8, -100, -100]},
+        {"input_ids": torch.tensor([7, 8, 0])},
+        {"input_ids": torch.tensor([0, 0, 7, 8, 0]), "attention_mask": torch.tensor([0, 0, 1, 1, 1])},
+        (torch.tensor([7, 8, 0]), torch.tensor([8, 0, 1])),
+        torch.tensor([7, 8, 0]),
+    ],
+    ids=str,
+)
+def test_sequences_of_every_kind(row):
+    tail = passages([row], words)(1)
+    assert tail.startswith(("hi▸a", "aahi▸a"))
+
+
+@pytest.mark.parametrize("row", ["hi", {"text": "hi"}, torch.rand(3), torch.zeros(2, 2, dtype=torch.long), ()], ids=str)
+def test_rows_without_tokens(row):
+    assert passages([row], words)(0) is None
+
+
+def test_datasets_of_several_loaders():
+    rows = [torch.utils.data.DataLoader([LONG[:3], LONG[:5]]), torch.utils.data.DataLoader([LONG])]
+    assert row_lookup(rows, words)(2 * STRIDE + 2) == "abc▸defg"
+
+
+def test_tables_and_the_page_show_it(tmp_path):
+    dataset = [[1, 2, 1], [0, ord("<") - 97, 2]]  # "bcb", and what is markup
+    memory = LocalMemory(params=ResMemParams(k=2))
+    ids = torch.tensor([0, 1, STRIDE, STRIDE + 1])
+    memory.add(torch.eye(4), torch.zeros(4, 3), torch.tensor([2, 1, 1, 2]), ids)
+    text = passages(dataset, words)
+    [table] = explain(memory, torch.eye(4)[1:2], torch.zeros(1, 3)).tables(text=text)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table)
+    assert "bc▸b" in console.export_text()
+    memory.save(tmp_path / "memory")
+    page = write_report(tmp_path / "memory", tmp_path / "page.html", text=text).read_text(encoding="utf-8")
+    assert "<q>bc▸b</q>" in page
+    assert "<q>a▸&lt;c</q>" in page
+    assert "<q>" not in write_report(tmp_path / "memory", tmp_path / "page.html").read_text(encoding="utf-8")
