@@ -1,5 +1,6 @@
 """What the benchmarks share."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -88,6 +89,21 @@ def test_two_layers_are_kept_only_where_they_are_evidently_better(harness):
     assert not is_evident(lower, higher)
     assert not is_evident(Tried(rows, rows.flip(0), rows), lower)  # right for another row
     assert best([lower, higher]) is higher
+
+
+def test_rows_that_were_held_out(harness, monkeypatch, tmp_path):
+    import held_out_rows
+    import real_data
+
+    monkeypatch.setattr(harness, "TABLES", tmp_path)
+    monkeypatch.setitem(real_data.SETS, "digits", few_digits)
+    held_out_rows.main(["--only", "digits", "--seeds", "1", "--steps", "60"])
+    (line,) = (tmp_path / "held_out_rows.md").read_text().splitlines()[2:]
+    _, left, base, training, _, both, _ = (re.findall(r"-?[\d.]+", cell)[:1] for cell in line.split(" | "))
+    assert float(left[0]) < 10  # it knows the rows that it was trained on
+    assert float(base[0]) > 80
+    assert float(training[0]) == 0  # they say nothing
+    assert float(base[0]) + float(both[0]) > 80
 
 
 def test_a_line_for_every_network_and_metric(harness, monkeypatch, tmp_path, capsys):
