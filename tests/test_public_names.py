@@ -58,5 +58,10 @@ def test_public_names_and_signatures_are_those_of_the_list() -> None:
     assert changes == [], "\n".join([*changes, "If that is meant: " + __doc__.strip().splitlines()[-1]])
 
 
+def test_each_public_name_has_an_example() -> None:
+    documented = {name: inspect.getdoc(getattr(lightning_resmem, name)) or "" for name in lightning_resmem.__all__}
+    assert [name for name, text in documented.items() if "    >>> " not in text] == []
+
+
 if __name__ == "__main__":
     print("\n".join(public_names()))

@@ -37,7 +37,12 @@ SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
 
 
 class Tuner(ABC):
-    """Chooses the params of a memory."""
+    """Chooses the params of a memory.
+
+    Examples:
+        >>> sorted(Tuner.__abstractmethods__)  # what a tuner of yours has to have
+        ['tune']
+    """
 
     @abstractmethod
     def tune(
@@ -166,9 +171,7 @@ class GridTuner(Tuner):
         if not _is_auto(objective):
             check_objective(objective)
         if max_negative_flip_rate is not None and not _is_number(max_negative_flip_rate, 0, 1):
-            raise InputError(
-                f"max_negative_flip_rate={max_negative_flip_rate!r}: give a share between 0 and 1, or None."
-            )
+            raise InputError(f"max_negative_flip_rate={max_negative_flip_rate!r}: give a share of 0 to 1, or None.")
         if isinstance(refinements, bool) or not isinstance(refinements, int) or refinements < 0:
             raise InputError(f"refinements={refinements!r}: give a whole number of at least 0.")
         if not _is_number(noise, 0, math.inf):
