@@ -32,14 +32,18 @@ from lightning_resmem import (
     explain,
     influence,
     label_errors,
+    memorize,
 )
 from lightning_resmem.cluster.files import to_files
 from lightning_resmem.memory.storage.saved import read_saved
 from lightning_resmem.trainer.restoring import RestorableMemory
 from lightning_resmem.trainer.save_directory import SaveDirectory
 from tests.cluster.ending import SECONDS, ended
+from tests.language import VOCABULARY, Causal, loader, rows_of
+from tests.language import texts as some_texts
 from tests.memory.test_contract import CLASSES, PARAMS, ROWS, WIDTH, Data
 from tests.memory.test_times import Dated
+from tests.models import trainer
 from tests.saved_files import file_of
 from tests.simulated_gpu import DEVICE, simulated_gpu
 
@@ -322,6 +326,30 @@ def test_other_tasks(task: Multilabel | Regression, ray_address: str, tmp_path: 
             strict=True,
         ):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    finally:
+        ended(memory)
+
+
+def test_tokens(ray_address: str, tmp_path: Path) -> None:
+    """Positions of left-padded sequences, through the pass of a trainer, are those of a LocalMemory."""
+    model, texts, one = Causal(), some_texts(9), LocalMemory(params=PARAMS)
+    memory = RayMemory(2, params=PARAMS, storage_path=tmp_path / "pool", request_timeout_s=SECONDS)
+    try:
+        pooled, local = (
+            memorize(trainer(tmp_path), model, loader(texts, 4, side="left"), memory=each, tuner=None)
+            for each in (memory, one)
+        )
+        assert torch.equal(memory.ids, one.ids)
+        assert (
+            list(zip(*(part.tolist() for part in memory.locate(memory.ids)), strict=True))
+            == rows_of(model, texts).places
+        )
+        [batch] = loader(some_texts(5, seed=1), 5)
+        for found, expected in zip(pooled.predictions(batch), local.predictions(batch), strict=True):
+            assert found.shape == (*batch["input_ids"].shape, VOCABULARY)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        explained, expected = (combined.explain(batch, top=2).neighbors.ids for combined in (pooled, local))
+        assert torch.equal(explained, expected)
     finally:
         ended(memory)
 

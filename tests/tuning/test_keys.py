@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
+from examples.text_module import GPT, Blocks
 from lightning_resmem import (
     GridTuner,
     InputError,
@@ -47,6 +49,26 @@ class Narrow(CallsSelf):
 
 def in_order(model, x):
     return candidates(model, "head", lambda: model(x))
+
+
+def test_keys_of_tokens(tmp_path):
+    """The head's input, or that of the last feed-forward block, as memories with either say."""
+    torch.manual_seed(0)
+    model, place = GPT(vocabulary=9, context=6, width=8), "blocks.1.mlp.0:input"
+    train, val = (DataLoader(Blocks(torch.randint(9, (rows,)), 6), batch_size=8) for rows in (241, 121))
+
+    def memorized(embedding):
+        return memorize(trainer(tmp_path), model, train, val, tuner=TUNER, embedding=embedding).memory
+
+    memory = memorized("auto")
+    told = {key["embedding"]: key for key in json.loads(memory.provenance["keys"])}
+    assert list(told) == ["head", place]
+    alone = {"head": memorized(None), place: memorized(place)}
+    assert not torch.equal(*(each._query_rows(memory.ids) for each in alone.values()))
+    chosen = next(name for name, key in told.items() if key["chosen"])
+    assert torch.equal(memory._query_rows(memory.ids), alone[chosen]._query_rows(memory.ids))
+    assert memory.params == alone[chosen].params
+    assert [part.tolist() for part in memory.locate(memory.ids[[0, 6, 13]])] == [[0, 1, 2], [0, 0, 1]]
 
 
 def test_the_best_place_is_kept_told_saved_and_used(tmp_path):
