@@ -423,6 +423,7 @@ def test_missing_files_are_named(trainer, tmp_path):
 
 def test_tune_refuses_other_weights(trainer, tmp_path):
     directory = str(tmp_path / "memory")
+    trainer.callbacks.append(ResMemCallback(tuner=None))  # tuning takes seconds
     trainer.memorize(Classifier(), Digits(), directory)
     params = LocalMemory.load(directory).params
     with pytest.raises(StaleMemoryError):
@@ -511,7 +512,8 @@ def test_tune_does_what_the_callback_is_told(trainer, tmp_path):
 
 def test_each_callback_of_the_config_is_served_under_its_name(trainer, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    trainer.callbacks += [ResMemCallback(), ResMemCallback(name="hidden", embedding="body.0", route=False)]
+    hidden = ResMemCallback(tuner=None, name="hidden", embedding="body.0", route=False)
+    trainer.callbacks += [ResMemCallback(tuner=None), hidden]
     model, data = Classifier(), Digits()
     with pytest.raises(InputError, match=r"directory='one' is for one memory.*\(resmem, hidden\)"):
         trainer.memorize(model, data, "one")
@@ -519,7 +521,7 @@ def test_each_callback_of_the_config_is_served_under_its_name(trainer, tmp_path,
     memories = {name: LocalMemory.load(name) for name in ("resmem", "hidden")}
     assert "embedding" not in memories["resmem"].provenance
     assert memories["hidden"].provenance["embedding"] == "body.0"
-    trainer.tune(model, data, tuner=GridTuner(k=[4]))
+    trainer.tune(model, data, tuner=GridTuner(k=[4], sigma=[0.4], softmax_temperature=[1.0]))
     assert [LocalMemory.load(name).params.k for name in memories] == [4, 4]
     # ... and where these commands save by default is where the others look.
     _use_saved(trainer)
@@ -531,7 +533,7 @@ def test_each_callback_of_the_config_is_served_under_its_name(trainer, tmp_path,
 
 
 def test_memorize_replaces_a_memory_only_if_told_to(trainer, tmp_path):
-    trainer.callbacks.append(ResMemCallback(dirpath=tmp_path / "memory"))
+    trainer.callbacks.append(ResMemCallback(dirpath=tmp_path / "memory", tuner=None))
     trainer.memorize(Classifier(), Digits())
     good = LocalMemory.load(tmp_path / "memory").provenance
     with pytest.raises(StorageError, match=r"holds a memory: it is left as it is. Give --overwrite"):
@@ -542,6 +544,7 @@ def test_memorize_replaces_a_memory_only_if_told_to(trainer, tmp_path):
 
 
 def test_memorize_without_a_checkpoint_says_what_the_weights_are(trainer, tmp_path):
+    trainer.callbacks.append(ResMemCallback(tuner=None))
     with pytest.warns(ResMemWarning, match="Without --ckpt_path"):
         trainer.memorize(Classifier(), Digits(), str(tmp_path / "memory"))
 
@@ -561,9 +564,10 @@ def test_memorize_and_tune_load_checkpoints_as_the_trainer_does(trainer, tmp_pat
     model.configure_model()
     torch.save({"state_dict": model.state_dict(), "pytorch-lightning_version": "2.6.0"}, tmp_path / "model.ckpt")
     directory, checkpoint = str(tmp_path / "memory"), str(tmp_path / "model.ckpt")
+    trainer.callbacks.append(ResMemCallback(tuner=None))
     trainer.memorize(Late(), Digits(), directory, checkpoint)
     assert LocalMemory.load(directory).provenance["fingerprint"] == fingerprint(model)
-    trainer.tune(Late(), Digits(), directory, checkpoint, tuner=GridTuner(k=[4]))
+    trainer.tune(Late(), Digits(), directory, checkpoint, tuner=GridTuner(k=[4], sigma=[0.4]))
     assert LocalMemory.load(directory).params.k == 4
 
 
