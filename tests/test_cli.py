@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningCLI
 
@@ -573,7 +574,10 @@ def test_memorize_and_tune_load_checkpoints_as_the_trainer_does(trainer, tmp_pat
 
 @pytest.mark.slow
 def test_memorize_needs_overwrite_on_the_command_line(resmem, tmp_path):
-    config = ("memorize", "--config", CONFIG, "--trainer.accelerator=cpu", "--trainer.logger=false")
+    settings = yaml.safe_load(Path(CONFIG).read_text())
+    settings["trainer"]["callbacks"][0]["init_args"]["tuner"] = None  # tuning takes seconds
+    (tmp_path / "untuned.yaml").write_text(yaml.safe_dump(settings))
+    config = ("memorize", "--config", "untuned.yaml", "--trainer.accelerator=cpu", "--trainer.logger=false")
     assert resmem(*config)[0] == 0
     before = LocalMemory.load("outputs/digits/resmem").provenance
     status, _, err = resmem(*config, "--seed_everything=1")
