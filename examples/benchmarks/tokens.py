@@ -154,10 +154,10 @@ def combining(share: float) -> Lines:
     memory, embeddings = tokens(part(share, 50_000, 1000), classes), torch.randn(batch, length, WIDTH)
     base = Head(classes).eval()
     logits = base(embeddings)
-    before, started = start_peak(), time.process_time()
+    before = start_peak()
     found = Found.of(memory, embeddings, logits)
     routed = found.combined(memory)
-    taken, held = time.process_time() - started, peak() - before - routed.nbytes
+    held = peak() - before - routed.nbytes
     del routed
     before = start_peak()
     board = Scoreboard(memory, "test", [[]])
@@ -176,10 +176,7 @@ def combining(share: float) -> Lines:
     generating = peak() - before - bare
     return [
         [f"{batch} x {length:,} tokens, V = {classes:,}: the base's logits", f"{size / GIB:.2f} GiB"],
-        [
-            "combining, beside these and what is returned in their place",
-            f"{held / GIB:.2f} GiB, {taken:.0f} s of one core",
-        ],
+        ["combining, beside these and what is returned in their place", f"{held / GIB:.2f} GiB"],
         ["scoring base, knn and resmem, beside the logits", f"{scored / GIB:.2f} GiB"],
         ["the base within `combined()`, more than alone", f"{generating / GIB:.2f} GiB"],
     ]
