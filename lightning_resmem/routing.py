@@ -173,7 +173,8 @@ class Routing:
         with self._asking():
             if self._board is None:
                 return
-            self._shape, asked = captured.output.shape, (captured.embedding.float(), captured.output)
+            # A copy is kept: the model may go on in place.
+            self._shape, asked = captured.output.shape, (captured.embedding.float(), captured.output.clone())
             if len(self._shape) == 3:
                 self._found.append(Found.of(self._asked, *asked))
             else:

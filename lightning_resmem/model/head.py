@@ -177,7 +177,10 @@ class HeadTap:
 
     @contextmanager
     def capture(self, look: Callable[[Captured], None] | None = None) -> Iterator[None]:
-        """Keep what goes in and out of the head, for `take`, or let `look(captured)` have it."""
+        """Keep what goes in and out of the head, for `take`, or let `look(captured)` have it.
+
+        The model may go on to change both tensors in place: `look` has to copy what it keeps, as `combine` of a route.
+        """
         with self._hooked(self._keep if look is None else look):
             yield
 
@@ -313,8 +316,7 @@ class HeadTap:
                 )
             parts.append(embedding.detach())
         self.widths = tuple(part.shape[-1] for part in parts)
-        # Copies: the model may go on in place.
-        return Captured(parts[0].clone() if len(parts) == 1 else torch.cat(parts, dim=-1), output.detach().clone())
+        return Captured(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1), output.detach())
 
     def _check_key(self, name: str, embedding: Tensor | None) -> None:
         """Raise an error for what is no key, or was not seen."""
