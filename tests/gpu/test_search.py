@@ -147,14 +147,15 @@ def test_the_users_contexts_change_nothing() -> None:
 
 @pytest.mark.parametrize(("rows", "k"), [(700, 20), (40_000, 53)])
 def test_a_search_that_is_replayed_finds_the_same(rows: int, k: int) -> None:
-    keys, index = draw.normal(rows, 40), None
-    asked = [draw.normal(count, 40, seed=seed) for seed, count in enumerate((5, 8, 7, 8, 1, 1, 1, 130, 140, 200, 0), 1)]
+    keys = draw.normal(rows, 40)
+    counts = (5, 8, 7, 8, 1, 1, 1, 130, 140, 200, 0, 1030, 1040, 1030)
+    asked = [draw.normal(count, 40, seed=seed) for seed, count in enumerate(counts, 1)]
     index = ExactIndex(keys)
     found = []
     for number, queries in enumerate(asked):
         with torch.inference_mode(mode=number % 2 == 1):
             found.append(index.search(queries, k))
-    assert set(index._grouped._replays._graphs) == {(8, k), (1, k), (256, k)}
+    assert set(index._grouped._replays._graphs) == {(8, k), (1, k), (256, k), (1030, k)}
     for queries, each in zip(asked, found, strict=True):  # at the end: none was written over by a later one
         check(keys, queries, each, k)
 
@@ -164,6 +165,8 @@ def test_replays_of_threads_and_streams_do_not_meet() -> None:
     index = ExactIndex(keys)
     asked = [draw.normal(16, 24, seed=seed) for seed in range(1, 33)]
     expected = [ExactIndex(keys).search(queries, 10) for queries in asked]
+    for queries in asked[:2]:  # the main thread records
+        index.search(queries, 10)
     torch.cuda.synchronize()
 
     def search(first: int) -> None:
@@ -182,14 +185,68 @@ def test_replays_of_threads_and_streams_do_not_meet() -> None:
     assert set(index._grouped._replays._graphs) == {(16, 10)}
 
 
-def test_graphs_that_were_not_used_for_long_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "_GRAPHS", 2)
+def test_no_more_is_recorded_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, queries = draw.normal(5000, 8), draw.normal(4, 8, seed=1)
+    for limit, most in (("_GRAPHS", 2), ("_KEPT_BYTES", 450)):
+        with monkeypatch.context() as patch:
+            patch.setattr(replay, limit, most)
+            index = ExactIndex(keys)
+            for k in (1, 2, 3, 1, 4, 3):
+                for _ in range(3):
+                    check(keys, queries, index.search(queries, k), k)
+            assert [k for _, k in index._grouped._replays._graphs] == [1, 2]
+            assert index.nbytes > index._grouped._replays.nbytes > 0
+
+
+def test_another_thread_replays_and_does_not_record() -> None:
+    keys, queries = draw.normal(5000, 8), draw.normal(4, 8, seed=1)
+    index, drawn = ExactIndex(keys), []
+
+    def search() -> None:
+        for _ in range(4):
+            check(keys, queries, index.search(queries, 5), 5)
+        drawn.append(torch.rand(3, device=GPU))
+
+    for recorded in (0, 1):
+        thread = threading.Thread(target=search)
+        thread.start()
+        thread.join(timeout=60)
+        assert len(drawn) == recorded + 1
+        assert len(index._grouped._replays._graphs) == recorded
+        index.search(queries, 5)
+
+
+def test_what_cannot_be_recorded_is_found_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     keys, queries = draw.normal(5000, 8), draw.normal(4, 8, seed=1)
     index = ExactIndex(keys)
-    for k in (1, 2, 3, 1, 4, 3):
-        for _ in range(3):
-            check(keys, queries, index.search(queries, k), k)
-    assert [k for _, k in index._grouped._replays._graphs] == [4, 3]
+    index.search(queries, 5)
+    smallest, recording = groups._selecting().smallest, []
+
+    def fail(*given: object) -> object:
+        if torch.cuda.is_current_stream_capturing():
+            recording.append(given)
+            raise torch.cuda.OutOfMemoryError("no room")
+        return smallest(*given)
+
+    monkeypatch.setattr(groups._selecting(), "smallest", fail)
+    for _ in range(3):
+        check(keys, queries, index.search(queries, 5), 5)
+    assert len(recording) == 1
+    assert not index._grouped._replays._graphs
+    assert torch.rand(3, device=GPU).isfinite().all()  # the generator is as before
+
+
+def test_padding_makes_no_query_unsure() -> None:
+    keys = torch.nn.functional.normalize(draw.normal(4000, 128))  # as far from zero, all of them
+    index, bad = ExactIndex(keys), keys[:4].clone()
+    bad[3] = torch.nan
+    for count in (4, 3, 3, 3):
+        queries = keys[:count] + 0.01 * draw.normal(count, 128, seed=1)
+        check(keys, queries, index.search(queries, 10), 10)
+    with pytest.raises(InputError):
+        index.search(bad, 10)
+    check(keys, keys[:3], index.search(keys[:3], 10), 10)
+    assert index._unsure <= 1  # the one that is not finite is not searched again
 
 
 @pytest.mark.usefixtures("way")

@@ -92,6 +92,8 @@ class ExactIndex:
             check_finite("queries", queries)
             unsure = (~sure).nonzero()[:, 0]
             self._unsure += len(unsure)
+            if not len(unsure):
+                return distances, positions
             with _full_precision(queries.device):
                 distances[unsure], positions[unsure] = self._precise.search(queries[unsure], k)
         return distances, positions

@@ -175,7 +175,7 @@ class Groups:
     def nbytes(self) -> int:
         """Of what is kept beside the keys."""
         held = (self._squared_norms, self._errors) + (() if self._copy is None else (self._copy,))
-        return sum(tensor.nbytes for tensor in held)
+        return sum(tensor.nbytes for tensor in held) + (0 if self._replays is None else self._replays.nbytes)
 
     def nearest(self, queries: Tensor, k: int) -> Found:
         """The k nearest keys of each query, and whether they certainly are. The GPU is not waited for.

@@ -34,7 +34,7 @@ class Found(NamedTuple):
         distances: Shape `(b, k)`, float32.
         positions: Of the keys, `(b, k)`, int64.
         sure: For which queries they certainly are the nearest, `(b,)`, bool.
-        all_sure: Shape `()`, bool. False where they are sure for all is of no harm.
+        all_sure: Shape `()`, bool. It may be False where they are sure for all.
     """
 
     distances: Tensor

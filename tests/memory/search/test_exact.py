@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lightning_resmem.memory.search import precise
 from lightning_resmem.memory.search.exact import ExactIndex
+from lightning_resmem.memory.search.interface import Found
 from lightning_resmem.memory.search.precise import Precise
 from tests import oracle
 
@@ -102,6 +103,16 @@ def test_blocks_of_a_gpu_give_the_same(block: int, monkeypatch: pytest.MonkeyPat
     found = ExactIndex(keys).search(queries, 30)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
+
+
+def test_what_is_said_to_be_unsure_may_be_sure() -> None:
+    queries, found = (
+        torch.randn(3, 4),
+        Found(torch.rand(3, 2), torch.arange(6).view(3, 2), torch.ones(3).bool(), torch.tensor(False)),
+    )
+    distances, positions = ExactIndex(torch.randn(40, 4))._certified(queries, 2, found)
+    assert torch.equal(distances, found.distances)
+    assert torch.equal(positions, found.positions)
 
 
 @pytest.mark.parametrize("columns", [20, 640, 1300, 1311])
