@@ -77,7 +77,7 @@ class Answering:
             return returned
         (outputs,) = said
         if isinstance(returned, Tensor) and swapped(outputs, returned):
-            return outputs.transpose(1, 2)
+            return outputs.transpose(1, 2).contiguous()
         is_flat = isinstance(returned, Tensor) and returned.shape == outputs.shape[:-1] and outputs.shape[-1] == 1
         return outputs[..., 0] if is_flat else outputs
 

@@ -262,7 +262,8 @@ class HeadTap:
                         "row has no single key. Name one that is called once in a forward."
                     )
             answer = handle(self._captured([seen for seen, _ in taken], args, *rest))
-            return answer if answer is None or not self._swaps else answer.transpose(1, 2)
+            # Contiguous, as the head's own is: the model may go on with a view.
+            return answer if answer is None or not self._swaps else answer.transpose(1, 2).contiguous()
 
         def take(place: int) -> Callable[[Tensor], None]:
             def taking(key: Tensor) -> None:

@@ -130,7 +130,9 @@ class Tagger(CallsSelf):
         self.body, self.head = nn.Conv1d(2, 6, 3, padding=1), nn.Conv1d(6, 3, 1)
 
     def test_step(self, batch, batch_idx):
-        self.log("right", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+        outputs = self(batch[0])
+        outputs = outputs.view(len(outputs), -1).view(outputs.shape)  # as only what is contiguous can be viewed
+        self.log("right", (outputs.argmax(1) == batch[1]).float().mean())
 
 
 @pytest.mark.parametrize("length", [5, 3])  # as many as there are classes, too
@@ -150,6 +152,7 @@ def test_a_convolution_is_a_head_of_sequences(embedding, length, tmp_path):
         torch.testing.assert_close(memory._query_rows(memory.ids), keys)
         answer = module(series)  # each row is its own neighbour
         assert answer.shape == model(series).shape == (8, 3, length)
+        assert answer.is_contiguous()
         assert torch.equal(answer.argmax(1), labels)
         assert torch.equal(module.predictions([series, labels]).resmem.argmax(2), labels)
     (logged,) = trainer(tmp_path, ResMemCallback(memory)).test(model, loader, verbose=False)
