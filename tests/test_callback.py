@@ -895,6 +895,18 @@ def test_a_head_that_is_not_the_last_layer_is_refused_before_training(root):
     )
 
 
+def test_a_function_that_fails_for_the_first_row_alone_does_so_before_training(root):
+    first = Data().train[0][0]
+
+    def targets_fn(batch):
+        if batch[0].eq(first).all(dim=1).any():
+            raise KeyError("no label")
+        return batch[1]
+
+    callback = ResMemCallback(memory_for(CallsSelf), targets_fn=targets_fn)
+    assert steps_before(InputError, callback, root, "targets_fn failed .*KeyError: 'no label'") == 0
+
+
 @pytest.mark.parametrize("loader", ["x", 3, torch.zeros(3)])
 def test_what_is_no_loader_is_refused_before_training(root, loader):
     assert steps_before(InputError, ResMemCallback(memory_dataloader=loader), root, "is not a loader of batches") == 0

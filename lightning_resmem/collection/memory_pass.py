@@ -28,7 +28,7 @@ from lightning_resmem.model.head import Captured, HeadTap
 from lightning_resmem.model.modes import evaluation_mode
 from lightning_resmem.model.places import AUTO
 from lightning_resmem.model.placing import device_of
-from lightning_resmem.model.returned import check_diverged, check_returned
+from lightning_resmem.model.returned import DivergedError, check_diverged, check_returned
 from lightning_resmem.model.sequences import RowReader, merged
 from lightning_resmem.model.tail import check_tail
 from lightning_resmem.model.times import read_times
@@ -158,11 +158,11 @@ class Pass:
         """A small batch with a row that is finite, if any of a few has one, and the loader that it is from."""
         assert part.sample is not None
         found: list[tuple[Sample, Iterable[Any]]] = []
-        failures: list[InputError] = []
+        failures: list[DivergedError] = []
         for source in (part.sample, *part.others):
             try:
                 found.append((self._samples(part, source)[0], source))
-            except InputError as error:  # the head cannot be told by outputs that are NaN
+            except DivergedError as error:  # the head cannot be told by outputs that are NaN
                 failures.append(error)
             else:
                 if len(self.labels.usable(found[-1][0].chunk).ids):

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor
 
 from lightning_resmem.errors import InputError, ResMemError
@@ -28,6 +29,10 @@ def calling(name: str, batch: Any, way_out: str) -> Iterator[None]:
     except (ResMemError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if isinstance(error, RuntimeError) and is_oom_error(
+            RuntimeError(str(error))
+        ):  # it takes messages that are text
+            raise
         said = f"{type(error).__name__}: {error}"
         raise InputError(f"{name} failed for a batch that is {_described(batch)} ({said}): {way_out}") from error
 

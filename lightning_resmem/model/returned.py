@@ -20,6 +20,10 @@ WAY_OUT = (
 )
 
 
+class DivergedError(InputError):
+    """A network's outputs are NaN or infinite, so nothing can be told by them; by those of other rows perhaps."""
+
+
 def tensors(result: Any) -> Iterator[Tensor]:
     """All tensors in what a model returned: nested tuples, dicts, dataclasses."""
     if isinstance(result, Tensor):
@@ -142,11 +146,15 @@ def way_out(outputs: Mapping[str, Tensor], returned: Any) -> str:
 
 
 def check_diverged(outputs: Tensor) -> None:
-    """Raise an error if a network's outputs `(B, C)` or `(B, T, C)` are NaN or infinite in every row."""
+    """Raise an error if a network's outputs `(B, C)` or `(B, T, C)` are NaN or infinite in every row.
+
+    Raises:
+        DivergedError: If they are.
+    """
     outputs = outputs.flatten(0, -2) if outputs.ndim > 1 else outputs
     rows = len(outputs) if outputs.ndim else 0
     if rows and not torch.isfinite(outputs.reshape(rows, -1)).all(dim=1).any():
-        raise InputError(
+        raise DivergedError(
             f"The network's outputs are NaN or infinite in all of the {rows} rows that were tried. If their inputs are "
             "finite, the training has diverged: lower the learning rate, clip gradients (gradient_clip_val of the "
             'Trainer), or compute in a higher precision (precision="32-true").'

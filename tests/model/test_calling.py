@@ -48,8 +48,23 @@ def test_what_a_batch_is(batch, said):
         raise KeyError("z")
 
 
-@pytest.mark.parametrize("error", [HeadError("ours"), torch.OutOfMemoryError("full"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize(
+    "error",
+    [
+        HeadError("ours"),
+        torch.OutOfMemoryError("full"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if"),
+        KeyboardInterrupt(),
+    ],
+    ids=["ours", "out of memory", "CPU", "cuDNN", "interrupt"],
+)
 def test_errors_that_stay(error):
     with pytest.raises(type(error)) as caught, calling("f", PAIR, "give g."):
         raise error
     assert caught.value is error
+
+
+def test_an_error_about_another_one_is_told_from_running_out_of_memory():
+    with pytest.raises(InputError, match=r"\(RuntimeError: bad\)"), calling("f", PAIR, "give g."):
+        raise RuntimeError(ValueError("bad"))
