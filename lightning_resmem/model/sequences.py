@@ -15,6 +15,8 @@ from lightning_resmem.model.ignored import IGNORE_INDEX, ignored_labels
 from lightning_resmem.tasks import Task
 
 _INPUTS = "input_ids"
+# Batches that are looked at for padding: each look waits for the GPU.
+_LOOKS = 3
 
 
 class RowTargets(NamedTuple):
@@ -50,7 +52,7 @@ class RowReader:
         self._reader, self._task, self._ignored = reader, task, ignored_labels(model)
         configs = (getattr(module, "config", None) for module in model.modules())
         self._has_encoder = any(getattr(config, "is_encoder_decoder", False) for config in configs)
-        self._padding, self._has_warned = _padding_of(model), False
+        self._padding = None if self._has_encoder else _Padding(model)  # what an encoder reads is no position of ours
         found = None if reader.targets_fn is not None else (provenance or {}).get("shift")
         self._shifts: bool | None = None if found is None else found == "1"
 
@@ -70,8 +72,8 @@ class RowReader:
         targets = self._reader.targets(batch).detach() if labels is None else labels
         _check_shape(targets, shape)
         mask = self._mask(batch, targets)
-        if mask is None and not self._has_warned:
-            self._look_for_padding(_inputs(batch), targets)
+        if mask is None and self._padding is not None:
+            self._padding.look(_inputs(batch), targets, self._ignored, shape[2])
         kept = torch.ones(shape[:2], dtype=torch.bool, device=targets.device) if mask is None else mask
         if self._reader.targets_fn is None and self._is_shifted(batch, targets, mask):
             # The one place of the shift: the last position has no next one, and padding is nobody's next.
@@ -108,25 +110,6 @@ class RowReader:
         if not isinstance(mask, Tensor) or mask.shape != targets.shape[:2]:
             return None
         return mask.to(targets.device) != 0
-
-    def _look_for_padding(self, inputs: Tensor | None, targets: Tensor) -> None:
-        """Warn of padding on the left that no mask tells of."""
-        if inputs is None or inputs.ndim != 2 or inputs.is_floating_point() or inputs.shape[1] < 2 or not len(inputs):
-            return
-        # Two of them: the first token of a text may be the padding's, too, where that ends texts as well.
-        found = [(inputs[:, :2] == token).all(dim=1).any() for token in self._padding]
-        if targets.shape == inputs.shape:
-            found.append(_is_padded(inputs, torch.stack([targets == label for label in self._ignored]).any(dim=0)))
-        if found and bool(torch.stack(found).any()):
-            self._has_warned = True
-            warnings.warn(
-                "Sequences of a batch begin with padding, and it has no attention_mask: positions, and with them the "
-                "ids of rows, are counted from the padding on, and the model computes with it, so both depend on how "
-                "long the other sequences of a batch are. Let the collate_fn return attention_mask, or pad on the "
-                "right.",
-                category=ResMemWarning,
-                stacklevel=2,
-            )
 
     def _is_shifted(self, batch: Any, targets: Tensor, mask: Tensor | None) -> bool:
         """Whether the labels are the model's inputs, at each position that counts; if so, once and for all."""
@@ -176,21 +159,72 @@ def _next(targets: Tensor) -> Tensor:
     return moved
 
 
-def _padding_of(model: nn.Module) -> list[int]:
-    """The tokens that a model knows for padding."""
-    known = [getattr(getattr(module, "config", None), "pad_token_id", None) for module in model.modules()]
-    known += [module.padding_idx for module in model.modules() if isinstance(module, nn.Embedding)]
-    return sorted({token for token in known if isinstance(token, int)})
+class _Padding:
+    """Warns of padding on the left that no mask tells of, if one of the first batches shows it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self._embeddings = [module for module in modules if isinstance(module, nn.Embedding)]
+        self._pads, ends = (_tokens(modules, name) for name in ("pad_token_id", "eos_token_id"))
+        self._pads -= ends  # texts that are packed may begin with the ends of empty ones
+        self._looks = _LOOKS
+
+    def look(self, inputs: Tensor | None, targets: Tensor, ignored: Iterable[int], width: int) -> None:
+        """Look at a batch.
+
+        Args:
+            inputs: Of the model, `(B, T)` if they are tokens.
+            targets: Of each position, shape `(B, T, ...)`.
+            ignored: Labels that losses ignore.
+            width: Of what the head returns.
+        """
+        if not self._looks or inputs is None or inputs.ndim != 2 or inputs.is_floating_point():
+            return
+        if inputs.shape[1] < 2 or not len(inputs):
+            return
+        self._looks -= 1
+        # Two of them: the first token of a text may be the padding's, too.
+        found = [
+            ((inputs[:, :2] == token).all(dim=1) & (inputs != token).any(dim=1)).any()
+            for token in self._pads | self._pads_of_embeddings(int(inputs.max()), width)
+        ]
+        if targets.shape == inputs.shape:
+            found.append(_is_padded(inputs, torch.stack([targets == label for label in ignored]).any(dim=0)))
+        if found and bool(torch.stack(found).any()):
+            self._looks = 0
+            warnings.warn(
+                "Sequences of a batch begin with padding, and it has no attention_mask: positions, and with them the "
+                "ids of rows, are counted from the padding on, and the model computes with it, so both depend on how "
+                "long the other sequences of a batch are. Let the collate_fn return attention_mask, or pad on the "
+                "right.",
+                category=ResMemWarning,
+                stacklevel=2,
+            )
+
+    def _pads_of_embeddings(self, largest: int, width: int) -> set[int]:
+        """The padding of the embedding that reads the tokens, if all agree that may be it: one as wide as the head."""
+        reading = [embedding for embedding in self._embeddings if embedding.num_embeddings > largest]
+        reading = [embedding for embedding in reading if embedding.num_embeddings == width] or reading
+        found = {embedding.padding_idx for embedding in reading}
+        return {token for token in found if token is not None and len(found) == 1}
+
+
+def _tokens(modules: Iterable[nn.Module], name: str) -> set[int]:
+    """The tokens that configurations of modules have under a name: one, or several."""
+    known = [getattr(getattr(module, "config", None), name, None) for module in modules]
+    several = [token for tokens in known if isinstance(tokens, (list, tuple)) for token in tokens]
+    return {token for token in (*known, *several) if isinstance(token, int)}
 
 
 def _is_padded(inputs: Tensor, ignored: Tensor) -> Tensor:
     """Whether sequences `(B, T)` begin with different numbers of one token whose label is ignored; a scalar."""
-    firsts = ignored & (inputs == inputs[:, :1])
-    lengths = firsts.long().cumprod(dim=1).sum(dim=1)
+    length, whole = inputs.shape[1], ignored.all(dim=1)  # what is padding alone has no side
+    lengths = (ignored & (inputs == inputs[:, :1])).long().cumprod(dim=1).sum(dim=1)
     all_ignored = ignored.long().cumprod(dim=1).sum(dim=1)
-    first = inputs[lengths.argmax(), 0]
-    alike = ((lengths == all_ignored) & ((lengths == 0) | (inputs[:, 0] == first))).all()
-    return alike & (lengths.max() > 1) & (lengths.min() < lengths.max())
+    longest, shortest = lengths.masked_fill(whole, 0), lengths.masked_fill(whole, length)
+    first = inputs[longest.argmax(), 0]
+    alike = (whole | ((lengths == all_ignored) & ((lengths == 0) | (inputs[:, 0] == first)))).all()
+    return alike & (longest.max() > 1) & (shortest.min() < longest.max())
 
 
 def _inputs(batch: Any) -> Tensor | None:

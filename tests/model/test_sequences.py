@@ -123,3 +123,36 @@ def test_no_padding_on_the_left():
             (nn.Embedding(9, 2, padding_idx=0), (torch.randn(2, 4), TOKENS)),
         ):
             reader(model).targets(batch, SHAPE)
+
+
+def test_what_is_no_padding_on_the_left():
+    users = nn.ModuleList([nn.Embedding(9, 2), nn.Embedding(9, 2, padding_idx=0)])
+    knows, ends = nn.Embedding(9, 2, padding_idx=0), nn.Linear(1, 1)
+    ends.config = SimpleNamespace(pad_token_id=0, eos_token_id=[8, 0])
+    encodes = nn.ModuleList([knows])
+    encodes.config = SimpleNamespace(pad_token_id=0, is_encoder_decoder=True)
+    an_empty_one = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 0], [0, 0, 0, 0]])
+    with warnings.catch_warnings(action="error"):
+        for model, batch in (
+            (users, {"input_ids": LEFT, "labels": LEFT}),  # a token like others; padding of users
+            (knows, {"input_ids": an_empty_one}),
+            (None, {"input_ids": an_empty_one, "labels": an_empty_one.where(an_empty_one > 0, -100)}),
+            (ends, {"input_ids": LEFT, "labels": LEFT}),  # packed: two texts end
+            (encodes, {"input_ids": LEFT, "attention_mask": (LEFT > 0).long(), "labels": TOKENS}),
+        ):
+            reader(model).targets(batch, (len(batch["input_ids"]), 4, 9))
+
+
+def test_the_embedding_that_reads_the_tokens_knows_their_padding():
+    for others in (nn.Embedding(6, 2), nn.Embedding(30, 2), nn.Embedding(9, 2, padding_idx=0)):
+        model = nn.ModuleList([others, nn.Embedding(9, 2, padding_idx=0)])  # as wide as the head
+        with pytest.warns(ResMemWarning, match=NO_MASK):
+            reader(model).targets({"input_ids": LEFT}, SHAPE)
+
+
+def test_only_the_first_batches_are_looked_at_for_padding():
+    rows = reader(nn.Embedding(9, 2, padding_idx=0))
+    with warnings.catch_warnings(action="error"):
+        for _ in range(3):
+            rows.targets({"input_ids": TOKENS}, SHAPE)
+        rows.targets({"input_ids": LEFT}, SHAPE)
