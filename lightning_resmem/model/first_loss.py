@@ -94,15 +94,24 @@ class FirstLoss:
         self.close()
         if len(outputs) != 1 or outputs[0][0].ndim not in (2, 3):
             return
-        output, end = outputs[0][0].detach(), outputs[0][1]
+        returned, end = outputs[0][0].detach(), outputs[0][1]
+
+        def laid(part: Tensor) -> Tensor:
+            """What is laid out as what the head returned, in the layout of the targets: `(B, C)` or `(B, T, C)`."""
+            swaps = isinstance(self._head, nn.Conv1d) and part.shape == returned.shape and part.ndim == 3
+            return part.transpose(1, 2) if swaps else part
+
+        output = laid(returned)
         try:
             reader = RowReader(self._reader, self._model, self._task or Multiclass())
             read = reader.targets(batch, tuple(output.shape))
         except InputError:  # the rehearsal has said so where it matters
             return
         targets, others = read.targets.detach(), [other for other in others if other[1].ndim == output.ndim]
-        kinds: list[_Pairs] = [list(compared(loss, kind)) for kind in (DISTANCES, CLASSES)]
-        kinds.append(list(compared_by_hand(loss, output.flatten(0, -2), end, targets)))
+        kinds: list[_Pairs] = [
+            [(laid(seen), laid(wanted)) for seen, wanted in compared(loss, kind)] for kind in (DISTANCES, CLASSES)
+        ]
+        kinds.append(list(compared_by_hand(loss, output.flatten(0, -2), end, targets, laid)))
         labels = targets
         if read.kept is not None:
             self._check_shift(moved(output, read, kinds[1]))

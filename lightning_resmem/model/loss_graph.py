@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -36,7 +36,9 @@ def compared(loss: Tensor, kinds: tuple[str, ...]) -> Iterator[tuple[Tensor, Ten
             waiting += [previous for previous, _ in node.next_functions]
 
 
-def compared_by_hand(loss: Tensor, output: Tensor, end: Any, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def compared_by_hand(
+    loss: Tensor, output: Tensor, end: Any, targets: Tensor, laid: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
     """What a loss compares that users write themselves: `(output - targets) ** 2` keeps the difference.
 
     Args:
@@ -44,6 +46,7 @@ def compared_by_hand(loss: Tensor, output: Tensor, end: Any, targets: Tensor) ->
         output: Of the head, shape `(B, C)`.
         end: The node that made it.
         targets: Of the same rows, as many numbers.
+        laid: Gives what is laid out as `end` made it the order of `output`.
 
     Yields:
         What may be compared, shapes `(B, C)`: a function of the outputs, and what is left of a difference then.
@@ -54,7 +57,7 @@ def compared_by_hand(loss: Tensor, output: Tensor, end: Any, targets: Tensor) ->
     for node in _between(loss, end):
         for kept in _kept(node, "_saved_self", "_saved_other"):
             if kept.numel() == output.numel() and kept.is_floating_point():
-                yield from _parts(kept.detach().double().reshape(output.shape), given, true)
+                yield from _parts(laid(kept.detach()).double().reshape(output.shape), given, true)
 
 
 def _parts(difference: Tensor, output: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -336,10 +336,22 @@ class Tokens(nn.Module):
         return self.aux(states), self.head(states)
 
 
-def look_at_tokens(loss, batch, task=None, columns=9, **options):
+class Convolved(Tokens):
+    """Heads that return `(B, C, T)`."""
+
+    def __init__(self, columns=9):
+        super().__init__()
+        self.aux, self.head = nn.Conv1d(8, columns, 1), nn.Conv1d(8, columns, 1)
+
+    def forward(self, tokens):
+        states = self.embed(tokens).transpose(1, 2)
+        return self.aux(states), self.head(states)
+
+
+def look_at_tokens(loss, batch, task=None, columns=9, kind=Tokens, **options):
     """What is said of a step with this loss of the two heads' outputs."""
     torch.manual_seed(0)
-    model = Tokens(columns)
+    model = kind(columns)
     watching = FirstLoss(model, "head", BatchReader(**options), task or Multiclass())
     try:
         watching.watch(batch)
@@ -411,3 +423,23 @@ def test_numbers_of_each_position_in_other_units():
         assert look_at_tokens(lambda _, o: loss(o, numbers), batch, Regression(), 2) is None  # noqa: B023
         said = look_at_tokens(lambda _, o: loss(3 * o + 1, numbers), batch, Regression(), 2)  # noqa: B023
         assert "compares 3 * output + 1 with 1 * target + " in said
+
+
+@pytest.mark.parametrize("columns", [9, 6])  # as many as there are positions, too
+def test_a_convolution_is_looked_at_by_its_positions(columns):
+    labels, options = TEXT % columns, {"columns": columns, "kind": Convolved}
+    batch = {"words": TEXT, "labels": labels}
+    assert look_at_tokens(lambda _, outputs: F.cross_entropy(outputs, labels), batch, **options) is None
+    said = look_at_tokens(lambda _, outputs: F.cross_entropy(outputs, columns - 1 - labels), batch, **options)
+    assert "trained on other labels than those of the batch" in said
+    numbers = torch.randn(4, 6, columns, generator=torch.Generator().manual_seed(0))
+    batch = {"words": TEXT, "targets": numbers}
+    for loss in (F.mse_loss, lambda outputs, targets: ((outputs - targets) ** 2).mean()):
+
+        def scaled(_, outputs):
+            return loss(torch.arange(1, columns + 1)[:, None] * outputs, numbers.transpose(1, 2))  # noqa: B023
+
+        said = look_at_tokens(scaled, batch, Regression(), **options)
+        assert "compares 2 * output + " in said
+        assert "with 1 * target + " in said
+        assert look_at_tokens(lambda _, o: loss(o, numbers.transpose(1, 2)), batch, Regression(), **options) is None  # noqa: B023
