@@ -143,11 +143,10 @@ def _numbers(batch: Batch, column: str) -> NDArray[Any]:
 
 
 def _check_times(memory: ResidualMemory, asked_at: str | None) -> None:
-    are_dated = memory._row_times(memory.ids[:1]) is not None
-    if are_dated and asked_at is None:
+    if memory.are_dated and asked_at is None:
         raise InputError(
             "The rows of this memory have times, so it must be told when each row is asked: give the name of the "
             'column with the times, asked_at="hour".'
         )
-    if asked_at is not None and not are_dated:
+    if asked_at is not None and not memory.are_dated:
         raise InputError(f"asked_at={asked_at!r}, but the rows of this memory have no times: leave it out.")

@@ -1,9 +1,12 @@
 """A memory of tokens: rows of sequences against loops in float64, through the callback and the module."""
 
+import itertools
 import logging
 import math
 import re
+import warnings
 
+import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
@@ -18,11 +21,14 @@ from lightning_resmem import (
     LocalMemory,
     ResMemCallback,
     ResMemParams,
+    ResMemWarning,
     memorize,
 )
 from lightning_resmem.memory.knn_lm import knn_lm_params
 from lightning_resmem.reporting import loggers
+from lightning_resmem.reporting.pictures import text_lookups
 from lightning_resmem.reporting.summary import evaluation_summary
+from lightning_resmem.reporting.wandb_report import log_flips
 from tests import oracle
 from tests.language import VOCABULARY, Causal, Collate, Texts, loader, rows_of, texts
 from tests.models import trainer
@@ -134,7 +140,7 @@ def test_callback_and_module_against_the_oracle(tmp_path, caplog, monkeypatch):
     assert "the output at position t belongs to the label at t + 1" in told
     tables = Tables()
     monkeypatch.setattr(loggers, "_has_matplotlib", lambda: False)
-    run.loggers, model.decode = [tables], words
+    run.loggers = [tables]
     left, total = (
         sum(len(text) - 1 for text in TRAIN),
         sum(len(part) * max(map(len, part)) for part in (TRAIN[start : start + 4] for start in range(0, 23, 4))),
@@ -145,7 +151,12 @@ def test_callback_and_module_against_the_oracle(tmp_path, caplog, monkeypatch):
     queries = rows_of(model, TEST)
     wanted = expected(model, queries)
     nll = -np.log(oracle_probabilities(wanted))[range(len(queries.targets)), queries.targets]
-    (logged,) = run.test(model, loader(TEST, 3), verbose=False)
+    model.decode = lambda code, targets: code  # a model may call anything so
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResMemWarning)
+        run.validate(model, loader(TEST, 3), verbose=False)
+    assert "text" not in tables.rows["val/flipped_rows"][0]
+    (logged,) = run.test(model, datamodule=Tokens(), verbose=False)
     found = callback.evaluation
     assert found.rows == len(queries.targets)
     for name in ("base", "knn", "resmem"):
@@ -164,6 +175,7 @@ def test_callback_and_module_against_the_oracle(tmp_path, caplog, monkeypatch):
         target, base, resmem = places[flip.position, flip.token]
         assert (flip.target, flip.base, flip.resmem) == (target, base.argmax(), resmem.argmax())
     check_flips(tables.rows["test/flipped_rows"], found.flips)
+    check_flips_without_text(tables, found, callback.memory)
     peer = knn_lm_params(callback.memory)
     assert peer == callback.tuning.knn_lm
     train = rows_of(model, TRAIN)
@@ -195,6 +207,17 @@ def test_callback_and_module_against_the_oracle(tmp_path, caplog, monkeypatch):
     assert len(combined.explain(batch, top=2)) == shape[0] * shape[1]
 
 
+def words(tokens):
+    return "".join("_abcdefg"[token] for token in tokens)
+
+
+class Tokens(L.LightningDataModule):
+    decode = staticmethod(words)
+
+    def test_dataloader(self):
+        return loader(TEST, 3)
+
+
 class Tables(WandbLogger):
     """Keeps tables, and has no run."""
 
@@ -219,10 +242,6 @@ class Tables(WandbLogger):
         pass
 
 
-def words(tokens):
-    return "".join("_abcdefg"[token] for token in tokens)
-
-
 def check_flips(rows, flips):
     """A table's rows show the text around each flip, and around its neighbours."""
     assert len(rows) == len(flips)
@@ -234,6 +253,18 @@ def check_flips(rows, flips):
         sequence, place = divmod(int(neighbor[4]), 2**20)
         assert neighbor[1] == words(TRAIN[sequence][: place + 1])
         assert neighbor[2][0] == words([int(neighbor[3])])
+
+
+def check_flips_without_text(tables, evaluation, memory):
+    """The table goes on in words where the text ends: three passages are decoded, in two calls each."""
+    calls = itertools.count()
+    looks = text_lookups(lambda tokens: words(tokens) if next(calls) < 6 else tokens, loader(TEST, 3), loader(TRAIN, 4))
+    with pytest.warns(ResMemWarning, match="flipped tokens are shown without text: InputError: decode returned a list"):
+        log_flips(tables, "some", evaluation, memory, *looks, 0)
+    with_text, without = tables.rows["test/flipped_rows"], tables.rows["some"]
+    assert [row["text"] for row in without] == [with_text[0]["text"], *[None] * (len(with_text) - 1)]
+    for full, row in zip(with_text, without, strict=True):
+        assert full["neighbor_1"].partition(": ")[2] == row["neighbor_1"]
 
 
 def oracle_probabilities(predictions):

@@ -269,6 +269,11 @@ def test_a_query_recalls_what_was_known_when_it_was_asked(digits: Digits) -> Non
         ResMemPredictor(lambda: memory, base, inputs="pixels", asked_at="hour")({"pixels": batch["pixels"]})
 
 
+def test_no_ids_are_fetched_to_tell_whether_rows_have_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(LocalMemory, "ids")  # of a memory in shards they are millions from all of them
+    ResMemPredictor(dated, Net, inputs="pixels", asked_at="hour")
+
+
 def test_times_are_given_where_the_memory_has_them(saved: Path) -> None:
     memory = dated()
     with pytest.raises(InputError, match='give the name of the column with the times, asked_at="hour"'):

@@ -71,6 +71,11 @@ class ShardedMemory(ResidualMemory):
         assert self._shape is not None
         return self._shape[1]
 
+    @property
+    def are_dated(self) -> bool:
+        self.build()
+        return self._are_dated
+
     def build(self) -> None:
         if self._built:
             return
@@ -136,6 +141,7 @@ class ShardedMemory(ResidualMemory):
         self._rows = sum(self._shard_rows)
         self._built = all(state["built"] for replicas in states for state in replicas if state["rows"])
         self._last_id = max(state["last_id"] for state in firsts)
+        self._are_dated = any(state["dated"] for state in firsts)
         self._shape = next(((s["width"], s["outputs"]) for s in firsts if s["rows"]), self._shape)
 
     # -- rows
@@ -236,8 +242,8 @@ class ShardedMemory(ResidualMemory):
     def _query_rows(self, ids: Tensor) -> Tensor:
         return self._stored(as_ids(ids).cpu())["keys"].float()
 
-    def _row_times(self, ids: Tensor) -> Tensor | None:
-        return self._stored(as_ids(ids).cpu()).get("times")
+    def _row_times(self, ids: Tensor) -> Tensor:
+        return self._stored(as_ids(ids).cpu())["times"]
 
     def _drop_refused(self) -> None:
         """Count the chunks no more that the shards did not take."""
@@ -278,5 +284,5 @@ class ShardedMemory(ResidualMemory):
     def _reset(self) -> None:
         self._forget()
         self._rows, self._last_id, self._built = 0, -1, False
-        self._shape = None
+        self._shape, self._are_dated = None, False
         self._shard_rows = [0] * self._shards.config.num_shards

@@ -1,11 +1,14 @@
 """The text around rows that are positions of sequences."""
 
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_resmem.errors import InputError
 from lightning_resmem.explanation.pictures import entries, row_of
 from lightning_resmem.memory.token_ids import STRIDE
 
@@ -20,15 +23,15 @@ def passages(dataset: Any, decode: Callable[[list[int]], str]) -> Passages:
     For `Explanation.tables(text=...)` and `write_report(..., text=...)`.
 
     Args:
-        dataset: That was memorized: `dataset[i]` is a sequence of tokens, alone, as the entry `input_ids`, or first
-            in a tuple; padding on its left has an `attention_mask`.
+        dataset: That was memorized: `dataset[i]` is a sequence of tokens, alone, as the entry `input_ids`, or either
+            of these first in a tuple; padding on its left has an `attention_mask`.
         decode: Of a tokenizer, or any function of a list of tokens that returns text.
 
     Returns:
         A function of a row's id, such as `memory.ids[0]`. It returns None where a row of the dataset holds no tokens.
 
     Raises:
-        InputError: When it is called, if the dataset has no such sequence.
+        InputError: When it is called, if the dataset has no such sequence, or if `decode` returns no text.
 
     Examples:
         >>> text = passages([[7, 4, 11, 11, 14]], lambda tokens: "".join(chr(97 + token) for token in tokens))
@@ -38,28 +41,39 @@ def passages(dataset: Any, decode: Callable[[list[int]], str]) -> Passages:
 
     def around(id: int) -> str | None:
         sequence, position = divmod(int(id), STRIDE)
-        row = row_of(dataset, sequence)
-        tokens = _tokens(row)
+        tokens = _tokens(row_of(dataset, sequence))
         if tokens is None:
             return None
-        mask = row.get("attention_mask") if isinstance(row, Mapping) else None
-        start = 0 if mask is None else int(torch.as_tensor(mask).ne(0).long().argmax())
-        end = start + position + 1
+        end = position + 1
         before, after = tokens[max(0, end - _BEFORE) : end], tokens[end : end + _AFTER]
-        return f"{decode(before.tolist())}▸{decode(after.tolist())}"
+        return "▸".join(_text(decode(part.tolist())) for part in (before, after))
 
     return around
 
 
 def _tokens(row: Any) -> Tensor | None:
-    """The tokens of a sequence `(T,)`."""
-    if isinstance(row, Mapping):
-        found = row.get("input_ids")
-    elif isinstance(row, list) and row and isinstance(row[0], int):
-        found = row
-    else:
-        found = next(iter(entries(row)), None)
-    if found is None or isinstance(found, str):
-        return None
-    tokens = torch.as_tensor(found)
-    return None if tokens.ndim != 1 or tokens.is_floating_point() else tokens
+    """The tokens of a sequence `(T,)`, from the first that is no padding to the last."""
+    if not isinstance(row, Mapping) and _as_tokens(row) is None:
+        row = next(iter(entries(row)), None)
+    if not isinstance(row, Mapping):
+        return _as_tokens(row)
+    tokens, mask = _as_tokens(row.get("input_ids")), row.get("attention_mask")
+    if tokens is None or mask is None:
+        return tokens
+    kept = torch.as_tensor(mask).flatten().nonzero()
+    return tokens[int(kept[0]) : int(kept[-1]) + 1] if len(kept) else tokens[:0]
+
+
+def _as_tokens(found: Any) -> Tensor | None:
+    """Whole numbers `(T,)`; None for anything else."""
+    if isinstance(found, list):
+        found = np.asarray(found) if all(isinstance(token, Integral) for token in found) else None
+    if isinstance(found, np.ndarray):
+        found = torch.from_numpy(found.astype(np.int64)) if found.dtype.kind in "biu" else None
+    return found if isinstance(found, Tensor) and found.ndim == 1 and not found.is_floating_point() else None
+
+
+def _text(found: Any) -> str:
+    if not isinstance(found, str):
+        raise InputError(f"decode returned a {type(found).__name__} for a list of tokens, expected text.")
+    return found

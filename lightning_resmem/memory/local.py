@@ -274,6 +274,6 @@ class LocalMemory(PartMemory):
         with self.reading():
             return self._rows.keys.finish()[self._positions(ids)].float()
 
-    def _row_times(self, ids: Tensor) -> Tensor | None:
+    def _row_times(self, ids: Tensor) -> Tensor:
         with self.reading():
-            return self._rows.times.finish()[self._positions(ids)] if self._rows.are_dated else None
+            return self._rows.times.finish()[self._positions(ids)]

@@ -73,6 +73,11 @@ class Dated:
     @abstractmethod
     def __len__(self) -> int: ...
 
+    @property
+    @abstractmethod
+    def are_dated(self) -> bool:
+        """Whether rows have times."""
+
     def at(self, asked_at: Any) -> Self:
         """This memory as it was known at some time, that moment included: rows that were known later do not count.
 
@@ -116,8 +121,7 @@ class Dated:
 
     def at_rows(self, ids: Tensor) -> Self:
         """This memory, asked when the queries that became these rows `(n,)` were; itself, if rows have no times."""
-        times = self._row_times(ids)
-        return self if times is None else self._view(times[:, 0].contiguous())
+        return self._view(self._row_times(ids)[:, 0].contiguous()) if self.are_dated else self
 
     def _view(self, times: Tensor) -> Self:
         if len(self):
@@ -138,8 +142,8 @@ class Dated:
         return times
 
     @abstractmethod
-    def _row_times(self, ids: Tensor) -> Tensor | None:
-        """When rows `(n,)` were asked for and known, `(n, 2)`; None if rows have no times."""
+    def _row_times(self, ids: Tensor) -> Tensor:
+        """When rows `(n,)` were asked for and known, `(n, 2)`; for rows that have times."""
 
 
 def check_asked(asked_at: Tensor | None, are_dated: bool) -> None:

@@ -20,9 +20,8 @@ from lightning_resmem.metrics.evaluation import Evaluation
 from lightning_resmem.progress import shows_progress
 from lightning_resmem.reporting import wandb_report
 from lightning_resmem.reporting.loggers import each_logger, log_figures, log_hyperparameters, log_metrics, warn_only
-from lightning_resmem.reporting.pictures import row_lookup
+from lightning_resmem.reporting.pictures import row_lookup, text_lookups
 from lightning_resmem.reporting.summary import chosen_flip_rate, evaluation_summary, memory_summary, num_shards
-from lightning_resmem.trainer.loaders import offered_decode
 from lightning_resmem.tuning.result import TuningResult
 
 
@@ -151,13 +150,16 @@ class Report:
         name, step = named("scores"), trainer.global_step
         _each_wandb(trainer, name, lambda run: wandb_report.log_scores(run, name, evaluation, step))
         flips = named("flipped_rows")
-        owners = trainer.datamodule, trainer.lightning_module  # type: ignore[attr-defined]
-        decode = offered_decode(*owners) if of_sequences(memory.provenance) else None
         rows = loader, self._memory_loaders
-        if decode is None and of_sequences(memory.provenance):
-            rows = None, None
-        looks = row_lookup(rows[0], decode), row_lookup(rows[1], decode)
-        _each_wandb(trainer, flips, lambda run: wandb_report.log_flips(run, flips, evaluation, memory, *looks, step))
+        if of_sequences(memory.provenance):
+            # A model's own `decode` may be anything: of a code, of a beam.
+            datamodule = trainer.datamodule  # type: ignore[attr-defined]
+            look, look_behind = text_lookups(getattr(datamodule, "decode", None), *rows)
+        else:
+            look, look_behind = (row_lookup(each) for each in rows)
+        _each_wandb(
+            trainer, flips, lambda run: wandb_report.log_flips(run, flips, evaluation, memory, look, look_behind, step)
+        )
 
 
 def memory_numbers(

@@ -87,6 +87,7 @@ def log_flips(
     ids = torch.tensor([flip.neighbor_ids for flip in flips])
     labels = _labels_of(memory, ids, flips)
     with_neighbors = first is not None and look_at_neighbor(flips[0].neighbor_ids[0]) is not None
+    takes_words = not (with_neighbors and kind == ["image"])  # beside images a column has nothing else
     about = ["flip", "position", "target", "base", "resmem", "base_confidence", "resmem_confidence"]
     about[2:2] = [name for name in ("token", "output") if getattr(flips[0], name) is not None]
     neighbors = [f"neighbor_{place}" for place in range(1, ids.shape[1] + 1)]
@@ -95,10 +96,12 @@ def log_flips(
         values = {**asdict(flip), "flip": "turned right" if flip.is_positive else "turned wrong"}
         cells = [values[column] for column in about]
         if kind:
-            cells.append(_cell(_shown(look_at_row, flip), ""))
+            cells.append(_cell(_shown(look_at_row, flip)))
         for id, distance, label in zip(flip.neighbor_ids, flip.neighbor_distances, row_labels, strict=True):
             words = f"{label:g} (#{id}, distance {distance:.3g})"
-            cells.append(None if id < 0 else _cell(look_at_neighbor(id), words) if with_neighbors else words)
+            shown = look_at_neighbor(id) if with_neighbors and id >= 0 else None
+            bare = words if takes_words and id >= 0 else None
+            cells.append(bare if shown is None else _cell(shown, words))
         rows.append(cells)
     logger.log_table(name, [*about, *kind, *neighbors], rows, step=step)
 
@@ -217,7 +220,7 @@ def _shown(look_at_row: Look, flip: Flip) -> Shown | None:
     return look_at_row(flip.position if flip.token is None else flip.position * STRIDE + flip.token)
 
 
-def _cell(shown: Shown | None, caption: str) -> "wandb.Image | str | None":
+def _cell(shown: Shown | None, caption: str = "") -> "wandb.Image | str | None":
     import wandb
 
     if isinstance(shown, str):

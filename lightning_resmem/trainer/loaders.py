@@ -1,6 +1,5 @@
-"""Whose rows are memorized, whose are tuned on, and who makes text of tokens."""
+"""Whose rows are memorized, and whose are tuned on."""
 
-from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as L
@@ -13,15 +12,6 @@ def offered_loader(*owners: Any) -> Any:
         offer = getattr(owner, "memory_dataloader", None)
         if callable(offer):
             return offer()
-    return None
-
-
-def offered_decode(*owners: Any) -> Callable[[list[int]], str] | None:
-    """The `decode` of the first owner that has one (a datamodule, the model), else None."""
-    for owner in owners:
-        decode: Any = getattr(owner, "decode", None)
-        if callable(decode):
-            return decode  # type: ignore[no-any-return]
     return None
 
 

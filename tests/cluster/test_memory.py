@@ -634,6 +634,7 @@ def test_rows_with_times_as_in_a_local_memory(pools: dict[str, RayMemory], tmp_p
     for each in (memory, local):
         each.add(*columns)
         each.update(data.ids[:5], embeddings=data.keys[:5] + 1)
+    assert memory.are_dated
     expected, found = local.at(data.asked_at), memory.at(data.asked_at)
     for ours, theirs in zip(found.search(data.queries, 9), expected.search(data.queries, 9), strict=True):
         assert torch.equal(ours, theirs)

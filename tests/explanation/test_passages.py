@@ -2,14 +2,17 @@
 
 import io
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
+from torch.utils.data import DataLoader
 
-from lightning_resmem import InputError, LocalMemory, ResMemParams, explain, passages
+from lightning_resmem import InputError, LocalMemory, ResMemParams, ResMemWarning, explain, passages
 from lightning_resmem.memory.token_ids import STRIDE
 from lightning_resmem.reporting.html_report import write_report
-from lightning_resmem.reporting.pictures import row_lookup
+from lightning_resmem.reporting.pictures import row_lookup, text_lookups
 
 LONG = [token % 26 for token in range(40)]
 
@@ -32,23 +35,58 @@ def test_text_around_positions():
         {"input_ids": [7, 8, 0], "labels": [8, -100, -100]},
         {"input_ids": torch.tensor([7, 8, 0])},
         {"input_ids": torch.tensor([0, 0, 7, 8, 0]), "attention_mask": torch.tensor([0, 0, 1, 1, 1])},
+        {"input_ids": torch.tensor([0, 7, 8, 0, 0, 0]), "attention_mask": torch.tensor([0.0, 1, 1, 1, 0, 0])},
         (torch.tensor([7, 8, 0]), torch.tensor([8, 0, 1])),
+        ({"input_ids": [0, 7, 8, 0], "attention_mask": [0, 1, 1, 1]}, torch.tensor(1)),
         torch.tensor([7, 8, 0]),
+        np.array([7, 8, 0], dtype=np.uint16),
+        list(np.array([7, 8, 0])),
     ],
     ids=str,
 )
 def test_sequences_of_every_kind(row):
-    tail = passages([row], words)(1)
-    assert tail.startswith(("hi▸a", "aahi▸a"))
+    assert passages([row], words)(1) == "hi▸a"
 
 
-@pytest.mark.parametrize("row", ["hi", {"text": "hi"}, torch.rand(3), torch.zeros(2, 2, dtype=torch.long), ()], ids=str)
+@pytest.mark.parametrize(
+    "row",
+    [
+        "hi",
+        {"text": "hi"},
+        torch.rand(3),
+        torch.zeros(2, 2, dtype=torch.long),
+        (),
+        {"input_ids": [[1], [2, 3]]},
+        pytest.param(Image.new("L", (4, 4)), id="image"),
+    ],
+    ids=str,
+)
 def test_rows_without_tokens(row):
     assert passages([row], words)(0) is None
 
 
+def test_what_decodes_to_no_text():
+    with pytest.raises(InputError, match="decode returned a list for a list of tokens, expected text"):
+        passages([LONG], lambda tokens: tokens)(0)
+
+
+def test_text_until_decode_fails():
+    """Also for the other dataset, and told once."""
+    rows = DataLoader([LONG])
+
+    def fails(tokens):
+        return words(tokens) if LONG[9] not in tokens else words(None)
+
+    look, look_behind = text_lookups(fails, rows, rows)
+    assert look(2) == "abc▸defg"
+    with pytest.warns(ResMemWarning, match="shown without text: TypeError") as told:
+        assert [look(12), look(2), look_behind(2)] == [None] * 3
+    assert len(told) == 1
+    assert [find(2) for find in text_lookups(None, rows, rows)] == [None, None]
+
+
 def test_datasets_of_several_loaders():
-    rows = [torch.utils.data.DataLoader([LONG[:3], LONG[:5]]), torch.utils.data.DataLoader([LONG])]
+    rows = [DataLoader([LONG[:3], LONG[:5]]), DataLoader([LONG])]
     assert row_lookup(rows, words)(2 * STRIDE + 2) == "abc▸defg"
 
 
