@@ -40,13 +40,23 @@ def test_search_without_numba(harness):
     assert distances.max() == 0
 
 
+def keep_sets(monkeypatch, *names):
+    from real_data import SETS
+
+    for name in SETS.keys() - set(names):
+        monkeypatch.delitem(SETS, name)
+
+
 def test_a_line_for_every_data_set(harness, monkeypatch, tmp_path):
     import real_data
 
     monkeypatch.setattr(harness, "TABLES", tmp_path)
     monkeypatch.setattr(real_data, "STEPS", 60)
     monkeypatch.setattr(real_data, "ALTERNATIVES", ("wine",))
-    real_data.main(["--only", "wine", "diabetes", "--seeds", "2"])
+    keep_sets(monkeypatch, "wine", "diabetes")
+    real_data.main(["--only", "diabetes", "--seeds", "1"])
+    assert [*tmp_path.iterdir()] == [], "the documentation's table is replaced by a whole one only"
+    real_data.main(["--seeds", "2"])
     _, _, wine, diabetes = (tmp_path / "real_data.md").read_text().splitlines()
     for line, name, least, most in ((wine, "wine", 85, 100), (diabetes, "diabetes", 40, 90)):
         base, knn, resmem = (float(cell.split(" ± ")[0]) for cell in line.split(" | ")[2:5])
@@ -70,7 +80,8 @@ def test_two_layers_beside_the_better_one(harness, monkeypatch, tmp_path):
     monkeypatch.setitem(real_data.SETS, "digits", few_digits)
     monkeypatch.setattr(blended, "SHARES", (0.5,))
     monkeypatch.setattr(blended, "STRENGTHS", (1.0,))
-    blended.main(["--only", "digits", "--seeds", "1", "--steps", "20"])
+    keep_sets(monkeypatch, "digits")
+    blended.main(["--seeds", "1", "--steps", "20"])
     _, _, *lines = (tmp_path / "blended.md").read_text().splitlines()
     for line, name in zip(lines, ("digits", "digits, convolutions"), strict=True):
         base, auto, both, evident, beyond, _ = (float(cell.split(" ± ")[0]) for cell in line.split(" | ")[1:7])
@@ -97,7 +108,8 @@ def test_rows_that_were_held_out(harness, monkeypatch, tmp_path):
 
     monkeypatch.setattr(harness, "TABLES", tmp_path)
     monkeypatch.setitem(real_data.SETS, "digits", few_digits)
-    held_out_rows.main(["--only", "digits", "--seeds", "1", "--steps", "60"])
+    monkeypatch.setattr(held_out_rows, "NAMES", ("digits",))
+    held_out_rows.main(["--seeds", "1", "--steps", "60"])
     (line,) = (tmp_path / "held_out_rows.md").read_text().splitlines()[2:]
     _, left, base, training, _, both, _ = (re.findall(r"-?[\d.]+", cell)[:1] for cell in line.split(" | "))
     assert float(left[0]) < 10  # it knows the rows that it was trained on

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from _harness import report
+from _harness import report_whole
 from real_data import (
     SETS,
     STEPS,
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         print(*lines[-1], sep=" | ", flush=True)
     header = ["data", "base", 'embedding="auto"', *KINDS[2:], "blended beyond auto", "in loss x 1,000", "was evident"]
-    report("blended", "Gain over the base on test rows", header, lines)
+    report_whole(SETS, "blended", "Gain over the base on test rows", header, lines)
 
 
 if __name__ == "__main__":

