@@ -272,7 +272,9 @@ class Pass:
             returns_outputs, is_regression = self._reader.returns_outputs(model), isinstance(self._task, Regression)
             check_returned(model, self.tap.head, *captured, returned, returns_outputs, is_regression)
             if self._trains and returns_outputs:
-                check_tail(model, self.tap.head, lambda: self._reader.run(model, batch))
+                # A context of its own: autocast of older torch keeps the casts of weights made without gradients.
+                with trainer.precision_plugin.forward_context():
+                    check_tail(model, self.tap.head, lambda: self._reader.run(model, batch))
         return self._rows(captured, batch, part, index, first_row)
 
     def _rows(self, captured: Captured, batch: Any, part: Part, index: int, first_row: int) -> _Read:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_resmem.errors import HeadError
-from lightning_resmem.model.loss_graph import trained_between
+from lightning_resmem.model.loss_graph import normalized_between
 from lightning_resmem.model.names import named_modules, quoted, submodule
 from lightning_resmem.model.returned import WAY_OUT, same, tensors
 
@@ -40,8 +40,8 @@ def maker(model: nn.Module, run: Callable[[], Any]) -> str | None:
 def check_tail(model: nn.Module, head: str, run: Callable[[], Any]) -> None:
     """Raise an error if something that is trained follows the head, though it changes no number yet.
 
-    A BatchNorm that was never trained does not in evaluation mode, and no factor of one. After training it does, when
-    an error would come too late.
+    A BatchNorm that was never trained does not in evaluation mode, and no factor of one, nor what is added and still
+    zero. After training it does, when an error would come too late.
 
     Args:
         model: Before it is trained.
@@ -50,30 +50,44 @@ def check_tail(model: nn.Module, head: str, run: Callable[[], Any]) -> None:
     """
     ends: list[tuple[Tensor, Any]] = []
 
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+    def cut(_module: nn.Module, _args: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
-            ends.append((output.detach().clone(), output.grad_fn))  # the model may go on in place
+            # Gradients end here, so parameters that get some come after it. A copy: the model may go on in place.
+            start = output.detach().requires_grad_(output.requires_grad).clone()
+            ends.append((output.detach().clone(), start.grad_fn))
+            return start
+        return output
 
-    hook = submodule(model, "head", head).register_forward_hook(keep)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    hook = submodule(model, "head", head).register_forward_hook(cut)
     try:
         with torch.enable_grad():
             returned = list(tensors(run()))
+        if len(ends) != 1:
+            return
+        output, end = ends[0]
+        following = [_following(tensor, end, trained) for tensor in returned if same(output, tensor)]
     except RuntimeError:  # what is never asked for gradients may not do with them
         return
     finally:
         hook.remove()
-    if len(ends) != 1:
-        return
-    output, end = ends[0]
-    following = [trained_between(tensor, end) for tensor in returned if same(output, tensor)]
     if not following or not all(following):
         return
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    trained = [names[id(parameter)] for parameter in following[0] if id(parameter) in names]
     raise HeadError(
-        f"Something that is trained follows the head {head!r}: {quoted(trained) or 'a BatchNorm'}. It does not "
+        f"Something that is trained follows the head {head!r}: {following[0]}. It does not "
         f"change what the head returns yet, but will. {by_module(maker(model, run), head) or WAY_OUT}"
     )
+
+
+def _following(tensor: Tensor, end: Any, trained: Mapping[str, Tensor]) -> str:
+    """What is trained and made a tensor from what the node `end` made, for a message; nothing if nothing did."""
+    names: list[str] = []
+    if trained and tensor.requires_grad:
+        weights = torch.rand_like(tensor)  # the sum of a softmax has no gradient
+        found = torch.autograd.grad(tensor, [*trained.values()], weights, retain_graph=True, allow_unused=True)
+        # That of what is multiplied by a constant zero, so that every parameter is used, is zero.
+        names = [name for name, grad in zip(trained, found, strict=True) if grad is not None and grad.abs().sum() != 0]
+    return quoted(names) or ("a BatchNorm" if end is not None and normalized_between(tensor, end) else "")
 
 
 def by_module(made_by: str | None, linear: str) -> str | None:

@@ -35,6 +35,42 @@ class Adds(nn.Module):
         return coarse, self.fine(torch.cat([x, coarse], dim=1))
 
 
+class Adapted(nn.Module):
+    """A head with an adapter of low rank, which adds nothing yet."""
+
+    def __init__(self, width=4, classes=3):
+        super().__init__()
+        self.base, self.down, self.up = nn.Linear(width, classes), nn.Linear(width, 2), nn.Linear(2, classes)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+class Gated(nn.Module):
+    """Multiplies by a function of the input, which is one yet."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.gate = nn.Linear(4, 3), nn.Linear(4, 1, bias=False)
+        nn.init.zeros_(self.gate.weight)
+
+    def forward(self, x):
+        return self.head(x) * (1 + self.gate(x))
+
+
+class UsesAll(nn.Module):
+    """So that every parameter has a gradient, as training on several GPUs asks; and it goes on in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.unused = nn.Linear(4, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.head(x).add_(0 * sum(parameter.sum() for parameter in self.parameters()))
+
+
 def layers(*others):
     return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3), *others).eval()
 
@@ -49,8 +85,14 @@ X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
         (layers(nn.BatchNorm1d(3, affine=False)), "1", r"a BatchNorm\..*head='2'"),
         (layers(nn.BatchNorm1d(3), nn.Softmax(1)), "1", r"'2\.weight'.*made by '3'"),
         (Scales(), "head", r"'factor'\. .*nn\.Sequential\(self\.fc, Rescale"),
+        (
+            nn.Sequential(Adapted(), nn.Softmax(1)),
+            "0.base",
+            r"'0\.up\.weight', '0\.up\.bias'\. .*made by '1'.*head='1', embedding=\"0\.base:input\"",
+        ),
+        (Gated(), "head", r"'gate\.weight'\. .*nn\.Sequential\(self\.fc, Rescale"),
     ],
-    ids=["norm", "without weights", "softmax", "factor"],
+    ids=["norm", "without weights", "softmax", "factor", "adapter", "gate"],
 )
 def test_what_is_trained_and_follows_the_head_is_refused(model, head, said):
     for parameter in model.parameters():
@@ -68,6 +110,8 @@ def test_what_is_not_trained_may_follow():
     both = Adds()
     check_tail(both, "head", lambda: both(X))
     check_tail(both, "fine", lambda: both(X))
+    uses_all = UsesAll()
+    check_tail(uses_all, "head", lambda: uses_all(X))
 
 
 def test_a_model_that_does_without_gradients_is_not_looked_at():
@@ -97,6 +141,23 @@ def test_it_is_refused_before_the_first_step(tmp_path):
     run = trainer(tmp_path, ResMemCallback(memory_for(CallsSelf)))
     with pytest.raises(HeadError, match=r"head='norm', embedding=\"head:input\""):
         run.fit(Normalizes(), datamodule=Data())
+    assert run.global_step == 0
+
+
+def test_it_is_refused_before_the_first_step_in_lower_precision(tmp_path):
+    """Which this model cannot do without."""
+
+    class Adapts(CallsSelf):
+        def __init__(self):
+            super().__init__()
+            self.head = Adapted(5, 4)
+
+        def forward(self, x):
+            return super().forward(x.bfloat16())
+
+    run = trainer(tmp_path, ResMemCallback(memory_for(CallsSelf), head="head.base"), precision="bf16-mixed")
+    with pytest.raises(HeadError, match=r"'head\.up\.weight', .*head='head', embedding=\"head\.base:input\""):
+        run.fit(Adapts(), datamodule=Data())
     assert run.global_step == 0
 
 
