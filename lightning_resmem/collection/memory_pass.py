@@ -274,7 +274,7 @@ class Pass:
             if self._trains and returns_outputs:
                 # A context of its own: autocast of older torch keeps the casts of weights made without gradients.
                 with trainer.precision_plugin.forward_context():
-                    check_tail(model, self.tap.head, lambda: self._reader.run(model, batch))
+                    check_tail(model, self.tap.head, lambda: self._reader.run(model, batch), trainer.optimizers)
         return self._rows(captured, batch, part, index, first_row)
 
     def _rows(self, captured: Captured, batch: Any, part: Part, index: int, first_row: int) -> _Read:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -37,7 +37,9 @@ def maker(model: nn.Module, run: Callable[[], Any]) -> str | None:
     )
 
 
-def check_tail(model: nn.Module, head: str, run: Callable[[], Any]) -> None:
+def check_tail(
+    model: nn.Module, head: str, run: Callable[[], Any], optimizers: Sequence[torch.optim.Optimizer] = ()
+) -> None:
     """Raise an error if something that is trained follows the head, though it changes no number yet.
 
     A BatchNorm that was never trained does not in evaluation mode, and no factor of one, nor what is added and still
@@ -47,6 +49,8 @@ def check_tail(model: nn.Module, head: str, run: Callable[[], Any]) -> None:
         model: Before it is trained.
         head: Name of its head.
         run: Runs a few rows through the model, in evaluation mode, and returns what the model returned.
+        optimizers: Hold what is trained. If they hold none of the model's parameters, because it is sharded or trained
+            by other means, whatever requires gradients is.
     """
     ends: list[tuple[Tensor, Any]] = []
 
@@ -58,7 +62,7 @@ def check_tail(model: nn.Module, head: str, run: Callable[[], Any]) -> None:
             return start
         return output
 
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = _trained(model, optimizers)
     hook = submodule(model, "head", head).register_forward_hook(cut)
     try:
         with torch.enable_grad():
@@ -77,6 +81,14 @@ def check_tail(model: nn.Module, head: str, run: Callable[[], Any]) -> None:
         f"Something that is trained follows the head {head!r}: {following[0]}. It does not "
         f"change what the head returns yet, but will. {by_module(maker(model, run), head) or WAY_OUT}"
     )
+
+
+def _trained(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    asking = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: parameter for name, parameter in asking.items() if id(parameter) in held} or asking
 
 
 def _following(tensor: Tensor, end: Any, trained: Mapping[str, Tensor]) -> str:

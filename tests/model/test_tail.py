@@ -114,6 +114,17 @@ def test_what_is_not_trained_may_follow():
     check_tail(uses_all, "head", lambda: uses_all(X))
 
 
+def test_what_no_optimizer_holds_may_follow():
+    model, normalized = Scales(), layers(nn.BatchNorm1d(3))
+    apart = torch.optim.SGD(model.head.parameters()), torch.optim.SGD([model.factor])
+    check_tail(model, "head", lambda: model(X), apart[:1])
+    for optimizers in (apart, [torch.optim.SGD([torch.zeros(1)])]):  # of a model that is sharded
+        with pytest.raises(HeadError, match="'factor'"):
+            check_tail(model, "head", lambda: model(X), optimizers)
+    with pytest.raises(HeadError, match="a BatchNorm"):  # its averages change, whoever trains its weights
+        check_tail(normalized, "1", lambda: normalized(X), [torch.optim.SGD(normalized[:2].parameters())])
+
+
 def test_a_model_that_does_without_gradients_is_not_looked_at():
     model = layers(nn.BatchNorm1d(3))
     check_tail(model, "1", lambda: model(X).numpy())
@@ -159,6 +170,23 @@ def test_it_is_refused_before_the_first_step_in_lower_precision(tmp_path):
     with pytest.raises(HeadError, match=r"'head\.up\.weight', .*head='head', embedding=\"head\.base:input\""):
         run.fit(Adapts(), datamodule=Data())
     assert run.global_step == 0
+
+
+def test_a_temperature_for_later_is_no_reason_to_refuse(tmp_path):
+    class Calibrated(CallsSelf):
+        def __init__(self):
+            super().__init__()
+            self.temperature = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return super().forward(x) / self.temperature
+
+        def configure_optimizers(self):
+            return torch.optim.SGD([*self.body.parameters(), *self.head.parameters()], lr=self.lr)
+
+    callback = ResMemCallback(memory_for(CallsSelf), tuner=None)
+    trainer(tmp_path, callback, limit_val_batches=0).fit(Calibrated(), datamodule=Data())
+    assert len(callback.memory) == 120
 
 
 def test_a_trained_norm_is_named_as_the_head_and_so_is_a_convolution():
