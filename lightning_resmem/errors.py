@@ -91,13 +91,13 @@ class ShardUnavailableError(ResMemError, RuntimeError):
 
 
 class MemoryPassError(ResMemError, RuntimeError):
-    """The pass over the training set that fills the memory could not be completed.
+    """The pass over the training set that fills the memory, or its rehearsal before training, could not be completed.
 
     Examples:
         >>> def fit(trainer, model, datamodule):
         ...     try:
         ...         trainer.fit(model, datamodule=datamodule)
-        ...     except MemoryPassError as error:  # another rank failed, as it says; the training itself is done
+        ...     except MemoryPassError as error:  # another rank failed; it says in what, before training or after it
         ...         print(error)
     """
 
