@@ -80,10 +80,10 @@ class HeadTap:
         self.head, self.embedding = head, embedding
         self._head = submodule(model, "head", head)
         self.names = parted(embedding)
-        width = getattr(self._head, "in_features", None)
         known = [None] * len(self.names) if channels is None else parted(channels)
         self._poolings = [
-            Pooling(model, self._place(name), width, channel) for name, channel in zip(self.names, known, strict=True)
+            Pooling(model, self._place(name), self._head, channel)
+            for name, channel in zip(self.names, known, strict=True)
         ]
         self.widths: tuple[int, ...] = ()
         self._swaps = isinstance(self._head, nn.Conv1d)  # its sequences are (B, D, T) and (B, C, T)
@@ -288,9 +288,9 @@ class HeadTap:
     ) -> Captured:
         inputs = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if self._swaps:
-            output, inputs, *keys = (
+            output, inputs = (
                 part.transpose(1, 2) if isinstance(part, Tensor) and part.ndim == 3 else part
-                for part in (output, inputs, *keys)
+                for part in (output, inputs)
             )
         if not self._poolings:
             named = [(f"The input of the head {self.head!r}", inputs)]
@@ -334,7 +334,8 @@ class HeadTap:
         """Keys of tokens `(B, T, D)`, for those positions that the head has an output for."""
         if output.ndim == 2:
             raise self._poolings[place].unfit(keys)
-        if inputs is None or inputs.ndim != 3 or output.shape[1] >= keys.shape[1]:
+        keys = self._poolings[place].by_position(keys, output.shape[1])
+        if self._swaps or inputs is None or inputs.ndim != 3 or output.shape[1] >= keys.shape[1]:
             return keys
         asked = same_positions(keys, inputs)
         if asked is None:

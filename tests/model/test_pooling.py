@@ -178,3 +178,55 @@ def test_a_memory_keeps_where_the_channels_are(tmp_path):
     callback.module.save(tmp_path / "resmem")
     loaded = ResMemModule.load(tmp_path / "resmem", model)
     assert torch.equal(loaded(data.train[0]).argmax(dim=1), data.train[1])
+
+
+class Recurrent(nn.Module):
+    """Labels each place of a series `(B, T, 2)`: channels last, until the head."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.rnn, self.norm, self.swap, self.mark = (
+            nn.LSTM(2, 6, batch_first=True),
+            nn.LayerNorm(6),
+            Permute(0, 2, 1),
+            nn.Identity(),
+        )
+        self.conv, self.head = nn.Conv1d(6, 6, 1), head
+
+    def forward(self, x):
+        mapped = self.conv(self.mark(self.swap(self.norm(self.rnn(x)[0]))))
+        return self.head(mapped if isinstance(self.head, nn.Conv1d) else mapped.transpose(1, 2))
+
+
+@pytest.mark.parametrize("lengths", [(5, 6), (6, 5), (8, 6)])  # 6: as long as it is wide
+@pytest.mark.parametrize("head", [nn.Conv1d(6, 3, 1), nn.Linear(6, 3)], ids=["convolution", "linear"])
+def test_keys_of_sequences_are_laid_out_by_what_makes_them(head, lengths):
+    torch.manual_seed(0)
+    model = Recurrent(head)
+    for name in ("rnn", "norm", "norm:input", "conv", "conv:input", "head:input"):
+        tap = HeadTap(model, "head", embedding=name)
+        for length in lengths:
+            x = torch.randn(4, length, 2)
+            keys = model.rnn(x)[0]
+            if name not in ("rnn", "norm:input"):
+                keys = model.norm(keys)
+            if name in ("conv", "head:input"):
+                keys = model.conv(keys.transpose(1, 2)).transpose(1, 2)
+            with tap.capture():
+                model(x)
+                torch.testing.assert_close(tap.take().embedding, keys.detach())
+
+
+def test_keys_of_sequences_whose_layout_cannot_be_told():
+    model = Recurrent(nn.Conv1d(6, 3, 1))
+    message = (
+        r"embedding='mark' returns shape \(4, 6, 6\), .* Name the layer that makes it.*not as long as it is wide, 6"
+    )
+    tap = HeadTap(model, "head", embedding="mark")
+    with pytest.raises(HeadError, match=message), tap.capture():
+        model(torch.randn(4, 6, 2))
+    with tap.capture():
+        for length in (5, 6):  # the way out
+            x = torch.randn(4, length, 2)
+            model(x)
+            torch.testing.assert_close(tap.take().embedding, model.norm(model.rnn(x)[0]).detach())
