@@ -176,8 +176,14 @@ def test_state_during_the_pass(tmp_path):
     assert set(states) == {
         (RunningStage.TRAINING, True, True, True),
         (RunningStage.PREDICTING, False, False, False),
+        (RunningStage.PREDICTING, False, False, True),
         "end",
     }
+    # Both rehearsals of the training rows look for what follows the head, before the first step, and no pass does.
+    assert states[RunningStage.PREDICTING, False, False, True] == 2
+    assert (RunningStage.PREDICTING, False, False, True) not in seen[
+        seen.index((RunningStage.TRAINING, True, True, True)) :
+    ]
     assert seen[-1] == "end"
     assert states[RunningStage.TRAINING, True, True, True] == 7
 
