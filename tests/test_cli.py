@@ -247,6 +247,7 @@ def test_convert_merges_memories_of_one_base(resmem, saved, tmp_path):
     [
         (["--renumber"], "--renumber is for the rows of --merge"),
         (["--values=dense", "--top-m=3"], "--top-m is for sparse values"),
+        (["--top-m=3"], "give --values=sparse"),
         (["--index=Nonsense"], "Nonsense"),
     ],
 )

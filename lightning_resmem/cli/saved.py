@@ -65,8 +65,10 @@ def _kept(given: Namespace) -> Any:
     from lightning_resmem.memory.values.sparse import SparseConfig
 
     values: DenseConfig | SparseConfig | None = None
-    if given.top_m is not None or given.values == "sparse":
-        if given.values == "dense" or given.value_dtype:
+    if given.top_m is not None and given.values != "sparse":
+        raise InputError("--top-m is for sparse values, which lose what is cut: give --values=sparse, too.")
+    if given.values == "sparse":
+        if given.value_dtype:
             raise InputError("--top-m is for sparse values, --value-dtype for dense ones: give one of them.")
         values = SparseConfig() if given.top_m is None else SparseConfig(given.top_m)
     elif given.value_dtype or given.values == "dense":

@@ -124,5 +124,6 @@ def _check_ids(ids: Tensor) -> None:
     if len(both):
         raise InputError(
             f"{len(both)} ids are in more than one of the memories, {int(both[0])} the first of them. Rows of "
-            "different data sets can be given other ids (renumber); remove rows that are in several first (remove)."
+            "different data sets can be given other ids (--renumber); rows that are in both are dropped from one "
+            "of them first, by LocalMemory.load(...).remove(ids)."
         )

@@ -279,7 +279,9 @@ def _default_targets(batch: Any, tells_inputs: bool) -> Any:
     way_out = "targets_fn=lambda batch: batch[...]"
     if entries is None and isinstance(batch, (tuple, list)) and len(batch) > 2:
         targets_fn, forward_fn = _functions(1)
-        way_out = f"{targets_fn} and {forward_fn}{_PLACES}" if tells_inputs else f"{targets_fn}{_PLACES}"
+        way_out = (
+            f"{targets_fn} and {forward_fn}{_PLACES}" if tells_inputs else f"{way_out}, with their place in a batch"
+        )
     raise InputError(
         f"A batch is {found}, so its targets cannot be told: give {way_out}. Understood by default are (inputs, "
         f"targets) pairs and dicts with one of the keys {', '.join(TARGET_KEYS)}."

@@ -96,7 +96,7 @@ def test_batches_of_three_are_told_both_ways_out_at_once():
         BatchReader().run(module(one), (X, Y, X))
     with pytest.raises(InputError, match=re.escape(f"give {two_inputs} and targets_fn=lambda batch: batch[2], with")):
         BatchReader().run(module(two), (X, X, Y))
-    with pytest.raises(InputError, match=re.escape(f"give {targets}, with the places")):
+    with pytest.raises(InputError, match=re.escape("give targets_fn=lambda batch: batch[...], with their place in")):
         BatchReader(forward_fn=lambda model, batch: None).targets((X, Y, X))
     with pytest.raises(InputError, match=re.escape(f"give {inputs}, with the places")):
         BatchReader(targets_fn=lambda batch: batch[1]).run(module(one), (X, Y, X))
