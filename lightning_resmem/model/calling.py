@@ -29,9 +29,8 @@ def calling(name: str, batch: Any, way_out: str) -> Iterator[None]:
     except (ResMemError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if isinstance(error, RuntimeError) and is_oom_error(
-            RuntimeError(str(error))
-        ):  # it takes messages that are text
+        # It fails on messages that are no text.
+        if isinstance(error, RuntimeError) and is_oom_error(RuntimeError(str(error))):
             raise
         said = f"{type(error).__name__}: {error}"
         raise InputError(f"{name} failed for a batch that is {_described(batch)} ({said}): {way_out}") from error

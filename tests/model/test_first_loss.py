@@ -225,6 +225,19 @@ def marked(batch):
     return batch[1].where(batch[1] != 255, -100)
 
 
+def said_of(watching, model, batch, step):
+    """The error of a step on a batch, which leaves no hooks; None without one."""
+    try:
+        watching.watch(batch)
+        watching.check(step())
+        return None
+    except (InputError, HeadError) as error:
+        return str(error)
+    finally:
+        watching.close()
+        assert hooks_on(model) == 0
+
+
 def look(loss, kind=Numbers, rows=32, head="head", missing=0):
     """What is said of a step with this loss of outputs and targets, of which the first are missing."""
     model, data = make(kind), Data(kind.task)
@@ -233,15 +246,7 @@ def look(loss, kind=Numbers, rows=32, head="head", missing=0):
     batch = data.train[0][:rows], data.train[1][:rows]
     if missing:
         batch[1][:missing] = torch.nan
-    try:
-        watching.watch(batch)
-        watching.check(model.training_step(batch, 0))
-        return None
-    except (InputError, HeadError) as error:
-        return str(error)
-    finally:
-        watching.close()
-        assert hooks_on(model) == 0
+    return said_of(watching, model, batch, lambda: model.training_step(batch, 0))
 
 
 def test_outputs_that_are_logarithms():
@@ -353,15 +358,7 @@ def look_at_tokens(loss, batch, task=None, columns=9, kind=Tokens, **options):
     torch.manual_seed(0)
     model = kind(columns)
     watching = FirstLoss(model, "head", BatchReader(**options), task or Multiclass())
-    try:
-        watching.watch(batch)
-        watching.check(loss(*model(TEXT)))
-        return None
-    except (InputError, HeadError) as error:
-        return str(error)
-    finally:
-        watching.close()
-        assert hooks_on(model) == 0
+    return said_of(watching, model, batch, lambda: loss(*model(TEXT)))
 
 
 def entropy(outputs, labels):

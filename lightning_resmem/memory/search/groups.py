@@ -190,14 +190,12 @@ class Groups:
         """
         queries, count = queries.contiguous(), len(queries)
         rows, bytes_of_each = self._blocks(k)
+        found: Found | None = None
         if self._replays is not None and padded(count) <= min(rows, _RECORDED_BYTES // bytes_of_each):
-            replayed = self._replays.search(queries, k, self._find)
-            if replayed is not None:
-                return replayed
-        found = Found.within(Found.room(count, k, queries.device), count, k)
-        for start in range(0, count, rows):
-            self._find_block(queries[start : start + rows], *(part[start : start + rows] for part in found[:3]))
-        torch.all(found.sure, out=found.all_sure)
+            found = self._replays.search(queries, k, self._find)
+        if found is None:
+            found = Found.within(Found.room(count, k, queries.device), count, k)
+            self._find(queries, found)
         return found
 
     def _measured(self, k: int) -> int:
@@ -212,8 +210,10 @@ class Groups:
         return max(16, rows // 128 * 128), minima + distances
 
     def _find(self, queries: Tensor, found: Found) -> None:
-        """`nearest` of not too many queries, written into `found`."""
-        self._find_block(queries, *found[:3])
+        """`nearest`, written into `found`."""
+        rows, _ = self._blocks(found.positions.shape[1])
+        for start in range(0, len(queries), rows):
+            self._find_block(queries[start : start + rows], *(part[start : start + rows] for part in found[:3]))
         torch.all(found.sure, out=found.all_sure)
 
     def _find_block(self, queries: Tensor, distances: Tensor, positions: Tensor, sure: Tensor) -> None:

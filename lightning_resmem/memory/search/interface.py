@@ -42,10 +42,15 @@ class Found(NamedTuple):
     sure: Tensor
     all_sure: Tensor
 
+    @staticmethod
+    def bytes_of(rows: int, k: int) -> int:
+        """What `within` takes."""
+        return rows * (12 * k + 1) + 1
+
     @classmethod
     def room(cls, rows: int, k: int, device: torch.device) -> Tensor:
         """What `within` has place in."""
-        return torch.empty(rows * (12 * k + 1) + 1, dtype=torch.uint8, device=device)
+        return torch.empty(cls.bytes_of(rows, k), dtype=torch.uint8, device=device)
 
     @classmethod
     def within(cls, room: Tensor, rows: int, k: int) -> "Found":

@@ -97,7 +97,7 @@ class Replays:
         return self._graphs[asked]
 
     def _has_room(self, rows: int, k: int, width: int) -> bool:
-        taken = self.nbytes + rows * (4 * width + 12 * k + 1)
+        taken = self.nbytes + rows * width * torch.float32.itemsize + Found.bytes_of(rows, k)
         return self._works and len(self._graphs) < _GRAPHS and taken <= _KEPT_BYTES
 
     def _record(self, queries: Tensor, rows: int, k: int, find: _Find) -> _Graph:
