@@ -15,6 +15,7 @@ from lightning_resmem.metrics.answer import Answer
 from lightning_resmem.model.batches import BatchReader, has_forward
 from lightning_resmem.model.head import Captured, HeadTap
 from lightning_resmem.model.modes import evaluation_mode
+from lightning_resmem.model.names import likely_head
 from lightning_resmem.model.returned import swapped
 
 
@@ -87,7 +88,8 @@ class Answering:
         if self._tap is None:
             raise InputError(
                 "combined() replaces what the head of the base returns, and the head is not known yet: give "
-                'ResMemModule(..., head="model.lm_head"), or call the module with a batch before.'
+                f'ResMemModule(..., head="{likely_head(self._base)}"), or what its name is, or call the module with a '
+                "batch before."
             )
 
         def combine(captured: Captured) -> Tensor:

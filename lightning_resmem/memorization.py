@@ -37,7 +37,7 @@ from lightning_resmem.progress import shows_progress, working
 from lightning_resmem.trainer.job import Job, run_job
 from lightning_resmem.trainer.limits import memorize_limits
 from lightning_resmem.trainer.save_directory import kind
-from lightning_resmem.tuning.keys import check_choice, choose_key, settle, side_by_side, told_keys
+from lightning_resmem.tuning.keys import check_choice, choose_key, settle, side_by_side, told_choice, told_keys
 from lightning_resmem.tuning.rehearsal import try_rows
 from lightning_resmem.tuning.result import TuningResult
 from lightning_resmem.tuning.tuner import Tuner, choose_tuner
@@ -241,7 +241,7 @@ class Memorizer:
                     look_at_base(memory)
             rank_zero_info(
                 f"ResMem: memorized {self.limit.told(memory)} ({size(memory.stats()['bytes'])}, head "
-                f"{memory.provenance['head']!r}) in {seconds:.1f} s."
+                f"{memory.provenance['head']!r}{told_choice(self.reader.embedding, keys)}) in {seconds:.1f} s."
             )
             if result is None and self.tuner is not None and self._tunes_on(val_loaders):
                 result = self._tune(reading, self.tuner, self._plan(reading, val_loaders, limit_val_batches), keys)

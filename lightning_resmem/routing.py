@@ -24,6 +24,7 @@ from lightning_resmem.model.fingerprint import check_fingerprint
 from lightning_resmem.model.head import Captured, HeadTap
 from lightning_resmem.model.ignored import ignored_labels
 from lightning_resmem.model.modes import eager
+from lightning_resmem.model.names import likely_head
 from lightning_resmem.model.places import AUTO
 from lightning_resmem.model.placing import device_of
 from lightning_resmem.model.sequences import RowReader
@@ -50,7 +51,8 @@ def make_ready(memory: ResidualMemory, model: L.LightningModule, reader: BatchRe
     if "head" not in memory.provenance:
         raise InputError(
             "The memory does not know the head of the model, nor where its keys are from: give "
-            'ResMemCallback(memory=..., head="net.fc"), and the name of embedding= if that is not the head\'s input.'
+            f'ResMemCallback(memory=..., head="{likely_head(model)}"), or what its name is, and the name of '
+            "embedding= if that is not the head's input."
         )
     build_near(memory, device_of(model))
 

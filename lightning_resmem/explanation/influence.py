@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_resmem.errors import InputError
 from lightning_resmem.functional import combine, neighbor_weights
-from lightning_resmem.memory.answers import Neighbors
+from lightning_resmem.memory.answers import Neighbors, briefly
 from lightning_resmem.memory.checks import as_ids, as_tensor, check_shapes
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.memory.single_rows import fetch_neighbors, per_neighbor, row_residuals
@@ -47,6 +47,9 @@ class Influence:
     weights: Tensor
     contributions: Tensor
 
+    def __repr__(self) -> str:
+        return f"Influence({briefly(vars(self))})"
+
 
 class Ranking(NamedTuple):
     """Rows of a memory by score, the highest first.
@@ -63,6 +66,9 @@ class Ranking(NamedTuple):
 
     ids: Tensor
     scores: Tensor
+
+    def __repr__(self) -> str:
+        return f"Ranking({briefly(self._asdict())})"
 
 
 def influence(

@@ -68,6 +68,10 @@ class Explanation:
     def __len__(self) -> int:
         return len(self.weights)
 
+    def __repr__(self) -> str:
+        listed = f"{self.weights.shape[1]} neighbours listed"
+        return f"Explanation(task={self.task.name!r}, {len(self)} queries, {listed}: see rows, or print it with rich)"
+
     @property
     def watched(self) -> dict[str, Tensor]:
         """The outputs that `rows` speak of, by name, each `(B,)`.

@@ -1,6 +1,6 @@
 """What a memory answers, and what follows from the neighbours that it finds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,8 +13,20 @@ from lightning_resmem.tasks import Task
 
 # Rows on which the distance scale of a memory is measured when no params were given.
 _SCALE_ROWS = 512
+# Entries of a tensor that are shown where an answer is.
+_SHOWN = 20
 # Entries of a prediction that are combined at once.
 _BLOCK_ENTRIES = 2**22
+
+
+def briefly(fields: Mapping[str, object]) -> str:
+    """What an answer holds, for its `repr`: tensors with their numbers where these are few, else by their shapes."""
+    return ", ".join(
+        f"{name}=Tensor{tuple(value.shape)}"
+        if isinstance(value, Tensor) and value.numel() > _SHOWN
+        else f"{name}={value}"
+        for name, value in fields.items()
+    )
 
 
 class Neighbors(NamedTuple):
@@ -34,6 +46,9 @@ class Neighbors(NamedTuple):
 
     distances: Tensor
     ids: Tensor
+
+    def __repr__(self) -> str:
+        return f"Neighbors({briefly(self._asdict())})"
 
 
 class Sums(NamedTuple):
@@ -75,6 +90,9 @@ class Predictions(NamedTuple):
     base: Tensor
     knn: Tensor
     resmem: Tensor
+
+    def __repr__(self) -> str:
+        return f"Predictions({briefly(self._asdict())})"
 
 
 def combined(task: Task, params: ResMemParams, outputs: Tensor, neighbors: Neighbors, sums: Sums) -> Predictions:

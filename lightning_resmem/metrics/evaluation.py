@@ -107,6 +107,13 @@ class Evaluation:
     left_out: int = 0
     ignored: int = 0
 
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={self.scores[name]:.4f}" for name in self.shown)
+        return (
+            f"Evaluation({self.prefix + self.suffix!r}, rows={self.rows}, {shown}, gain={self.gain:+.4f} ± "
+            f"{self.gain_error:.4f}; {len(self.scores)} scores, {len(self.flips)} flips)"
+        )
+
     def gain_in(self, name: str) -> float:
         """How much better resmem is than the base in a score: above 0 if it is better, whatever the score.
 

@@ -18,6 +18,7 @@ from torchmetrics import Metric
 
 from lightning_resmem.errors import HeadError, InputError, ResMemError, wrong_type
 from lightning_resmem.model.calling import calling, in_short
+from lightning_resmem.model.names import largest_part
 from lightning_resmem.model.times import TimesFn
 from lightning_resmem.together import together
 
@@ -157,7 +158,7 @@ class BatchReader:
         if name is None:
             raise InputError(
                 f"{type(model).__name__} has no forward, predict_step, validation_step or test_step to run a batch "
-                "through: give forward_fn=lambda model, batch: model.net(batch[0])."
+                f"through: give forward_fn=lambda model, batch: model.{largest_part(model)}(batch[0])."
             )
         step = getattr(model, name)
         return step(*(batch, 0, 0)[: _num_positional(step)])
@@ -176,7 +177,7 @@ class BatchReader:
                 raise
             raise HeadError(
                 f"{type(model).__name__} has no forward, so a batch was run through its {name}. If that does not run "
-                f"the network, give forward_fn=lambda model, batch: model.net(batch[0]). {error}"
+                f"the network, give forward_fn=lambda model, batch: model.{largest_part(model)}(batch[0]). {error}"
             ) from error
 
 
@@ -284,7 +285,8 @@ def _default_targets(batch: Any, tells_inputs: bool) -> Any:
         )
     raise InputError(
         f"A batch is {found}, so its targets cannot be told: give {way_out}. Understood by default are (inputs, "
-        f"targets) pairs and dicts with one of the keys {', '.join(TARGET_KEYS)}."
+        f"targets) pairs, dicts with one of the keys {', '.join(TARGET_KEYS)}, and of language models dicts with "
+        "input_ids, perhaps alone: the target of each token is then the next one."
     )
 
 

@@ -13,7 +13,7 @@ from lightning_resmem.errors import HeadError, InputError
 from lightning_resmem.model.batches import BatchReader
 from lightning_resmem.model.ignored import ignored_labels
 from lightning_resmem.model.loss_graph import CLASSES, DISTANCES, compared, compared_by_hand, exponentials
-from lightning_resmem.model.names import named_modules, submodule
+from lightning_resmem.model.names import likely_heads, named_modules, submodule
 from lightning_resmem.model.relation import OFF, Relation, relation
 from lightning_resmem.model.returned import same
 from lightning_resmem.model.sequences import RowReader
@@ -218,11 +218,14 @@ class FirstLoss:
     def _check_classes(self, output: Tensor, targets: Tensor, pairs: _Pairs) -> None:
         widths = {seen.shape[1] for seen, wanted in pairs if seen.ndim == 2 and torch.equal(wanted, targets)}
         if widths and output.shape[1] not in widths:
+            fitting = [n for n in likely_heads(self._model) if _width(submodule(self._model, "head", n)) in widths]
+            name = fitting[-1] if fitting else "head"
             raise HeadError(
                 f"The head {self._name!r} makes outputs of width {output.shape[1]}, but the loss of the first training "
                 f"step compares {' and '.join(map(str, sorted(widths)))} with the labels of the batch: it is not the "
-                "head. Name the module that makes the logits with head=, and if the model's forward does not call it, "
-                "give forward_fn=lambda model, batch: model.head(model(batch[0]))."
+                f"head. Name the module that makes the logits, {f'head={name!r}' if fitting else 'with head='}, and if "
+                f"the model's forward does not call it, give forward_fn=lambda model, batch: "
+                f"model.{name}(model(batch[0]))."
             )
 
     def _check_labels(self, output: Tensor, targets: Tensor, pairs: _Pairs) -> None:
@@ -273,6 +276,10 @@ class FirstLoss:
         ignored = Multiclass().ignored(targets, num_classes, ignored_labels(self._model))
         rows = torch.arange(len(targets), device=targets.device)
         return rows if ignored is None else rows[~ignored]
+
+
+def _width(module: nn.Module) -> int | None:
+    return module.out_features if isinstance(module, nn.Linear) else None
 
 
 def _equal(wanted: Tensor, targets: Tensor) -> bool:

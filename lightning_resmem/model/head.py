@@ -16,7 +16,7 @@ from lightning_resmem.model.names import named_modules, quoted, submodule
 from lightning_resmem.model.places import HEAD, Place, parted, same_positions
 from lightning_resmem.model.pooling import Pooling, check_vectors
 from lightning_resmem.model.returned import check_diverged, same, tensors, way_out
-from lightning_resmem.model.tail import by_module, maker
+from lightning_resmem.model.tail import by_module, maker, to_be_named
 
 
 class Captured(NamedTuple):
@@ -121,10 +121,9 @@ class HeadTap:
                     stack.callback(module.register_forward_hook(record(name)).remove)
             result = run()
         if not executed:
-            made_by = maker(model, run) or "net.classifier"
             raise HeadError(
-                "No nn.Linear was executed in a forward of the model, so its head cannot be found. Name the module "
-                f"whose input is the embedding and whose output is the logits: head={made_by!r}. "
+                "No nn.Linear was executed in a forward of the model, so its head cannot be found. "
+                f"{to_be_named(model, maker(model, run))} "
                 "(Modules inside a torch.jit.script or exported model cannot be hooked at all.)"
             )
         returned, (last, last_output) = list(tensors(result)), executed[-1]

@@ -32,13 +32,12 @@ def submodule(model: nn.Module, argument: str, name: object) -> nn.Module:
     """
     modules = named_modules(model, aliases=True)
     if not isinstance(name, str) or not name or name not in modules:
-        known = [n for n, module in modules.items() if n and isinstance(module, nn.Linear)] or [n for n in modules if n]
         close = difflib.get_close_matches(name, [n for n in modules if n], n=1) if isinstance(name, str) else []
         named = next((n for n, module in modules.items() if module is name), None)  # it was given itself
         meant = f"Give its name, {named!r}. " if named else f"Did you mean {close[0]!r}? " if close else ""
         raise HeadError(
             f"{argument}={name!r} is not a module of {type(model).__name__}. {meant}Its modules are named as in "
-            f"model.named_modules(), for example {quoted(known[-5:])}."
+            f"model.named_modules(), for example {quoted(likely_heads(model)[-5:])}."
         )
     if isinstance(modules[name], torch.jit.ScriptModule):
         raise HeadError(
@@ -46,6 +45,23 @@ def submodule(model: nn.Module, argument: str, name: object) -> nn.Module:
             "the model before it is compiled."
         )
     return modules[name]
+
+
+def likely_heads(model: nn.Module) -> list[str]:
+    """For a message: the names of a model's linear modules, or of all if it has none; the last may be its head."""
+    modules = named_modules(model, aliases=True)
+    return [n for n, module in modules.items() if n and isinstance(module, nn.Linear)] or [n for n in modules if n]
+
+
+def likely_head(model: nn.Module) -> str:
+    """For a message: the name that the head of a model may have."""
+    return (likely_heads(model) or ["head"])[-1]
+
+
+def largest_part(model: nn.Module) -> str:
+    """For a message: the name of the part of a model that holds the most tensors of weights, perhaps its network."""
+    sizes = {name: len(list(part.parameters())) for name, part in model.named_children()}
+    return max(sizes, key=sizes.__getitem__, default="net")
 
 
 def quoted(names: Iterable[str]) -> str:

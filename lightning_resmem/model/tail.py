@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_resmem.errors import HeadError
 from lightning_resmem.model.loss_graph import normalized_between
-from lightning_resmem.model.names import named_modules, quoted, submodule
+from lightning_resmem.model.names import likely_heads, named_modules, quoted, submodule
 from lightning_resmem.model.returned import WAY_OUT, same, tensors
 
 
@@ -100,6 +100,18 @@ def _following(tensor: Tensor, end: Any, trained: Mapping[str, Tensor]) -> str:
         # That of what is multiplied by a constant zero, so that every parameter is used, is zero.
         names = [name for name, grad in zip(trained, found, strict=True) if grad is not None and grad.abs().sum() != 0]
     return quoted(names) or ("a BatchNorm" if end is not None and normalized_between(tensor, end) else "")
+
+
+def to_be_named(model: nn.Module, made_by: str | None) -> str:
+    """For a message: the head of a model without linear modules is to be named; `made_by` as `maker` tells."""
+    name = "Name the module whose input is the embedding and whose output is the logits"
+    if made_by is not None:
+        return f"{name}: head={made_by!r}."
+    known = f", if it is one of {quoted(likely_heads(model)[-5:])}" if likely_heads(model) else ""
+    return (
+        f"What the model returned is the output of none of its modules. {name} with head={known}; what no module makes "
+        'has to be made by one: self.head = MyHead(...) with head="head".'
+    )
 
 
 def by_module(made_by: str | None, linear: str) -> str | None:

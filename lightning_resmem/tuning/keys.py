@@ -75,6 +75,13 @@ def told_keys(tap: HeadTap | None) -> str:
     return f", with the keys of {len(tap.names)} places ({named}) until one is chosen on validation rows"
 
 
+def told_choice(embedding: str | None, keys: Mapping[str, int]) -> str:
+    """For the log: that there was nothing to choose from. What was chosen among several places, the tuner tells."""
+    return (
+        ', whose input is the key: embedding="auto" found no other place' if embedding == AUTO and len(keys) < 2 else ""
+    )
+
+
 def settle(
     memory: LocalMemory, tap: HeadTap, model: nn.Module, result: TuningResult | None, keys: Mapping[str, int]
 ) -> HeadTap:

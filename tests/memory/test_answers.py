@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_resmem import GridTuner, LocalMemory, ResMemParams, SparseConfig
+from lightning_resmem import GridTuner, LocalMemory, Predictions, Ranking, ResMemParams, SparseConfig
 from lightning_resmem.memory import answers
 from lightning_resmem.memory.answers import Neighbors, evenly_spaced, typical_distance
 from tests import oracle
@@ -20,6 +20,14 @@ def default_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
         yield request.param
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_an_answer_is_shown_with_its_numbers_where_these_are_few() -> None:
+    few = Neighbors(torch.tensor([[0.5, 1.0]]), torch.tensor([[3, 4]]))
+    assert repr(few) == "Neighbors(distances=tensor([[0.5000, 1.0000]]), ids=tensor([[3, 4]]))"
+    many = Predictions(*torch.zeros(3, 50, 7))
+    assert repr(many) == "Predictions(base=Tensor(50, 7), knn=Tensor(50, 7), resmem=Tensor(50, 7))"
+    assert repr(Ranking(torch.arange(99), torch.zeros(99))) == "Ranking(ids=Tensor(99,), scores=Tensor(99,))"
 
 
 @pytest.mark.parametrize("count", [1, 2, 299, 512, 513, 2**24 + 1, 2**25, 2**40 + 3])

@@ -26,6 +26,8 @@ def test_batches_of_different_sizes(tmp_path):
     assert "test/f1_base" in found.named_scores()
     assert "test/f1_base" not in found.shown_scores()
     assert all(type(value) is float for value in found.scores.values())
+    assert repr(found).startswith("Evaluation('test', rows=4, acc_base=0.7500, acc_knn=0.5000, acc_resmem=1.0000, ")
+    assert repr(found).endswith(f"gain=+0.2500 ± {found.gain_error:.4f}; {len(found.scores)} scores, 1 flips)")
     assert set(found.reliability) == {"base", "knn", "resmem"}
     assert found.reliability["resmem"].counts.sum() == found.neighborhoods.counts.sum() == 4
 

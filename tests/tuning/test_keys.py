@@ -204,8 +204,10 @@ def test_refused_before_training(options, said, tmp_path):
             memorize(trainer(tmp_path), Narrow(), data.train_dataloader(), embedding="auto")
 
 
-def test_a_model_with_no_other_place(tmp_path):
-    memory = memorize(trainer(tmp_path), CallsSelf(), Data(), tuner=TUNER, embedding="auto").memory
+def test_a_model_with_no_other_place(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        memory = memorize(trainer(tmp_path), CallsSelf(), Data(), tuner=TUNER, embedding="auto").memory
+    assert "head 'head', whose input is the key: embedding=\"auto\" found no other place" in caplog.text
     assert "embedding" not in memory.provenance
     assert memory.stats()["width"] == 5
 

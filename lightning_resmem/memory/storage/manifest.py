@@ -67,7 +67,10 @@ def parsed(place: str | os.PathLike[str], data: bytes) -> dict[str, Any]:
     """
     manifest = _json(place, data)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise StorageError(f"{where(place)} does not describe a {FORMAT} memory.")
+        raise StorageError(
+            f"{where(place)} does not describe a {FORMAT} memory: another program saved it. Give the directory of a "
+            "memory, as ResMemCallback(dirpath=...), ResMemModule.save(...) or LocalMemory.save(...) made it."
+        )
     version = manifest.get("version")
     if type(version) is not int or version not in _READABLE:
         raise StorageError(

@@ -115,7 +115,8 @@ def test_a_mapped_file_whose_rows_cannot_be_is_named(tmp_path: Path, values: str
     ("change", "message"),
     [
         (lambda m: m.update(version=99), "version 99, this release reads version 1"),
-        (lambda m: m.update(format="other"), "does not describe"),
+        (lambda m: m.update(format="other"), r"does not describe .*: another program saved it\. Give the directory"),
+        (lambda m: m.clear(), r"does not describe .*: another program saved it\. Give the directory"),
         (lambda m: m.update(task="nonsense"), "its task is 'nonsense', this release knows multiclass, multilabel"),
         (lambda m: m.update(task=3), "task is 3, expected str"),
         (lambda m: m["values"].update(num_outputs=-1), r"num_outputs is -1, so outputs .*the file holds \(200, 5\)"),
