@@ -74,9 +74,10 @@ def test_contributions_add_up_to_the_change(task):
 
 
 def test_it_is_shown_in_a_line():
-    memory, *_ = filled()
-    found = explain(memory, *part("multiclass", 9, seed=2)[:2], top=3)
-    assert repr(found) == "Explanation(task='multiclass', 9 queries, 3 neighbours listed: see rows, or print it with rich)"
+    found = explain(filled()[0], *queries()[:2], top=3)
+    assert (
+        repr(found) == "Explanation(task='multiclass', 9 queries, 3 neighbours listed: see rows, or print it with rich)"
+    )
 
 
 def test_rows_of_classes():

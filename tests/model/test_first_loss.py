@@ -160,7 +160,9 @@ def test_a_squeezed_regression(tmp_path):
 
 def test_an_embedding_in_the_place_of_the_logits(tmp_path):
     model, steps, _, run, data = fit(Embeds, tmp_path)
-    with pytest.raises(HeadError, match=r"head 'body.2' makes outputs of width 12, .* 4 with the labels.*head='head'.*model\.head\("):
+    with pytest.raises(
+        HeadError, match=r"head 'body.2' makes outputs of width 12, .* 4 with the labels.*head='head'.*model\.head\("
+    ):
         run.fit(model, datamodule=data)
     assert not steps
     model, steps, _, run, data = fit(Embeds, tmp_path, forward_fn=lambda model, batch: model.head(model(batch[0])))

@@ -211,7 +211,9 @@ def test_no_linear():
     model = nn.Sequential(nn.Conv2d(1, 3, 8), nn.Flatten())
     with pytest.raises(HeadError, match=r"No nn.Linear was executed.*head='1'"):
         HeadTap.find(model, lambda: model(torch.randn(4, 1, 8, 8)))
-    with pytest.raises(HeadError, match=r"none of its modules\. Name .* one of '0', '1'; what no module makes .*MyHead"):
+    with pytest.raises(
+        HeadError, match=r"none of its modules\. Name .* one of '0', '1'; what no module makes .*MyHead"
+    ):
         HeadTap.find(model, lambda: model(torch.randn(4, 1, 8, 8)) * 2)
 
 

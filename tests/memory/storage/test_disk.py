@@ -116,7 +116,6 @@ def test_a_mapped_file_whose_rows_cannot_be_is_named(tmp_path: Path, values: str
     [
         (lambda m: m.update(version=99), "version 99, this release reads version 1"),
         (lambda m: m.update(format="other"), r"does not describe .*: another program saved it\. Give the directory"),
-        (lambda m: m.clear(), r"does not describe .*: another program saved it\. Give the directory"),
         (lambda m: m.update(task="nonsense"), "its task is 'nonsense', this release knows multiclass, multilabel"),
         (lambda m: m.update(task=3), "task is 3, expected str"),
         (lambda m: m["values"].update(num_outputs=-1), r"num_outputs is -1, so outputs .*the file holds \(200, 5\)"),
@@ -145,6 +144,15 @@ def test_a_mapped_file_whose_rows_cannot_be_is_named(tmp_path: Path, values: str
 def test_manifest_that_does_not_fit(saved: Path, change: Callable[[dict], object], message: str) -> None:
     edited(saved, change)
     with pytest.raises(StorageError, match=message):
+        LocalMemory.load(saved)
+
+
+@pytest.mark.parametrize("manifest", ["{}", "[]", '{"name": "app"}'])
+def test_the_manifest_of_another_program(saved: Path, manifest: str) -> None:
+    (saved / "manifest.json").write_text(manifest)
+    with pytest.raises(
+        StorageError, match=r"does not describe .*: another program saved it\. Give the directory of a mem"
+    ):
         LocalMemory.load(saved)
 
 
