@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from torchmetrics import Metric
 
-from lightning_resmem.errors import HeadError, InputError, ResMemError, wrong_type
-from lightning_resmem.model.calling import calling, in_short
+from lightning_resmem.errors import HeadError, InputError, wrong_type
+from lightning_resmem.model.calling import calling, calling_forward
 from lightning_resmem.model.names import largest_part
 from lightning_resmem.model.times import TimesFn
 from lightning_resmem.together import together
@@ -139,21 +139,8 @@ class BatchReader:
                 return self.forward_fn(model, batch)
         if has_forward(model):
             args, kwargs = _inputs(model, batch, self.targets_fn is None)
-            try:
+            with calling_forward(type(model).__name__, batch, args, kwargs):
                 return model(*args, **kwargs)
-            except Exception as error:
-                given = [*map(in_short, args), *(f"{name}={in_short(value)}" for name, value in kwargs.items())]
-                note = (
-                    f"ResMem called {type(model).__name__}({', '.join(given)}) for a batch that is a "
-                    f"{type(batch).__name__}. If forward wants the whole batch, call its argument `batch`, or give "
-                    "forward_fn=lambda model, batch: model(batch); if it wants something else of it, "
-                    "forward_fn=lambda model, batch: model(...)."
-                )
-                is_batch = any(isinstance(value, Tensor) and value.ndim > 1 for value in (*args, *kwargs.values()))
-                if isinstance(error, ResMemError) and is_batch:  # ours, which knows less of the cause
-                    raise type(error)(f"{note} {error}") from error
-                error.add_note(note)
-                raise
         name = _step(model)
         if name is None:
             raise InputError(

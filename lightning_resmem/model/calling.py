@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor
 
-from lightning_resmem.errors import InputError, ResMemError
+from lightning_resmem.errors import HeadError, InputError, ResMemError
 
 
 @contextmanager
@@ -26,20 +26,59 @@ def calling(name: str, batch: Any, way_out: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ResMemError, torch.OutOfMemoryError):
+    except ResMemError:
         raise
     except Exception as error:
-        # It fails on messages that are no text.
-        if isinstance(error, RuntimeError) and is_oom_error(RuntimeError(str(error))):
+        if _is_out_of_memory(error):
             raise
         said = f"{type(error).__name__}: {error}"
         raise InputError(f"{name} failed for a batch that is {_described(batch)} ({said}): {way_out}") from error
+
+
+@contextmanager
+def calling_forward(model: str, batch: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Add to an error how a model was called for a batch, which may be the cause.
+
+    Args:
+        model: The name of its class.
+        batch: That the arguments were read from.
+        args: Of the call within.
+        kwargs: Of the call within.
+    """
+    try:
+        yield
+    except Exception as error:
+        # Of the head and of places of keys ours says all; memory runs out whatever the arguments are.
+        if isinstance(error, HeadError) or _is_out_of_memory(error):
+            raise
+        given = [*map(in_short, args), *(f"{name}={in_short(value)}" for name, value in kwargs.items())]
+        got_all = len(args) == 1 and args[0] is batch
+        whole = (
+            "wants the whole batch, call its argument `batch`, or give forward_fn=lambda model, batch: model(batch); "
+        )
+        note = (
+            f"ResMem called {model}({', '.join(given)}) for a batch that is a {type(batch).__name__}. If that is the "
+            f"cause: where forward {'' if got_all else whole + 'where it '}wants something else of it, give "
+            "forward_fn=lambda model, batch: model(...)."
+        )
+        is_batch = any(isinstance(value, Tensor) and value.ndim > 1 for value in (*args, *kwargs.values()))
+        if isinstance(error, ResMemError) and is_batch:  # rows that are no batch within: ours knows less of the cause
+            raise type(error)(f"{note} {error}") from error
+        error.add_note(note)
+        raise
 
 
 def in_short(value: Any) -> str:
     """The type of a value, and the shape of a tensor."""
     shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
     return type(value).__name__ + shape
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    # It fails on messages that are no text.
+    return isinstance(error, RuntimeError) and is_oom_error(RuntimeError(str(error)))
 
 
 def _described(batch: Any) -> str:

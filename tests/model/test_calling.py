@@ -6,7 +6,7 @@ import torch
 
 from lightning_resmem import HeadError, InputError
 from lightning_resmem.model.batches import BatchReader
-from lightning_resmem.model.calling import calling
+from lightning_resmem.model.calling import calling, calling_forward
 from lightning_resmem.model.times import read_times
 
 PAIR = [torch.zeros(3, 8), torch.zeros(3)]
@@ -63,6 +63,20 @@ def test_errors_that_stay(error):
     with pytest.raises(type(error)) as caught, calling("f", PAIR, "give g."):
         raise error
     assert caught.value is error
+
+
+def test_how_forward_was_called_is_told_where_it_may_be_the_cause():
+    def said(error, batch=PAIR, args=(PAIR[0],)):
+        with pytest.raises(type(error)) as caught, calling_forward("Net", batch, args, {"n": 3}):
+            raise error
+        return [str(caught.value), *getattr(caught.value, "__notes__", ())]
+
+    told = said(ValueError("bad"))[1]
+    assert "Net(Tensor of shape (3, 8), n=int) for a batch that is a list. " in told
+    assert "where forward wants the whole batch, " in told
+    assert "whole batch" not in said(ValueError("bad"), PAIR[0])[1]  # it got that
+    for error in (HeadError("The embedding is a tuple."), torch.OutOfMemoryError("full")):
+        assert said(error) == [str(error)]
 
 
 def test_an_error_about_another_one_is_told_from_running_out_of_memory():
