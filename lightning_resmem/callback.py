@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_resmem.collection.ranks import Ranks, check_strategy
 from lightning_resmem.collection.row_limit import RowLimit
 from lightning_resmem.errors import EmptyMemoryError, InputError, ResMemWarning
-from lightning_resmem.memorization import Memorizer
+from lightning_resmem.memorizer import Memorizer
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.metrics.evaluation import Evaluation, first_of
 from lightning_resmem.metrics.reported import UserMetrics, as_collection

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lightning_resmem.callback import ResMemCallback
 from lightning_resmem.errors import InputError, ResMemWarning, StorageError
-from lightning_resmem.memorization import Memorizer
+from lightning_resmem.memorizer import Memorizer
 from lightning_resmem.memory.knn_lm import note_knn_lm
 from lightning_resmem.memory.storage import disk
 from lightning_resmem.model.fingerprint import check_fingerprint
