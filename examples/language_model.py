@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import lightning.pytorch as L
 import torch
@@ -25,7 +26,7 @@ from rich.table import Table
 from text_module import GPT, Text
 from torch import Tensor
 
-from lightning_resmem import ResMemCallback, ResMemModule
+from lightning_resmem import ResMemCallback, ResMemModule, Tuner
 from lightning_resmem.functional import negative_log_likelihood
 from lightning_resmem.memory.knn_lm import knn_lm_params, predict_knn_lm
 
@@ -54,9 +55,9 @@ def default_text(most: int) -> Path:
     return path
 
 
-def train(data: Text, epochs: int, width: int) -> tuple[GPT, ResMemModule]:
+def train(data: Text, epochs: int, width: int, tuner: Tuner | Literal["auto"] = "auto") -> tuple[GPT, ResMemModule]:
     """The GPT, and with its memory."""
-    resmem = ResMemCallback()
+    resmem = ResMemCallback(tuner=tuner)
     trainer = L.Trainer(
         max_epochs=epochs,
         callbacks=[resmem],  # all that ResMem needs

@@ -9,6 +9,7 @@ import pytest
 import torch
 from sklearn import datasets
 
+from lightning_resmem import GridTuner
 from lightning_resmem.memory.search.exact import ExactIndex
 
 
@@ -158,3 +159,33 @@ def test_a_memory_of_tokens(harness, monkeypatch, tmp_path):
     _, _, every, _, *samples = (tmp_path / "token_samples.md").read_text().splitlines()
     assert every.startswith("| 388, all, float32 keys | ")
     assert [line.split(",")[:2] for line in samples[:2]] == [["| 194", " uniform"], ["| 194", " residual"]]
+
+
+def test_base_and_memory_of_a_text(harness, monkeypatch, tmp_path, capsys):
+    import language
+
+    monkeypatch.setattr(harness, "TABLES", tmp_path)
+    monkeypatch.setattr(language, "SIZES", (0.2, 0.8))
+    monkeypatch.setattr(language, "TUNER", GridTuner([10], [0.2], [1.0], [0.5, 1.0]))
+    (tmp_path / "text.txt").write_text(" the cat sat on" * 130)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    language.main(["--text", str(tmp_path / "text.txt"), "--epochs", "1", "--width", "8", "--seeds", "2"])
+    torch.set_num_threads(threads)
+    _, _, *lines = (tmp_path / "language_256.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines] == [
+        f"| {name}" for name in ("base", "knn", "knn_lm", "resmem", "b = 0", "b = a", "b free")
+    ]
+    of_base, *_ = nll = [float(line.split(" | ")[1]) for line in lines]
+    assert max(nll[1:]) < of_base - 1  # the text repeats itself
+    for line, loss in zip(lines[1:], nll[1:], strict=True):
+        assert float(line.split(" | ")[2].split(" ± ")[0]) == pytest.approx(of_base - loss, abs=2e-4)
+    assert capsys.readouterr().out.count("b free: a 0.8, b ") == 2
+
+
+def test_an_error_is_that_of_seeds_or_of_blocks(harness):
+    from language import summary
+
+    assert summary(torch.tensor([[0.0, 2.0], [0.0, 2.0]]), 2) == "1.00 ± 1.00"
+    assert summary(torch.tensor([[0.0, 0.0], [2.0, 2.0]]), 2) == "1.00 ± 1.00"
+    assert summary(torch.tensor([[1.0]]), 2) == "1.00 ± nan"
