@@ -240,7 +240,8 @@ class Memorizer:
             rows = Chunk(*(torch.cat(column) for column in zip(*chunks, strict=True)))
             if isinstance(self.memory, LocalMemory) and len(keys) > 1:
                 return choose_key(self.memory, tuner, keys, rows, reading.ranks.gather)
-            return tuner.tune(self.memory.at(rows.asked_at), *rows[:3], gather=reading.ranks.gather)
+            memory, gather = self.memory.at(rows.asked_at), reading.ranks.gather
+            return tuner.tune(memory, *rows[:3], gather=gather, groups=memory.sequences_of(rows.ids))
 
     def _tune_leave_one_out(self, ranks: Ranks, tuner: Tuner, show_progress: bool) -> TuningResult:
         with ranks.together("tuning"), working(show_progress, "tuning"):

@@ -330,9 +330,10 @@ class ResMemModule(L.LightningModule):
         if run is not None:
             run.answer()
         with self.memory.reading():
-            answer = ask(self._asked(batch), *self._answering.captured(batch))
+            asked = self._asked(batch)
+            answer = ask(asked, *self._answering.captured(batch))
         if run is not None:
-            run.score(answer, batch, dataloader_idx)
+            run.score(answer, batch, dataloader_idx, asked.asked_at)
         return answer.resmem(self.memory)
 
     def _finish_run(self) -> None:

@@ -126,7 +126,7 @@ class Routing:
             if self._found:
                 self._board.update_tokens(self._of_sequences(), read, dataloader_idx)
             else:
-                self._board.update(self._of_batch(read.targets), read.targets, dataloader_idx)
+                self._board.update(self._of_batch(read.targets), read.targets, dataloader_idx, self._asked.asked_at)
         except InputError as error:
             # The model's step has accepted the batch; a test set without labels is no reason to stop the run.
             self._why_no_scores = str(error)

@@ -30,7 +30,8 @@ from lightning_resmem.metrics.scoreboard import Scoreboard
 from lightning_resmem.model.batches import BatchReader
 from lightning_resmem.model.sequences import RowReader
 from lightning_resmem.routing import Routing
-from lightning_resmem.tuning.sweep import Rows, Sweep
+from lightning_resmem.tuning.rows import Rows
+from lightning_resmem.tuning.sweep import Sweep
 from tests.simulated_gpu import DEVICE, SimulatedGpu, simulated_gpu
 
 WIDTH, OUTPUTS, ROWS, BATCH = 8, 6, 200, 16

@@ -25,6 +25,7 @@ from lightning_resmem import (
     memorize,
 )
 from lightning_resmem.memory.knn_lm import knn_lm_params
+from lightning_resmem.metrics.noise import Groups
 from lightning_resmem.reporting import loggers
 from lightning_resmem.reporting.pictures import text_lookups
 from lightning_resmem.reporting.summary import evaluation_summary
@@ -42,13 +43,13 @@ def filled(tmp_path, rows, model=None, **options):
     return memorize(trainer(tmp_path), model or Causal(), rows, memory=memory, tuner=None, **options)
 
 
-def expected(model, queries):
+def expected(model, queries, params=PARAMS):
     train = rows_of(model, TRAIN)
-    settings = {"k": PARAMS.k, "sigma": PARAMS.sigma, "strength": PARAMS.strength}
+    settings = {"k": params.k, "sigma": params.sigma, "strength": params.strength}
     return oracle.predict(
         *(train.keys, train.outputs, train.targets, queries.keys, queries.outputs),
         **settings,
-        softmax_temperature=PARAMS.softmax_temperature,
+        softmax_temperature=params.softmax_temperature,
     )
 
 
@@ -167,6 +168,14 @@ def test_callback_and_module_against_the_oracle(tmp_path, caplog, monkeypatch):
     assert found.scores["bits_resmem"] == pytest.approx(
         nll.sum() / math.log(2) / lengths[queries.targets].sum(), abs=1e-5
     )
+    of_sequences = Groups(torch.tensor([sequence for sequence, _ in queries.places]))
+    for seen, params in ((found, PARAMS), (callback.tuning, callback.tuning.params)):
+        said = expected(model, queries, params)
+        gains = torch.from_numpy(
+            (said.resmem.argmax(axis=1) == queries.targets) * 1.0 - (said.base.argmax(axis=1) == queries.targets)
+        )
+        error = max(float(gains.std()) / len(gains) ** 0.5, float(of_sequences.errors(gains[None])))
+        assert seen.gain_error == pytest.approx(error, rel=1e-6)
     assert found.gain_in("perplexity") == found.scores["perplexity_base"] - found.scores["perplexity_resmem"]
     assert logged["test/perplexity_base"] == pytest.approx(math.exp(logged["test/nll_base"]), rel=1e-5)
     places = dict(zip(queries.places, zip(queries.targets, wanted.base, wanted.resmem, strict=True), strict=True))

@@ -20,6 +20,7 @@ from lightning_resmem import (
     ResMemParams,
     memorize,
 )
+from lightning_resmem.metrics.noise import Groups
 from tests.models import (
     ZOO,
     CallsSelf,
@@ -344,6 +345,12 @@ def test_rows_with_times_are_recalled_when_they_were_known(tmp_path):
             expected.append(alone.predict(model.body(query[None]), model(query[None])))
     torch.testing.assert_close(by_module, torch.cat(expected))
     torch.testing.assert_close(routed, torch.cat(expected))
+    gains = (model(test.x).detach() - test.y).square().mean(dim=1) - (by_module - test.y).square().mean(dim=1)
+    error = max(gains.std().item() / len(gains) ** 0.5, Groups(test.asked_at.double()).errors(gains[None]).item())
+    runs.validate(model, DataLoader(test, batch_size=8), verbose=False)
+    trainer(tmp_path).validate(callback.module, DataLoader(test, batch_size=3), verbose=False)
+    for seen in (callback.evaluation, *callback.module.evaluations):
+        assert seen.gain_error == pytest.approx(error, rel=1e-4)
     with pytest.raises(InputError, match="times_fn"):
         ResMemModule(model, callback.memory).predictions(next(iter(DataLoader(test))))
     again = LocalMemory(Regression())

@@ -99,19 +99,19 @@ def _made_tensor(name: str, value: Any) -> Tensor:
         ) from error
 
 
-def as_ids(ids: Any) -> Tensor:
+def as_ids(ids: Any, name: str = "ids") -> Tensor:
     """Ids as int64 `(n,)`; raises an error for other shapes and for what are not whole numbers."""
-    tensor = as_tensor("ids", ids)
+    tensor = as_tensor(name, ids)
     if tensor.ndim == 1 and not len(tensor):
         return tensor.to(torch.int64)  # an empty list has no dtype of its own
     if tensor.ndim != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
         hint = " For a mask over the rows give memory.ids[mask]." if tensor.dtype == torch.bool else ""
         raise InputError(
-            f"ids has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected (n,) and int64.{hint}"
+            f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected (n,) and int64.{hint}"
         )
     whole = tensor.detach().to(torch.int64)
     if tensor.dtype == torch.uint64 and bool((whole < 0).any()):
-        raise InputError(f"ids holds numbers above {LARGEST_ID}, which int64 has no room for.")
+        raise InputError(f"{name} holds numbers above {LARGEST_ID}, which int64 has no room for.")
     return whole
 
 

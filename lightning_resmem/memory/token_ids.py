@@ -77,3 +77,7 @@ class Locating:
             )
         ids, stride = as_ids(ids), int(self.provenance["stride"])
         return Places(torch.div(ids, stride, rounding_mode="floor"), ids % stride)
+
+    def sequences_of(self, ids: Tensor) -> Tensor | None:
+        """The sequences that ids `(n,)` stand for; None where rows are no positions of sequences."""
+        return self.locate(ids).sequences if of_sequences(self.provenance) else None

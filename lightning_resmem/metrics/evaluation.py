@@ -61,7 +61,9 @@ class Evaluation:
         shown: Short names of the scores that the run logs by itself, to be seen at a glance.
         gain: How much better resmem is than the base, in accuracy or in mean squared error: as all gains, above 0 if it
             is better and below 0 if it is worse.
-        gain_error: Standard error of the gain, from the differences of the rows.
+        gain_error: Standard error of the gain: of the rows' differences, or, if that is larger, of those of sequences
+            whose positions the rows are, or of ten stretches of time where rows have times; NaN for one or two of
+            these, which do not tell.
         flips: Rows that the memory turned right or wrong, by position: at most 100 of either kind. Empty in regression.
         reliability: Confidence against accuracy, for `"base"`, `"knn"` and `"resmem"`. Empty in regression.
         neighborhoods: Scores by the distance to the nearest neighbour, in tenths of the rows.

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch import Tensor
+
 from lightning_resmem.collection.ranks import Ranks
 from lightning_resmem.memory.weights_watch import WeightsWatch
 from lightning_resmem.metrics.answer import Answer
@@ -28,14 +30,14 @@ class Run:
         """Before a batch is answered."""
         self._weights.check_first()
 
-    def score(self, answer: Answer | Found, batch: Any, dataloader_idx: int) -> None:
-        """After a batch was answered."""
+    def score(self, answer: Answer | Found, batch: Any, dataloader_idx: int, asked_at: Tensor | None) -> None:
+        """After a batch was answered, as of these times `(B,)`, if rows have times."""
         if self._board is not None:
             read = self._reader.targets(batch, answer.outputs.shape)
             if isinstance(answer, Found):
                 self._board.update_tokens(answer, read, dataloader_idx)
             else:
-                self._board.update(answer, read.targets, dataloader_idx)
+                self._board.update(answer, read.targets, dataloader_idx, asked_at)
 
     def finish(self) -> tuple[Evaluation, ...]:
         """What the run showed, over all ranks.

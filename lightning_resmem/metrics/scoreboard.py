@@ -59,18 +59,19 @@ class Scoreboard:
         self._parts = [_Part(memory, loader, device, metrics, ignored) for loader in loaders]
         self._prefix = prefix
 
-    def update(self, answer: Answer, targets: Tensor, dataloader_idx: int = 0) -> None:
+    def update(self, answer: Answer, targets: Tensor, dataloader_idx: int = 0, asked_at: Tensor | None = None) -> None:
         """Count a batch, without the rows that only pad it.
 
         Args:
             answer: To the rows of the batch.
             targets: Of the same rows, as the task wants them.
             dataloader_idx: Which dataloader they come from.
+            asked_at: When each of them was asked for, shape `(B,)`, if they have times.
 
         Raises:
             InputError: If the targets do not fit; perhaps only when more batches have come, or in `evaluate`.
         """
-        self._parts[dataloader_idx].update(answer, targets)
+        self._parts[dataloader_idx].update(answer, targets, asked_at)
 
     def update_tokens(self, found: Found, read: RowTargets, dataloader_idx: int = 0) -> None:
         """Count a batch of sequences, without those that only pad it.
@@ -116,13 +117,14 @@ class _Part:
         self._metrics = ResMemMetrics(task, memory.num_outputs, metrics, with_knn_lm).to(device)
         self._task, self._flips = task, FirstFlips(task)
         self._positions, self._rows_left = row_positions(loader), num_unpadded_rows(loader)
-        self._waiting: list[tuple[Answer, Tensor, Tensor]] = []
+        self._waiting: list[tuple[Answer, Tensor, Tensor, Tensor]] = []
         self._num_waiting = self._num_read = self._num_left_out = self._num_ignored = 0
 
-    def update(self, answer: Answer, targets: Tensor) -> None:
+    def update(self, answer: Answer, targets: Tensor, asked_at: Tensor | None) -> None:
         rows = self._unpadded(len(targets))
         numbers = torch.arange(self._num_read, self._num_read + rows, device=self._device)
-        self._wait(answer.with_knn_lm(self._memory).head(rows), targets[:rows], numbers)
+        groups = numbers.new_empty(rows, 0) if asked_at is None else asked_at[:rows, None]
+        self._wait(answer.with_knn_lm(self._memory).head(rows), targets[:rows], numbers, groups)
         self._num_read += rows
 
     def update_tokens(self, found: Found, read: RowTargets) -> None:
@@ -134,11 +136,14 @@ class _Part:
         kept = torch.cat([kept[:rows], torch.zeros_like(kept[rows:])]).flatten()
         sequences = torch.arange(self._num_read, self._num_read + len(targets), device=positions.device)
         numbers, targets = token_ids(sequences, positions).flatten(), targets.flatten(0, 1)
+        if self._positions is not None:  # in the dataset, the same on any number of ranks
+            sequences = self._positions.start + self._positions.step * sequences
+        groups = sequences.repeat_interleave(positions.shape[1])
         self._flips.stride = STRIDE
         for place, answer in found.answers(self._memory, kept):
             here = kept[place]
             answer = answer.with_knn_lm(self._memory).head(len(answer.outputs))
-            self._wait(answer, targets[place][here], numbers[place][here])
+            self._wait(answer, targets[place][here], numbers[place][here], groups[place][here, None])
         self._num_read += rows
 
     def _unpadded(self, rows: int) -> int:
@@ -149,8 +154,8 @@ class _Part:
         self._rows_left -= rows
         return rows
 
-    def _wait(self, answer: Answer, targets: Tensor, numbers: Tensor) -> None:
-        """Have rows with these numbers `(n,)` counted."""
+    def _wait(self, answer: Answer, targets: Tensor, numbers: Tensor, groups: Tensor) -> None:
+        """Have rows with these numbers `(n,)` and groups `(n, 1)`, or none `(n, 0)`, counted."""
         if not len(targets):
             return
         if self._waiting and targets.shape[1:] != self._waiting[0][1].shape[1:]:
@@ -158,7 +163,7 @@ class _Part:
                 f"The targets of a batch have shape {tuple(targets.shape)}, those of the batch before "
                 f"{tuple(self._waiting[-1][1].shape)}."
             )
-        self._waiting.append((answer, targets, numbers))
+        self._waiting.append((answer, targets, numbers, groups))
         self._num_waiting += answer.predictions.base.numel()
         # The first batch at once: if something does not fit, it shows in the first step.
         most = _WAITING_ENTRIES if self._device.type == "cpu" else _WAITING_ENTRIES_GPU
@@ -171,7 +176,7 @@ class _Part:
         answers, *columns = zip(*self._waiting, strict=True)
         self._waiting, self._num_waiting = [], 0
         answer = Answer.cat(answers).to(self._device)
-        target, numbers = (torch.cat(column).to(self._device) for column in columns)
+        target, numbers, groups = (torch.cat(column).to(self._device) for column in columns)
         usable = answer.is_combined
         if target.is_floating_point():
             usable = usable & torch.isfinite(target.reshape(len(target), -1)).all(dim=1)
@@ -182,10 +187,11 @@ class _Part:
         self._num_ignored += num_ignored
         if left_out or num_ignored:
             usable = usable & ~ignored
-            answer, target, numbers = answer.rows(usable), target[usable], numbers[usable]
+            answer, target, numbers, groups = answer.rows(usable), target[usable], numbers[usable], groups[usable]
         target = self._task.check_targets(target, answer.predictions.base.shape[1])
         nearest = answer.neighbors.distances[:, 0].contiguous()
-        self._metrics.update(answer.predictions, target, nearest, answer.outputs, answer.knn_lm)
+        of_rows = groups[:, 0] if groups.shape[1] else None
+        self._metrics.update(answer.predictions, target, nearest, answer.outputs, answer.knn_lm, of_rows)
         self._flips.add(answer, target, self._positions, numbers)
 
     def evaluate(self, ranks: Ranks, prefix: str, suffix: str) -> Evaluation:

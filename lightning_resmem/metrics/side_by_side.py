@@ -90,6 +90,7 @@ class ResMemMetrics(WrapperMetric):
         distances: Tensor,
         outputs: Tensor | None = None,
         knn_lm: Tensor | None = None,
+        groups: Tensor | None = None,
     ) -> None:
         """Add rows.
 
@@ -100,6 +101,8 @@ class ResMemMetrics(WrapperMetric):
             outputs: What the head returned, shape `(B, C)`: the base is then reported as it is without a memory, while
                 `predictions.base` may be at another `softmax_temperature`.
             knn_lm: The prediction of kNN-LM, shape `(B, C)`, if it is reported.
+            groups: Which rows go right or wrong together, shape `(B,)`, for the error of the gain: int64 numbers, such
+                as those of the sequences whose positions they are, or floating-point times, which make ten stretches.
         """
         task, base = self.task, predictions.base
         targets = task.check_targets(targets, base.shape[1])
@@ -115,7 +118,7 @@ class ResMemMetrics(WrapperMetric):
             self.positive_flips.update(labels[0], labels[2], targets)
             self.negative_flips.update(labels[0], labels[2], targets)
         scores = torch.stack([task.score(prediction, targets) for prediction in predictions], dim=1)
-        self.scores.update(scores)
+        self.scores.update(scores, groups)
         self.neighborhoods.update(distances, scores)
         for of, probabilities, given in zip((self.base, self.knn, self.resmem), proper, labels, strict=True):
             of.update(probabilities, given, targets)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_resmem.metrics import functional
+from lightning_resmem.metrics import functional, noise
 
 
 class Sums(Metric):
@@ -82,6 +82,8 @@ class NegativeFlipRate(PositiveFlipRate):
 class MeanScores(Sums):
     """Mean scores of base, knn and resmem, and the gain of resmem over the base with its standard error.
 
+    Of rows in groups, a few numbers are kept for each group until the end.
+
     Args:
         more_is_better: Whether a gain is a higher score, or a lower one, such as an error; it is above 0 either way.
 
@@ -92,26 +94,48 @@ class MeanScores(Sums):
         {'base': 0.5, 'knn': 0.5, 'resmem': 1.0, 'gain': 0.5, 'gain_error': 0.5, 'rows': 2.0}
     """
 
+    groups: list[Tensor] | Tensor
+
     def __init__(self, more_is_better: bool = True) -> None:
         super().__init__(5)
         self.more_is_better = more_is_better
+        # Whether they are times, and of each its number or time, the sum of the rows' gains, and how many rows.
+        self.add_state("groups", [], dist_reduce_fx="cat")
 
-    def update(self, scores: Tensor) -> None:
+    def update(self, scores: Tensor, groups: Tensor | None = None) -> None:
         """Add rows.
 
         Args:
             scores: Of base, knn and resmem, shape `(B, 3)`.
+            groups: Which of them go right or wrong together, shape `(B,)`: int64 numbers of groups, such as those of
+                sequences, or floating-point times. Without them rows are independent.
         """
         scores = scores.to(self.sums)
-        squares = (scores[:, 2] - scores[:, 0]).square().sum()
+        gains = scores[:, 2] - scores[:, 0]
+        squares = gains.square().sum()
         self.add(torch.cat([scores.sum(dim=0), squares[None], squares.new_full((1,), len(scores))]))
+        if groups is None:
+            return
+        assert isinstance(self.groups, list)
+        keys, place = groups.to(self.device).unique(return_inverse=True)
+        sums = gains.new_full((4, len(keys)), float(groups.is_floating_point()))
+        sums[1] = keys
+        sums[2:] = sums.new_zeros(2, len(keys)).index_add_(1, place, torch.stack([gains, torch.ones_like(gains)]))
+        # Flat, and as float32, since that is what the state of a rank without rows is.
+        self.groups.append(sums.T.flatten().view(torch.float32))
 
     def compute(self) -> dict[str, Tensor]:
-        """By name; the standard error is inf for a single row, and all are NaN without rows."""
+        """By name; the error is inf for a single row, NaN for one or two groups, and all are NaN without rows."""
         rows = self.sums[4]
         base, knn, resmem, squares = self.sums[:4] / rows
         gain = resmem - base if self.more_is_better else base - resmem
-        error = ((squares - gain.square()).clamp_min(0) / (rows - 1)).sqrt() if rows > 1 else rows / 0
+        error = noise.error_of_rows(squares, gain, int(rows)) if rows else rows / 0
+        groups = torch.cat([*self.groups]) if isinstance(self.groups, list) and self.groups else self.groups
+        if isinstance(groups, Tensor) and len(groups):
+            is_time, keys, *sums = groups.view(torch.float64).reshape(-1, 4).T
+            place, count = noise.places(keys if is_time.any() else keys.long())
+            sums, counts = torch.zeros(2, count).to(sums[0]).index_add_(1, place.to(keys.device), torch.stack(sums))
+            error = torch.maximum(error, noise.error_of_groups(sums[None], counts)[0])  # NaN stays
         return {"base": base, "knn": knn, "resmem": resmem, "gain": gain, "gain_error": error, "rows": rows}
 
 

@@ -17,6 +17,7 @@ from matplotlib.ticker import NullLocator, PercentFormatter
 from lightning_resmem.errors import check_type
 from lightning_resmem.memory.answers import Predictions
 from lightning_resmem.metrics.evaluation import Evaluation
+from lightning_resmem.metrics.noise import plus_minus
 from lightning_resmem.reporting.summary import counted
 from lightning_resmem.tasks import Regression
 from lightning_resmem.tuning.result import TuningResult
@@ -202,7 +203,8 @@ def flips(evaluation: Evaluation) -> Figure | None:
     axes.set(xlim=(0, 2), ylim=(2, 0))
     axes.set_xticks([0.5, 1.5], ["resmem right", "resmem wrong"])
     axes.set_yticks([0.5, 1.5], ["base right", "base wrong"], rotation=90, va="center")
-    axes.set_xlabel(f"gain {evaluation.gain:+.2%} ± {evaluation.gain_error:.2%} of {counted(evaluation.rows, 'row')}")
+    error = plus_minus(evaluation.gain_error, ".2%")
+    axes.set_xlabel(f"gain {evaluation.gain:+.2%} {error} of {counted(evaluation.rows, 'row')}")
     axes.tick_params(length=0)
     axes.grid(False)
     for spine in axes.spines.values():

@@ -8,6 +8,7 @@ from rich.text import Text
 from lightning_resmem.memory.answers import Predictions
 from lightning_resmem.memory.capacity import size
 from lightning_resmem.metrics.evaluation import Evaluation
+from lightning_resmem.metrics.noise import plus_minus
 from lightning_resmem.tuning.result import TuningResult
 
 _NAMES = {
@@ -50,7 +51,7 @@ def evaluation_summary(evaluation: Evaluation, stats: dict[str, Any]) -> list[Ta
         *score_columns(evaluation.scores),
     )
     for index, (stem, values) in enumerate(score_rows(evaluation.scores)):
-        error = f" ± {evaluation.gain_error:.4f}" if index == 0 else ""
+        error = f" {plus_minus(evaluation.gain_error)}" if index == 0 else ""
         gain = f"{evaluation.gain_in(stem):+.4f}{error}"
         table.add_row(Text(_long(stem)), *(f"{value:.4f}" for value in values), gain)
     lines = []
@@ -82,11 +83,11 @@ def memory_summary(stats: dict[str, Any], seconds: float, tuning: TuningResult |
     params = tuning.params
     kind = "memorized row" if tuning.leave_one_out else "validation row"
     table = _table(f"ResMem: tuned on {counted(tuning.rows, kind)}", "base", "resmem")
-    gain = f"{tuning.gain:+.4f} ± {tuning.gain_error:.4f}"
+    gain = f"{tuning.gain:+.4f} {plus_minus(tuning.gain_error)}"
     table.add_row(Text(_long(tuning.score_name)), f"{tuning.base_score:.4f}", f"{tuning.score:.4f}", gain)
     if tuning.balanced is not None and tuning.balanced.uneven:
         base, choice, error, *_ = tuning.balanced
-        gain = f"{choice - base:+.4f} ± {error:.4f}"
+        gain = f"{choice - base:+.4f} {plus_minus(error)}"
         table.add_row(_long(tuning.balanced.score), f"{base:.4f}", f"{choice:.4f}", gain)
     chosen = (
         f"k={params.k}, sigma={params.sigma:.4g}, softmax_temperature={params.softmax_temperature:g}, "

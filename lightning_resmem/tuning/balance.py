@@ -8,10 +8,12 @@ from torch import Tensor
 
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.metrics.functional import f1_counts, far_from_uniform, has_rare_labels, is_right, labels
+from lightning_resmem.metrics.noise import told
 from lightning_resmem.metrics.reported import BALANCED, F1
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Multiclass, Multilabel
-from lightning_resmem.tuning.sweep import Gather, Rows, Sweep
+from lightning_resmem.tuning.rows import Rows
+from lightning_resmem.tuning.sweep import Gather, Sweep
 
 # Rows of the memory whose classes are counted, and outputs that are read with them at most.
 _ROWS, _ENTRIES = 4096, 2**24
@@ -23,7 +25,8 @@ class BalancedScore(NamedTuple):
     Attributes:
         base: Of the base alone.
         choice: Of the choice.
-        error: Standard error of `choice - base`, from the differences of the rows of each class.
+        error: Standard error of `choice - base`, from the differences of the rows of each class, or of groups of rows
+            that go right or wrong together, if that is larger; NaN where these are too few to tell.
         uneven: Whether the classes of the tuning rows or of the memory's are far from uniform (of several labels: some
             are rare), or the sampler of the training rows draws them with weights that are.
         score: `"balanced_acc"`, or `"f1"`.
@@ -47,8 +50,8 @@ class BalancedScore(NamedTuple):
 
     @property
     def falls(self) -> bool:
-        """Whether the choice is worse than the base by more than a standard error."""
-        return self.base - self.choice > self.error
+        """Whether the choice is worse than the base by more than a standard error, as far as there is one."""
+        return self.base - self.choice > (0.0 if math.isnan(self.error) else self.error)
 
 
 def measure_balance(
@@ -76,10 +79,15 @@ def measure_balance(
     labelled, base, choice, changed = counts[:, counts[0] > 0].double()
     differences = (choice - base) / labelled
     variances = (changed / labelled - differences.square()) / (labelled - 1).clamp_min(1)
+    weights = counts.new_zeros(classes, dtype=torch.float64)  # of a row in the score, by its class
+    weights[counts[0] > 0] = 1 / labelled / len(labelled)
+    averages = counts.new_zeros(classes, dtype=torch.float64)
+    averages[counts[0] > 0] = differences
+    added = weights[targets.cpu()] * ((after.double() - before.double()).cpu() - averages[targets.cpu()])
     return BalancedScore(
         float((base / labelled).mean()),
         float((choice / labelled).mean()),
-        math.sqrt(max(0.0, float(variances.sum()))) / len(labelled),
+        told(math.sqrt(max(0.0, float(variances.sum()))) / len(labelled), _error_of_sum(added, sweep)),
         far_from_uniform(counts[0]) or far_from_uniform(_memorized_classes(memory, classes)),
     )
 
@@ -100,7 +108,13 @@ def _measure_f1(
     variance = gather((added[1] - added[0]).nan_to_num().square().sum().cpu()[None]).sum()
     count = int(gather(torch.tensor([len(targets)])).sum())
     base, choice = scores.nanmean(dim=1).tolist()
-    return BalancedScore(base, choice, math.sqrt(float(variance)), has_rare_labels(counts[0, 2], count), F1)
+    error = told(math.sqrt(float(variance)), _error_of_sum((added[1] - added[0]).nan_to_num(), sweep))
+    return BalancedScore(base, choice, error, has_rare_labels(counts[0, 2], count), F1)
+
+
+def _error_of_sum(added: Tensor, sweep: Sweep) -> float:
+    """Standard error of the sum of what rows add to a score `(V,)`, if groups of them go right or wrong together."""
+    return float(sweep.groups.errors(added[None])[0]) * sweep.num_rows
 
 
 def _memorized_classes(memory: ResidualMemory, classes: int) -> Tensor:

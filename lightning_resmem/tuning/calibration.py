@@ -5,7 +5,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from lightning_resmem.metrics.noise import decisive, error_of_rows, plus_minus, told
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tuning.result import TuningResult
 from lightning_resmem.tuning.sweep import Sweep
@@ -45,7 +47,7 @@ def with_temperature(result: TuningResult, sweep: Sweep, noise: float) -> Tuning
         return result
     note = (
         f"combined_temperature={found.temperature:.4g} after combining: loss {found.before:.4f} -> {found.after:.4f} "
-        f"(± {found.error:.4f})"
+        f"({plus_minus(found.error)})"
     )
     params = replace(result.params, combined_temperature=found.temperature)
     return replace(result, params=params, notes=(*result.notes, note))
@@ -63,11 +65,14 @@ def _find(params: ResMemParams, sweep: Sweep, noise: float) -> Found | None:
     before = task.loss(combined, base, targets).double()
     rows, loss = sweep.total(torch.stack([torch.ones_like(before).sum(), before.sum()])).tolist()
 
+    def gains_of(power: float) -> Tensor:
+        return before - task.loss(task.tempered(combined, base, 2.0**power), base, targets).double()
+
     def gain(power: float) -> tuple[float, float]:
-        """By how much the loss falls, and the standard error of that."""
-        gains = before - task.loss(task.tempered(combined, base, 2.0**power), base, targets).double()
-        mean, squares = (sweep.total(torch.stack([gains.sum(), gains.square().sum()])) / rows).tolist()
-        return mean, math.sqrt(max(0.0, squares - mean**2) / (rows - 1)) if rows > 1 else math.inf
+        """By how much the loss falls, and the mean square of that."""
+        gains = gains_of(power)
+        mean, square = (sweep.total(torch.stack([gains.sum(), gains.square().sum()])) / rows).tolist()
+        return mean, square
 
     gains = {power: gain(power) for power in _POWERS}
     step = _POWERS[1] - _POWERS[0]
@@ -75,7 +80,9 @@ def _find(params: ResMemParams, sweep: Sweep, noise: float) -> Found | None:
         best, step = max(gains, key=lambda power: gains[power][0]), step / 2
         gains |= {power: gain(power) for power in (best - step, best + step)}
     best = max(gains, key=lambda power: gains[power][0])
-    gained, error = gains[best]
-    if best == 0 or not gained > noise * error:
+    gained, square = gains[best]
+    of_rows = float(error_of_rows(torch.tensor(square, dtype=torch.float64), torch.tensor(gained), int(rows)))
+    of_groups = float(sweep.groups.errors(gains_of(best)[None], known.nonzero()[::every, 0])[0])
+    if best == 0 or not gained > noise * decisive(of_rows, of_groups):
         return None
-    return Found(float(f"{2.0**best:.6g}"), loss / rows, loss / rows - gained, error)
+    return Found(float(f"{2.0**best:.6g}"), loss / rows, loss / rows - gained, told(of_rows, of_groups))

@@ -8,14 +8,16 @@ from torch import Tensor
 
 from lightning_resmem.functional import combine
 from lightning_resmem.metrics.functional import negative_flip_rate
+from lightning_resmem.metrics.noise import Groups, decisive, plus_minus, told
 from lightning_resmem.params import Gate, gate_factors, gate_features
 from lightning_resmem.tasks import Task
 from lightning_resmem.tuning.result import TuningResult
-from lightning_resmem.tuning.selection import standard_error
 from lightning_resmem.tuning.sweep import Sweep
 
 # Entries of the predictions that a gate is fitted on; more rows would not change three numbers.
 _FIT_ENTRIES = 2**22
+# Parts that the rows are divided into.
+_FOLDS = 5
 # Weight of the squared coefficients beside the sum of losses: keeps them finite where the rows leave them open.
 _RIDGE = 1.0
 
@@ -28,7 +30,7 @@ class GateFit:
         gate: Fitted on all rows.
         loss: Mean loss of rows that each fold's gate has not seen.
         constant_loss: Their mean loss with the constant strength.
-        error: Standard error of `loss - constant_loss`.
+        error: Standard error of `loss - constant_loss`; NaN where groups of rows are too few to tell.
         score_gain: Mean score of the same rows minus that with the constant strength.
         helps: Whether the loss falls by more than its standard error, and the score does not get worse.
     """
@@ -49,7 +51,7 @@ def fit_gate(
     targets: Tensor,
     sigma: float,
     strength: float,
-    folds: int = 5,
+    groups: Tensor | None = None,
 ) -> GateFit:
     """Fit a gate by the loss, and compare it with the constant strength by cross-validation.
 
@@ -61,7 +63,7 @@ def fit_gate(
         targets: As the task wants them.
         sigma: The kernel width, a distance.
         strength: The constant; the gated strength lies between 0 and twice of it.
-        folds: Parts that the rows are divided into.
+        groups: Which rows go right or wrong together, shape `(V,)`, 0, 1, ...: they are left out together.
     """
     # The trainer may be in inference mode, whose tensors have no gradients; clones made outside of it do.
     with torch.inference_mode(False), torch.enable_grad():
@@ -88,10 +90,11 @@ def fit_gate(
             return coefficients.detach()
 
         count = len(base)
-        fold = torch.arange(count, device=base.device) % folds
         everything = torch.arange(count, device=base.device)
+        together = None if groups is None else groups[::every].to(base.device)
+        fold = (everything if together is None else together) % _FOLDS
         gained, scored, losses = (base.new_zeros(count) for _ in range(3))
-        for held_out in (everything[fold == part] for part in range(min(folds, count))):
+        for held_out in (everything[fold == part] for part in fold.unique()):
             rest = everything[fold != fold[held_out[0]]]
             coefficients = fit(rest) if len(rest) else base.new_zeros(3)
             gated, constant = (predict(c, held_out) for c in (coefficients, torch.zeros_like(coefficients)))
@@ -100,10 +103,12 @@ def fit_gate(
             difference = task.score(gated, targets[held_out]) - task.score(constant, targets[held_out])
             scored[held_out] = difference.double() if task.higher_is_better else -difference.double()
         gain, loss, score_gain = gained.mean().item(), losses.mean().item(), scored.mean().item()
-        error = gained.std().item() / math.sqrt(count) if count > 1 else math.inf
+        of_rows = gained.std().item() / math.sqrt(count) if count > 1 else math.inf
+        of_groups = float(Groups(together).errors(gained[None])[0])
+        helps = gain > decisive(of_rows, of_groups) and score_gain >= 0
         # Six digits fit any use, and hide what differs between two machines.
         gate = Gate(*(float(f"{value:.6g}") for value in fit(everything).tolist()))
-        return GateFit(gate, loss, loss + gain, error, score_gain, gain > error and score_gain >= 0)
+        return GateFit(gate, loss, loss + gain, told(of_rows, of_groups), score_gain, helps)
 
 
 def with_gate(result: TuningResult, sweep: Sweep, most_lost: float | None) -> TuningResult:
@@ -115,7 +120,7 @@ def with_gate(result: TuningResult, sweep: Sweep, most_lost: float | None) -> Tu
         most_lost: Largest share of answers that may be lost, if there is one.
     """
     task, params, rows = sweep.task, result.params, sweep.pooled(result.params)
-    fit = fit_gate(task, *rows, sigma=params.sigma, strength=params.strength)
+    fit = fit_gate(task, *rows[:4], sigma=params.sigma, strength=params.strength, groups=rows.groups)
     numbers = [*astuple(fit.gate), fit.loss, fit.constant_loss, fit.error, fit.helps]
     *coefficients, loss, constant_loss, error, helps = sweep.agreed(numbers)
     gate = Gate(*coefficients)
@@ -127,18 +132,19 @@ def with_gate(result: TuningResult, sweep: Sweep, most_lost: float | None) -> Tu
     lost = 0.0
     if sweep.counts_flips:
         lost = float(negative_flip_rate(rows.base, combined, rows.targets))
-    score, squares, lost = sweep.agreed([float(scores.mean()), float(gains.square().mean()), lost])
-    compared = f"loss {constant_loss:.4f} -> {loss:.4f} (± {error:.4f}) on rows that it was not fitted on"
+    of_rows = float(gains.std()) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
+    gain_error = told(of_rows, float(Groups(rows.groups).errors(gains[None])[0]))
+    score, gain_error, lost = sweep.agreed([float(scores.mean()), gain_error, lost])
+    compared = f"loss {constant_loss:.4f} -> {loss:.4f} ({plus_minus(error)}) on rows that it was not fitted on"
     if not helps:
         return replace(result, notes=(*result.notes, f"the gate does not help ({compared}): none is used"))
     if most_lost is not None and lost > most_lost:
         note = f"the gate loses {lost:.4f} of the answers, more than max_negative_flip_rate={most_lost:g}: none is used"
         return replace(result, notes=(*result.notes, note))
-    gain = torch.tensor(score - result.base_score, dtype=torch.float64)
     return replace(
         result,
         params=replace(params, gate=gate),
         score=score,
-        gain_error=float(standard_error(torch.tensor(squares, dtype=torch.float64), gain, result.rows)),
+        gain_error=gain_error,
         notes=(*result.notes, f"with a gate, {compared}"),
     )

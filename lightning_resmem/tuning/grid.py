@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.errors import InputError
+from lightning_resmem.metrics import noise
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tuning import selection
 from lightning_resmem.tuning.objectives import MetricObjective
-from lightning_resmem.tuning.sweep import Measured, Sweep
+from lightning_resmem.tuning.rows import Measured
+from lightning_resmem.tuning.sweep import Sweep
 
 
 class Axes(NamedTuple):
@@ -126,13 +128,13 @@ class GridSearch:
         return Choice(0, None)
 
     def gain_error(self, index: int) -> float:
-        """Standard error of the gain in score."""
+        """Standard error of the gain in score; NaN where groups of rows are too few to tell."""
         if index == 0:
             return 0.0
         measured = self.measured
         gain = measured.score - measured.score[0]
-        of_rows = float(selection.standard_error(measured.squares, gain, self.rows)[index])
-        return max(of_rows, self._errors_over_time(index)[0])
+        of_rows = float(noise.error_of_rows(measured.squares, gain, self.rows)[index])
+        return noise.told(of_rows, self._errors_of_groups(index)[0])
 
     def table(self) -> list[dict[str, float]]:
         """A row per setting."""
@@ -169,11 +171,14 @@ class GridSearch:
     def _choose(self, most_lost: float | None) -> tuple[int, bool]:
         """The best setting as far as noise lets one tell, and whether it helps."""
         measured, gain = self.measured, self._gain()
-        error = selection.standard_error(measured.squares, measured.score - measured.score[0], self.rows)
+        error = noise.error_of_rows(measured.squares, measured.score - measured.score[0], self.rows)
         found = selection.candidates(measured, gain, error, self.rows, most_lost)
         if self._by_loss:
             index = selection.least_loss(found, found.allowed.nonzero()[:, 0])
             return index, self._is_evident(found, index)
+        if self._metric is None:
+            of_groups = self._sweep.score_errors(torch.arange(len(self.settings)), 0)
+            found = found._replace(gain_error=torch.fmax(error, of_groups))
         best = selection.best_gain(found)
         if self._metric is not None:
             of_best = self._sweep.value_error(self.settings[best], self._metric) if best else 0.0
@@ -185,25 +190,25 @@ class GridSearch:
         return index, self._is_evident(found, index)
 
     def _is_evident(self, found: selection.Candidates, index: int) -> bool:
-        """Whether a setting helps by more than the noise of rows, and of the times they were asked at."""
-        score, loss = self._errors_over_time(index)
-        gain_error, loss_error = found.gain_error.clone(), found.loss_error.clone()
-        loss_error[index] = max(float(loss_error[index]), loss)
-        if self._metric is None:
-            gain_error[index] = max(float(gain_error[index]), loss if self._by_loss else score)
-        found = found._replace(gain_error=gain_error, loss_error=loss_error)
-        return selection.is_evident(found, index, self._noise, self._by_loss)
+        """Whether a setting helps by more than the noise of rows, and of their groups."""
+        loss_error = found.loss_error.clone()
+        loss_error[index] = noise.decisive(float(loss_error[index]), self._errors_of_groups(index)[1])
+        return selection.is_evident(found._replace(loss_error=loss_error), index, self._noise, self._by_loss)
 
-    def _errors_over_time(self, index: int) -> list[float]:
-        """Standard errors of the gains in score and loss of rows that have times; 0 of others."""
-        dated = self._sweep.dated_gains(self.settings[index]) if index else None
-        return [0.0, 0.0] if dated is None else self._sweep.agreed(selection.error_over_time(*dated).tolist())
+    def _errors_of_groups(self, index: int) -> list[float]:
+        """Standard errors of the gains in score and loss as `Groups.errors` has them."""
+        sweep = self._sweep
+        if not index or not sweep.groups.count:
+            return [0.0, 0.0]
+        errors: list[float] = sweep.groups.errors(sweep.gains(self.settings[index])).tolist()
+        return errors
 
     def _within_noise(self, indices: Tensor, best: int, gain: Tensor) -> Tensor:
         """Which settings are within the noise of the best one, by the differences of the rows; `(n,)`, bool."""
         squares = self._sweep.squared_differences(indices, best)
         below = gain[best] - gain[indices]
-        return below <= self._noise * selection.standard_error(squares, below, self.rows) + 1e-9
+        error = torch.fmax(noise.error_of_rows(squares, below, self.rows), self._sweep.score_errors(indices, best))
+        return below <= self._noise * error + 1e-9
 
 
 def _half_steps(candidates: Sequence[float], center: float) -> tuple[float, ...]:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from lightning_resmem.memory.answers import evenly_spaced
 from lightning_resmem.memory.interface import ResidualMemory
-from lightning_resmem.tuning.sweep import Gather, Rows
+from lightning_resmem.tuning.rows import Rows
+from lightning_resmem.tuning.sweep import Gather
 
 # Residuals below this share of what labels differ from their average are as good as none.
 _VANISHING = 0.03

@@ -16,10 +16,10 @@ from lightning_resmem.memory.answers import rows_at_once
 from lightning_resmem.memory.following import build_near
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.memory.local import LocalMemory
+from lightning_resmem.metrics.noise import Groups, decisive
 from lightning_resmem.model.head import HeadTap
 from lightning_resmem.model.places import AUTO
 from lightning_resmem.tuning.result import TriedKey, TuningResult
-from lightning_resmem.tuning.selection import error_over_time
 from lightning_resmem.tuning.sweep import Gather
 from lightning_resmem.tuning.tuner import Tuner
 
@@ -109,8 +109,9 @@ def choose_key(memory: LocalMemory, tuner: Tuner, keys: Mapping[str, int], rows:
 
     The first place stays unless another is better by more than the standard error of the difference, which the rows
     tell in pairs: in the score, or in the loss while the score is no worse; for an objective that is no mean over
-    rows, in the loss. Where rows have times, it is the error over stretches of time, if that is larger. Of several that
-    are better, the best one is taken, and of equally good ones that with the lower loss.
+    rows, in the loss. Where rows have times, or are positions of sequences, it is the error over stretches of time, or
+    over sequences, if that is larger. Of several that are better, the best one is taken, and of equally good ones that
+    with the lower loss.
 
     Args:
         memory: With rows whose keys stand side by side, not built.
@@ -129,8 +130,9 @@ def choose_key(memory: LocalMemory, tuner: Tuner, keys: Mapping[str, int], rows:
     results = [result for result, _, _ in found]
     sign = 1.0 if memory.task.higher_is_better else -1.0
     by_score = results[0].objective in ("accuracy", "mse")
-    times = None if rows.asked_at is None else gather(rows.asked_at.cpu())
-    place = _best(sign * scores if by_score else -losses, -losses, times)
+    groups = rows.asked_at if rows.asked_at is not None else memory.sequences_of(rows.ids)
+    of_all = Groups(None if groups is None else gather(groups.cpu()))
+    place = _best(sign * scores if by_score else -losses, -losses, of_all)
     for message in found[place][2]:
         warnings.warn_explicit(message.message, message.category, message.filename, message.lineno)
     tried = tuple(
@@ -155,7 +157,7 @@ def _tuned(
     asked = memory.at(rows.asked_at)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        result = tuner.tune(asked, keys, *rows[1:3], gather=gather)
+        result = tuner.tune(asked, keys, *rows[1:3], gather=gather, groups=memory.sequences_of(rows.ids))
     asked._params = result.params  # of this view alone
     task, targets = memory.task, memory.task.check_targets(rows.targets, rows.outputs.shape[1])
     measured = torch.zeros(len(targets), 2, dtype=torch.float64)
@@ -167,24 +169,22 @@ def _tuned(
     return result, gather(measured).T, caught
 
 
-def _best(aim: Tensor, gain: Tensor, times: Tensor | None) -> int:
+def _best(aim: Tensor, gain: Tensor, groups: Groups) -> int:
     """The place to take, by two numbers of every row, each `(places, V)` and the larger the better."""
     evident = {}
     for place in range(1, len(aim)):
-        better, error = _difference(aim[place], aim[0], times)
-        less_loss, loss_error = _difference(gain[place], gain[0], times)
+        better, error = _difference(aim[place], aim[0], groups)
+        less_loss, loss_error = _difference(gain[place], gain[0], groups)
         if better > error or (better >= 0 and less_loss > loss_error):
             evident[place] = better, less_loss
     return max(evident, key=lambda place: evident[place], default=0)
 
 
-def _difference(one: Tensor, other: Tensor, times: Tensor | None) -> tuple[float, float]:
+def _difference(one: Tensor, other: Tensor, groups: Groups) -> tuple[float, float]:
     """The mean of the rows' differences and its standard error; infinite for a single row."""
     difference = one - other
     error = float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else math.inf
-    if times is not None:
-        error = max(error, float(error_over_time(difference[:, None], times)))
-    return round(float(difference.mean()), _DIGITS), error
+    return round(float(difference.mean()), _DIGITS), decisive(error, float(groups.errors(difference[None])[0]))
 
 
 def _told(key: TriedKey, score_name: str) -> str:

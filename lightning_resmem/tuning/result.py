@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from lightning_resmem.metrics.noise import plus_minus
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Regression
 from lightning_resmem.tuning.balance import BalancedScore
@@ -41,9 +42,10 @@ class TuningResult:
         score: Score of the choice.
         score_name: `"acc"` or `"mse"`.
         rows: Number of tuning rows, over all ranks.
-        gain_error: Standard error of `gain`, from the differences of the rows, or, where rows have times, those of
-            stretches of time if it is larger; 0 if the choice is the base alone, inf for a single row. It leaves out
-            that the best of many settings looks better than it is.
+        gain_error: Standard error of `gain`: of the rows' differences, or, if that is larger, of those of sequences
+            whose positions the rows are, or of ten stretches of time where rows have times; NaN for one or two of
+            these, which do not tell. 0 if the choice is the base alone, inf for a single row. It leaves out that the
+            best of many settings looks better than it is.
         objective: What was optimised: `"accuracy"`, `"nll"`, ... or the name of the metric.
         base_objective: Its value for the base alone.
         best_objective: Its value for the choice.
@@ -114,5 +116,5 @@ class TuningResult:
         return (
             f"chose k={params.k}, sigma={params.sigma:.4g}, softmax_temperature={params.softmax_temperature:.4g}, "
             f"strength={params.strength:.4g} of {len(self.table)} settings{refined}: {compared} "
-            f"({self.gain:+.4f} ± {self.gain_error:.4f}){other}{balanced} {where}{notes}"
+            f"({self.gain:+.4f} {plus_minus(self.gain_error)}){other}{balanced} {where}{notes}"
         )

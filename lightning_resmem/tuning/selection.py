@@ -5,12 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_resmem.tuning.sweep import Measured
+from lightning_resmem.metrics.noise import error_of_rows
+from lightning_resmem.tuning.rows import Measured
 
 # A gain in score alone has to exceed so many times the noise; beside a lower loss it does not have to.
 _SCORE_ALONE = 2.0
-# Stretches of time whose means tell the error of rows that have times.
-_STRETCHES = 10
 # Means that differ by less are equal: their sums over other ranks are rounded otherwise.
 _DIGITS = 9
 
@@ -35,42 +34,6 @@ class Candidates(NamedTuple):
     allowed: Tensor
 
 
-def standard_error(squares: Tensor, means: Tensor, rows: int) -> Tensor:
-    """The standard error of means over rows, from means of squares; infinite for a single row.
-
-    Examples:
-        >>> standard_error(torch.tensor([0.5]), torch.tensor([0.5]), rows=2)
-        tensor([0.5000])
-    """
-    if rows < 2:
-        return torch.full_like(means, torch.inf)
-    return ((squares - means.square()).clamp_min(0) / (rows - 1)).sqrt()
-
-
-def error_over_time(gains: Tensor, times: Tensor) -> Tensor:
-    """The standard error of mean gains if rows near each other in time go right or wrong together.
-
-    Args:
-        gains: Of the rows, shape `(V, n)`.
-        times: When each was asked for, shape `(V,)`.
-
-    Returns:
-        From the means of stretches of time, shape `(n,)`; 0 if all rows have one time, which says nothing about others.
-
-    Examples:
-        >>> error_over_time(torch.tensor([[1.0], [1.0], [0.0], [0.0]]), torch.tensor([5, 5, 6, 6]))
-        tensor([0.5000])
-    """
-    moments, place = times.unique(return_inverse=True)
-    count = min(_STRETCHES, len(moments))
-    if count < 2:
-        return torch.zeros_like(gains[0])
-    apart = gains - gains.mean(dim=0)
-    of_stretches = apart.new_zeros(count, gains.shape[1]).index_add_(0, place * count // len(moments), apart)
-    error: Tensor = (of_stretches.square().sum(dim=0) * count / (count - 1)).sqrt() / len(gains)
-    return error
-
-
 def candidates(measured: Measured, gain: Tensor, gain_error: Tensor, rows: int, most_lost: float | None) -> Candidates:
     """What there is to choose from.
 
@@ -84,7 +47,7 @@ def candidates(measured: Measured, gain: Tensor, gain_error: Tensor, rows: int, 
     allowed = torch.ones_like(gain, dtype=torch.bool)
     if most_lost is not None:
         allowed = _rounded(measured.lost) <= most_lost
-    loss_error = standard_error(measured.loss_squares, measured.loss_gain, rows)
+    loss_error = error_of_rows(measured.loss_squares, measured.loss_gain, rows)
     return Candidates(gain, gain_error, measured.loss, measured.loss_gain, loss_error, allowed)
 
 

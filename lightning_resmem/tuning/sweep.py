@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,10 +14,12 @@ from lightning_resmem.memory.checks import check_width
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.memory.single_rows import fetch_neighbors
 from lightning_resmem.metrics.functional import is_right
+from lightning_resmem.metrics.noise import LEAST_GROUPS, Groups
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Multiclass, Regression
 from lightning_resmem.tuning.multiclass import multiclass_sweep
 from lightning_resmem.tuning.objectives import MetricObjective
+from lightning_resmem.tuning.rows import Measured, Pooled, Rows
 from lightning_resmem.tuning.sample import count_columns, sampled
 from lightning_resmem.tuning.tables import LabelTable, Table, narrow_table
 
@@ -28,55 +30,8 @@ Number = TypeVar("Number", int, float)
 _SAME = 1e-5
 # Groups of rows that are left out in turn, for the error of a metric.
 _JACKKNIFE_GROUPS = 20
-
-
-class Rows(NamedTuple):
-    """Rows to tune on.
-
-    Attributes:
-        embeddings: Shape `(V, D)`.
-        outputs: Shape `(V, C)`.
-        targets: As the task wants them.
-        ids: Shape `(V,)` if they are rows of the memory themselves, which are then not their own neighbours; or None.
-    """
-
-    embeddings: Tensor
-    outputs: Tensor
-    targets: Tensor
-    ids: Tensor | None
-
-    def where(self, kept: Tensor) -> "Rows":
-        """Those of a mask `(V,)`."""
-        return Rows(*(None if part is None else part[kept.to(part.device)] for part in self))  # type: ignore[arg-type]
-
-
-class Measured(NamedTuple):
-    """Means over the rows of all ranks for `S` settings; each of shape `(S,)`, float64, on the CPU.
-
-    Attributes:
-        score: The task's score.
-        loss: The task's loss.
-        lost: The share of answers (in multilabel tasks of labels) that the base had right and the setting has wrong.
-        squares: Squared difference of a row's score to that of the base.
-        loss_gain: How much lower the loss is than that of the base at the same softmax_temperature.
-        loss_squares: Squares of that.
-    """
-
-    score: Tensor
-    loss: Tensor
-    lost: Tensor
-    squares: Tensor
-    loss_gain: Tensor
-    loss_squares: Tensor
-
-
-class Pooled(NamedTuple):
-    """A setting's predictions for the rows of all ranks, in an order that does not depend on their ranks."""
-
-    base: Tensor
-    residual: Tensor
-    distances: Tensor
-    targets: Tensor
+# Settings x rows of all ranks that are compared together.
+_COMPARED = 2**22
 
 
 class Sweep:
@@ -95,11 +50,12 @@ class Sweep:
         num_rows: So many of them there are on all ranks.
         notes: What there is to say of them.
         counts_flips: Whether an answer is right or wrong.
+        groups: Which of them go right or wrong together.
     """
 
     def __init__(self, memory: ResidualMemory, rows: Rows, ks: Sequence[int], gather: Gather) -> None:
         self.task = memory.task
-        self._gather, self._asked_at = gather, memory.asked_at
+        self._gather = gather
         most = len(memory) if rows.ids is None else len(memory) - 1
         self.ks = sorted({min(k, max(1, most)) for k in ks})
         distances, ids = self._search(memory, rows)
@@ -111,10 +67,9 @@ class Sweep:
         kept = sampled(near, columns, gather)
         if kept is not None:
             rows, distances, ids = rows.where(kept), distances[kept], ids[kept]
-            if self._asked_at is not None and self._asked_at.ndim:  # a time for each row
-                self._asked_at = self._asked_at[kept.to(self._asked_at.device)]
         self.rows, self.distances, self.num_rows = rows, distances, self._count(rows)
         self.notes = () if kept is None else (f"{self.num_rows} of {given} rows are looked at, for {columns} columns",)
+        self.groups = Groups(rows.groups, gather)
         self._outputs, self._targets = rows.outputs, rows.targets
         self._norms = rows.embeddings.to(distances.device).float().norm(dim=1)
         self._values, self._positions = fetch_neighbors(memory, ids)
@@ -188,11 +143,21 @@ class Sweep:
         Returns:
             Shape `(n,)`, float64, on the CPU.
         """
+        parts = self._score_differences(indices, reference)
+        return self.total(torch.cat([part.square().sum(dim=1, dtype=torch.float64) for part in parts])) / self.num_rows
+
+    def score_errors(self, indices: Tensor, reference: int) -> Tensor:
+        """`groups.errors` of the scores' differences with two settings; arguments as for `squared_differences`."""
+        if not self.groups.count:
+            return torch.zeros(len(indices), dtype=torch.float64)
+        return torch.cat([self.groups.errors(part) for part in self._score_differences(indices, reference)])
+
+    def _score_differences(self, indices: Tensor, reference: int) -> Iterator[Tensor]:
+        """`(n, V)` for a few settings at a time."""
         scores = torch.cat(self._scores)
         against = scores[reference].float()
-        squares = [(scores[index].float() - against).square().sum(dtype=torch.float64) for index in indices.tolist()]
-        sums: Tensor = self._gather(torch.stack(squares)[None].cpu()).sum(dim=0) / self.num_rows
-        return sums
+        for part in indices.split(max(1, _COMPARED // self.num_rows)):
+            yield torch.stack([scores[index] for index in part.tolist()]).float() - against
 
     def values(self, settings: Sequence[ResMemParams], objective: MetricObjective) -> Tensor:
         """The metric's value for each setting, from the rows of all ranks; shape `(S,)`, float64."""
@@ -211,10 +176,13 @@ class Sweep:
         before = self.task.predict(outputs)
         before = self.task.probabilities(before, before)
         after = self.task.probabilities(combine(pooled.base, pooled.residual, setting.strength), pooled.base)
-        groups = min(_JACKKNIFE_GROUPS, self.num_rows)
+        place, count = torch.arange(self.num_rows), self.num_rows
+        if pooled.groups is not None and self.groups.count >= LEAST_GROUPS:
+            place, count = pooled.groups, self.groups.count
+        groups = min(_JACKKNIFE_GROUPS, count)
         if groups < 2:
             return math.inf
-        group = torch.arange(self.num_rows, device=before.device) % groups
+        group = place.to(before.device) % groups
         gains = torch.tensor(
             [
                 objective.value(after[group != left_out], pooled.targets[group != left_out])
@@ -225,25 +193,20 @@ class Sweep:
         )
         return self.agreed([float((gains - gains.mean()).square().sum() * (groups - 1) / groups) ** 0.5])[0]
 
-    def dated_gains(self, setting: ResMemParams) -> tuple[Tensor, Tensor] | None:
-        """How much higher the score and lower the loss of the rows of all ranks are, `(V, 2)`, and their times, `(V,)`.
-
-        None if queries have no times of their own.
-        """
-        if self._asked_at is None or not self._asked_at.ndim:
-            return None
+    def gains(self, setting: ResMemParams) -> Tensor:
+        """How much higher the score and lower the loss of the rows of this rank are, shape `(2, V)`."""
         combined, base, targets = self.both(setting)
         scores = self.task.score(combined, targets) - self._base_score
         losses = self.task.loss(base, base, targets) - self.task.loss(combined, base, targets)
-        gains = torch.stack([scores.double(), losses.double()], dim=1).cpu()
-        return self._gather(gains), self._gather(self._asked_at.cpu())
+        return torch.stack([scores.double(), losses.double()])
 
     def pooled(self, setting: ResMemParams) -> Pooled:
         """Everything that the predictions of a setting are made of."""
         ((_, _, base, residual),) = self._each([setting], self._whole)
         nearest = self.distances[:, 0].to(base.device)
         base, residual, nearest = (self._gather(part)[self._order] for part in (base, residual, nearest))
-        return Pooled(base, residual, nearest, self._all_targets)
+        groups = None if self.groups.place is None else self._gather(self.groups.place)[self._order.cpu()]
+        return Pooled(base, residual, nearest, self._all_targets, groups)
 
     def predict(self, setting: ResMemParams) -> Tensor:
         """What a setting, with its gate, predicts for the rows of this rank; shape `(V, C)`."""

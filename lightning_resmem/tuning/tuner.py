@@ -5,18 +5,17 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_resmem.errors import InputError, ResMemWarning
-from lightning_resmem.memory.checks import as_ids, as_tensor, check_shapes
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.memory.token_ids import of_sequences
 from lightning_resmem.params import ResMemParams
-from lightning_resmem.tasks import Multiclass, Regression, Task, check_finite
+from lightning_resmem.tasks import Multiclass, Regression, Task
 from lightning_resmem.tuning.balance import measure_balance
 from lightning_resmem.tuning.calibration import with_temperature
 from lightning_resmem.tuning.gate import with_gate
@@ -25,7 +24,8 @@ from lightning_resmem.tuning.interpolation import Residuals, measure_residuals
 from lightning_resmem.tuning.objectives import check_objective, check_task, make_objective
 from lightning_resmem.tuning.own_rows import drawn_rows
 from lightning_resmem.tuning.result import TuningResult
-from lightning_resmem.tuning.sweep import Gather, Rows, Sweep
+from lightning_resmem.tuning.rows import checked_rows
+from lightning_resmem.tuning.sweep import Gather, Sweep
 
 # Validation rows that may be found in the memory: so many, and this share of them; data sets hold a few rows twice.
 _FEW_KNOWN_ROWS, _FEW_KNOWN_SHARE = 5, 0.01
@@ -53,6 +53,7 @@ class Tuner(ABC):
         targets: Tensor,
         gather: Gather = lambda rows: rows,
         ids: Tensor | None = None,
+        groups: Tensor | None = None,
     ) -> TuningResult:
         """Choose params on validation rows; the memory is not changed.
 
@@ -65,6 +66,9 @@ class Tuner(ABC):
             targets: Their targets, as the memory's task wants them.
             gather: Concatenates a tensor `(n, ...)` over all ranks, so that every rank makes the same choice.
             ids: Shape `(V,)`, if the rows are rows of the memory: then no row is its own neighbour.
+            groups: Which rows go right or wrong together, as the positions of a sequence do: the number of its group
+                for each row, shape `(V,)`, int64. By default rows are independent; asked at times, those of ten
+                stretches of time are together.
         """
 
     def tune_leave_one_out(
@@ -95,7 +99,8 @@ class Tuner(ABC):
         check_memory(memory)
         ids = drawn_rows(memory, rows, seed)[rank::num_ranks]
         values = memory.fetch(ids)
-        return self.tune(memory.at_rows(ids), memory._query_rows(ids), values.outputs, values.targets, gather, ids)
+        rows_of = memory._query_rows(ids), values.outputs, values.targets
+        return self.tune(memory.at_rows(ids), *rows_of, gather, ids, memory.sequences_of(ids))
 
     def check(self, task: Task) -> None:  # noqa: B027 -- for those that cannot tune every task
         """Raise an error, before any training, if this tuner cannot tune the memory of a task."""
@@ -208,10 +213,11 @@ class GridTuner(Tuner):
         targets: Tensor,
         gather: Gather = lambda rows: rows,
         ids: Tensor | None = None,
+        groups: Tensor | None = None,
     ) -> TuningResult:
         check_memory(memory)
         self.check(memory.task)
-        rows = _checked_rows(memory, embeddings, outputs, targets, ids)
+        rows = checked_rows(memory, embeddings, outputs, targets, ids, groups)
         if not int(gather(torch.tensor([len(rows.targets)])).sum()):
             raise InputError("embeddings has no rows: tuning needs at least one validation row.")
         sweep = Sweep(memory, rows, self.k, gather)
@@ -275,26 +281,6 @@ def _with_knn_lm(result: TuningResult, grid: GridSearch, axes: Axes, refinements
     params = grid.settings[place]
     note = f"kNN-LM with a share of {params.strength:.4g} has {result.score_name} {score:.4f}{named} on these rows"
     return replace(result, knn_lm=params, notes=(*result.notes, note))
-
-
-def _checked_rows(memory: ResidualMemory, embeddings: Tensor, outputs: Tensor, targets: Tensor, ids: Any) -> Rows:
-    embeddings, outputs = as_tensor("embeddings", embeddings), as_tensor("outputs", outputs)
-    targets = as_tensor("targets", targets)
-    check_shapes(embeddings, outputs, targets, None)
-    width = memory.stats()["width"]
-    if len(memory) and embeddings.shape[1] != width:
-        raise InputError(
-            f"embeddings has shape {tuple(embeddings.shape)}, the memory's keys have width {width}: tune on the same "
-            "embedding that filled the memory."
-        )
-    check_finite("embeddings", embeddings)
-    check_finite("outputs", outputs)
-    targets = memory.task.check_targets(targets, outputs.shape[1])
-    if ids is not None:
-        ids = as_ids(ids)
-        if len(ids) != len(targets):
-            raise InputError(f"ids has shape {tuple(ids.shape)}, expected ({len(targets)},): one for every row.")
-    return Rows(embeddings, outputs, targets, ids)
 
 
 def _warn(result: TuningResult, residuals: Residuals, known: int) -> None:

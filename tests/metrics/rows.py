@@ -46,7 +46,8 @@ def answers(task, rows=ROWS, outputs=CLASSES, softmax_temperature=1.0):
     return given, Predictions(base, knn, base + residual), targets, distances
 
 
-def updated(metrics, given, predictions, targets, distances, rows=slice(None)):
+def updated(metrics, given, predictions, targets, distances, rows=slice(None), groups=None):
     part = Predictions(*(prediction[rows] for prediction in predictions))
-    metrics.update(part, targets[rows], distances[rows], given[rows])
+    of_rows = None if groups is None else groups[rows]
+    metrics.update(part, targets[rows], distances[rows], given[rows], groups=of_rows)
     return metrics

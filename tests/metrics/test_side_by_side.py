@@ -187,13 +187,17 @@ def test_which_scores_are_better_when_they_are_less():
     assert found & {"mse", "mae", "r2", "error"} == {"mse", "mae", "error"}
 
 
+# Of which ranks have parts: sequences, moments, and rows that are independent.
+GROUPS = {"multiclass": torch.arange(ROWS) // 5, "multilabel": torch.arange(ROWS) // 3 / 7.0, "regression": None}
+
+
 def on_rank(rank, kind, split):
     """Count a part of the rows: every second one, or all on rank 0."""
     task = TASKS[kind]()
     rows = slice(rank, None, 2) if split == "halves" else slice(0, None if rank == 0 else 0)
     metrics = ResMemMetrics(task, CLASSES, {"own": AUROCS[kind]} if split == "halves" else None)
     if rank == 0 or split == "halves":
-        updated(metrics, *answers(task), rows=rows)
+        updated(metrics, *answers(task), rows=rows, groups=GROUPS[kind])
     return metrics.compute(), metrics.neighborhoods.compute(), metrics.resmem.reliability.compute()
 
 
@@ -204,7 +208,9 @@ def test_two_ranks_are_one(kind, tmp_path):
     task = TASKS[kind]()
     for split in ("halves", "rank 0"):
         metrics = updated(
-            ResMemMetrics(task, CLASSES, {"own": AUROCS[kind]} if split == "halves" else None), *answers(task)
+            ResMemMetrics(task, CLASSES, {"own": AUROCS[kind]} if split == "halves" else None),
+            *answers(task),
+            groups=GROUPS[kind],
         )
         for found in run_ranks(on_rank, 2, tmp_path / split, kind, split):
             same(found[0], metrics.compute())

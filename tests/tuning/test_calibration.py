@@ -10,7 +10,8 @@ from lightning_resmem import GridTuner, InputError, LocalMemory, ResMemParams
 from lightning_resmem.functional import log_predictions, tempered
 from lightning_resmem.tasks import TASKS
 from lightning_resmem.tuning.calibration import with_temperature
-from lightning_resmem.tuning.sweep import Rows, Sweep
+from lightning_resmem.tuning.rows import Rows
+from lightning_resmem.tuning.sweep import Sweep
 from tests import oracle
 from tests.saved_files import edited
 from tests.tuning.validation import filled, rows

@@ -7,7 +7,7 @@ from lightning_resmem import GridTuner, LocalMemory
 from lightning_resmem.errors import ResMemWarning
 from lightning_resmem.tasks import Multiclass, Multilabel, Regression
 from lightning_resmem.tuning.interpolation import measure_residuals
-from lightning_resmem.tuning.sweep import Rows
+from lightning_resmem.tuning.rows import Rows
 
 
 def rows(task, stored_sureness, unseen_sureness):

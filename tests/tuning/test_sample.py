@@ -5,7 +5,8 @@ import torch
 
 from lightning_resmem import GridTuner, LocalMemory, ResMemParams, SparseConfig
 from lightning_resmem.tuning import sample
-from lightning_resmem.tuning.sweep import Rows, Sweep
+from lightning_resmem.tuning.rows import Rows
+from lightning_resmem.tuning.sweep import Sweep
 
 
 def rows(count: int, seed: int, classes: int = 50) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -80,9 +81,8 @@ def test_rows_keep_their_times(monkeypatch: pytest.MonkeyPatch) -> None:
     keys, outputs, targets = rows(200, 2)
     monkeypatch.setattr(sample, "ENTRIES", 60 * 50)
     view = memory.at(torch.arange(200) + 40)
-    sweep = Sweep(view, Rows(keys, outputs, targets, None), (5,), lambda part: part)
+    sweep = Sweep(view, Rows(keys, outputs, targets, groups=view.asked_at), (5,), lambda part: part)
     assert sweep.num_rows == len(sweep.rows.targets) == 60
     places = [int((keys == key).all(dim=1).nonzero()[0, 0]) for key in sweep.rows.embeddings]
-    timed = sweep.dated_gains(ResMemParams(k=5))
-    assert timed is not None
-    assert timed[1].tolist() == [place + 40 for place in places]
+    assert sweep.rows.groups is not None
+    assert sweep.rows.groups.tolist() == [place + 40 for place in places]

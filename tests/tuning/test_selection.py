@@ -5,11 +5,9 @@ import torch
 from lightning_resmem.tuning.selection import (
     Candidates,
     best_gain,
-    error_over_time,
     is_evident,
     least_loss,
     near_best,
-    standard_error,
 )
 
 
@@ -21,13 +19,6 @@ def made(gain, gain_error=0.01, loss=None, loss_gain=0.0, loss_error=0.01, allow
 
     loss = [1.0] * count if loss is None else loss
     return Candidates(*(column(part) for part in (gain, gain_error, loss, loss_gain, loss_error, allowed)))
-
-
-def test_the_error_of_a_mean_is_that_of_its_rows():
-    rows = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = standard_error(rows.square().mean()[None], rows.mean()[None], 50)
-    torch.testing.assert_close(found[0], rows.std() / 50**0.5)
-    assert standard_error(torch.ones(1), torch.ones(1), 1).isinf()
 
 
 def test_the_largest_gain_that_is_allowed_is_the_best():
@@ -71,15 +62,3 @@ def test_what_helps_is_beyond_noise():
     assert not evident(1.0, 0.009, by_loss=True)
     assert evident(0.001, -1.0, noise=0.0)
     assert not evident(0.0, 0.0, noise=0.0)
-
-
-def test_rows_that_go_right_or_wrong_together_in_time_count_less():
-    generator = torch.Generator().manual_seed(0)
-    moments = torch.randn(200, 1, generator=generator, dtype=torch.float64)
-    times = torch.arange(200).repeat_interleave(50)
-    order = torch.randperm(len(times), generator=generator)
-    alike = moments.repeat_interleave(50, dim=0)[order]
-    of_moments, of_rows = alike.std() / 200**0.5, alike.std() / len(alike) ** 0.5
-    assert 0.5 * of_moments < error_over_time(alike, times[order])[0] < 2 * of_moments
-    assert error_over_time(torch.randn(10_000, 1, generator=generator), times)[0] < 2 * of_rows
-    assert error_over_time(alike, torch.zeros(len(alike))).tolist() == [0.0]

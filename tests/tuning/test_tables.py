@@ -7,7 +7,8 @@ import torch
 from lightning_resmem import LocalMemory, ResMemParams, SparseConfig
 from lightning_resmem.memory.answers import Neighbors
 from lightning_resmem.tuning import sweep, tables
-from lightning_resmem.tuning.sweep import Rows, Sweep
+from lightning_resmem.tuning.rows import Rows
+from lightning_resmem.tuning.sweep import Sweep
 from tests import oracle
 from tests.tuning.validation import scores
 

@@ -31,12 +31,13 @@ class Together:
         return concatenate
 
 
-def tuned_on_ranks(tuner, memories, parts):
+def tuned_on_ranks(tuner, memories, parts, groups=None):
     together, results = Together(len(parts)), [None] * len(parts)
 
     def work(rank):
         try:
-            results[rank] = tuner.tune(memories[rank], *parts[rank], gather=together.gather(rank))
+            options = {} if groups is None else {"groups": groups[rank]}
+            results[rank] = tuner.tune(memories[rank], *parts[rank], gather=together.gather(rank), **options)
         except BaseException as error:
             results[rank] = error
             if not isinstance(error, InputError):  # which all of them raise, and some may still be leaving the barrier
