@@ -219,7 +219,7 @@ class ResMemModule(L.LightningModule):
     test_step = validation_step
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """The combined prediction `F(x)` of a batch, shape `(B, C)`."""
+        """The combined prediction of a batch as `memory.predict` returns it, shape `(B, C)`."""
         if self._run is not None:
             self._run.answer()
         return self.predictions(batch).resmem

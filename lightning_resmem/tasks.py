@@ -121,8 +121,11 @@ class Task(ABC):
         """What `to_outputs` stands for, as probabilities of a proper distribution (as it is, in regression)."""
 
     def tempered(self, combined: Tensor, base: Tensor, temperature: float) -> Tensor:
-        """The combined prediction with its logarithm, or log-odds, divided by a temperature; in regression as it is."""
-        return self.predict(self.to_outputs(combined, base), temperature)
+        """The combined prediction with its logarithm, or log-odds, divided by a temperature; in regression as it is.
+
+        `to_outputs` and `probabilities` change it no more than by rounding.
+        """
+        return self.probabilities(self.predict(self.to_outputs(combined, base), temperature), base)
 
     @abstractmethod
     def loss(self, combined: Tensor, base: Tensor, targets: Tensor) -> Tensor:

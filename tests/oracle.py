@@ -134,11 +134,24 @@ def predict(
     residual = weighted_sum(positions, weight, residuals(outputs, targets, task, softmax_temperature))
     combined = base + strength * residual
     if combined_temperature != 1 and task == "multiclass":
-        combined = softmax(log_predictions(combined, base), combined_temperature)
+        combined = above_floor(softmax(log_predictions(combined, base), combined_temperature), base)
     if combined_temperature != 1 and task == "multilabel":
         clamped = combined.clip(1e-4, 1 - 1e-4)
-        combined = 1 / (1 + ((1 - clamped) / clamped) ** (1 / combined_temperature))
+        combined = (1 / (1 + ((1 - clamped) / clamped) ** (1 / combined_temperature))).clip(1e-4, 1 - 1e-4)
     return Predictions(base=base, knn=label_average(positions, weight, targets, base.shape[1], task), resmem=combined)
+
+
+def above_floor(probabilities: Floats, base: Floats) -> Floats:
+    """`max(s q, 0.1 min(p, max s q))`, with the factor `s` of each row for which it sums to 1."""
+    raised = []
+    for q, p in zip(probabilities, base, strict=True):
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            s = (low + high) / 2
+            row = np.maximum(s * q, 0.1 * np.minimum(p, s * q.max()))
+            low, high = (s, high) if row.sum() < 1 else (low, s)
+        raised.append(row)
+    return np.stack(raised)
 
 
 def cut(outputs: ArrayLike, top_m: int, softmax_temperature: float = 1.0) -> tuple[Floats, Floats]:

@@ -287,15 +287,16 @@ class ResidualMemory(Movable, Dated, Guarded, Locating, ABC):
             return self.sums(self._nearest(queries)).labels
 
     def predict(self, queries: Tensor, outputs: Tensor) -> Tensor:
-        """The combined prediction `F(x)`.
+        """The combined prediction: `F(x)`, or, with a `combined_temperature`, `q ~ F^(1 / t)`.
 
         Args:
             queries: Embeddings, shape `(B, D)`.
             outputs: What the head returned for them, shape `(B, C)`.
 
         Returns:
-            Shape `(B, C)`. For probabilities rows sum to 1, but entries may lie below 0;
-            `functional.log_predictions` makes a proper distribution of it.
+            Shape `(B, C)`. For probabilities rows sum to 1, but entries of `F(x)` may lie below 0; with `base`, that of
+            `predictions`, `functional.log_predictions(it, base)` is the logarithm of a proper distribution. Of `q`,
+            which is one, it is the logarithm of `q` itself.
         """
         queries, outputs = checked_batch(queries, outputs)
         with self.reading():

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from lightning_resmem.errors import ResMemError
 from lightning_resmem.metrics.bins import Neighborhoods, ReliabilityBins
+from lightning_resmem.metrics.noise import plus_minus
 from lightning_resmem.metrics.reported import LESS_IS_BETTER
 
 
@@ -112,8 +113,8 @@ class Evaluation:
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={self.scores[name]:.4f}" for name in self.shown)
         return (
-            f"Evaluation({self.prefix + self.suffix!r}, rows={self.rows}, {shown}, gain={self.gain:+.4f} ± "
-            f"{self.gain_error:.4f}; {len(self.scores)} scores, {len(self.flips)} flips)"
+            f"Evaluation({self.prefix + self.suffix!r}, rows={self.rows}, {shown}, gain={self.gain:+.4f} "
+            f"{plus_minus(self.gain_error)}; {len(self.scores)} scores, {len(self.flips)} flips)"
         )
 
     def gain_in(self, name: str) -> float:

@@ -20,18 +20,21 @@ PARAMS = ResMemParams(k=7, sigma=0.6, softmax_temperature=1.3, combined_temperat
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_predictions_with_a_temperature_are_those_of_the_formula(task, tmp_path):
-    memory = filled(task, params=PARAMS)
+@pytest.mark.parametrize("temperature", [0.3, 1.7])
+def test_predictions_with_a_temperature_are_those_of_the_formula(task, temperature, tmp_path):
+    memory = filled(task, params=replace(PARAMS, combined_temperature=temperature))
     queries, outputs, _ = rows(30, task, seed=2)
     plain = filled(task, params=replace(PARAMS, combined_temperature=1.0))
     before = plain.predictions(queries, outputs)
     combined, base = before.resmem.double().numpy(), before.base.double().numpy()
     if task == "multiclass":
-        powers = np.exp(oracle.log_predictions(combined, base)) ** (1 / 1.7)
-        expected = powers / powers.sum(axis=1, keepdims=True)
+        powers = np.exp(oracle.log_predictions(combined, base)) ** (1 / temperature)
+        powers /= powers.sum(axis=1, keepdims=True)
+        expected = oracle.above_floor(powers, base)
+        assert (abs(expected - powers) > 1e-3).any() == (temperature < 1)
     elif task == "multilabel":
         clamped = combined.clip(1e-4, 1 - 1e-4)
-        expected = 1 / (1 + ((1 - clamped) / clamped) ** (1 / 1.7))
+        expected = (1 / (1 + ((1 - clamped) / clamped) ** (1 / temperature))).clip(1e-4, 1 - 1e-4)
     else:
         expected = combined
     memory.save(tmp_path)
@@ -41,6 +44,21 @@ def test_predictions_with_a_temperature_are_those_of_the_formula(task, tmp_path)
         assert torch.equal(same.predict(queries, outputs), after.resmem)
         assert torch.equal(after.base, before.base)
         assert torch.equal(after.knn, before.knn)
+        # What a model's own loss is given follows from what `predict` returns, the floor being no longer felt.
+        routed = memory.task.to_outputs(after.resmem, after.base)
+        torch.testing.assert_close(memory.task.predict(routed), after.resmem, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(memory.task.probabilities(after.resmem, after.base), after.resmem)
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.5, 0.9, 1.1, 4.0])
+def test_the_floor_has_the_last_word(temperature):
+    """Of many classes the base may be sure of one that the memory has ruled out."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.softmax(4 * torch.randn(100, 500, generator=generator, dtype=torch.float64), dim=1)
+    labels = torch.softmax(4 * torch.randn(100, 500, generator=generator, dtype=torch.float64), dim=1)
+    found = tempered(1.5 * labels - 0.5 * base, base, temperature)
+    torch.testing.assert_close(log_predictions(found, base), found.log(), rtol=0, atol=1e-7)
+    assert (found > 0.0999 * torch.minimum(base, found.amax(dim=1, keepdim=True))).all()
 
 
 def test_memories_that_were_saved_without_one_have_none(tmp_path):
