@@ -13,6 +13,7 @@ import csv
 import gzip
 import importlib.util
 import io
+import itertools
 import time
 import warnings
 import zipfile
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from lightning_resmem import GridTuner, LocalMemory, Multiclass, Regression, ResMemParams, ResMemWarning
 
 MOST_ROWS, STEPS, BATCH, SEEDS = 12_000, 1_000, 64, 5
-ALTERNATIVES = ("diamonds: cut", "diamonds: price")
+ALTERNATIVES = ("diamonds: cut", "diabetes", "diamonds: price")
 
 
 class Rows(NamedTuple):
@@ -184,22 +185,37 @@ def scores_of(
     return scores
 
 
-def interpolated(memory: LocalMemory, val: Rows, test: Rows) -> Tensor:
-    """kNN-LM: `a knn + (1 - a) base`, its k, sigma and a from the validation rows."""
-    scale = memory.search(val.keys, 10).distances.median().item()
-    best = (-float("inf"), None, 0.0)
-    for k in (4, 16, 64):
-        for sigma in (0.25 * scale, scale):
-            memory.params = ResMemParams(k=min(k, len(memory)), sigma=max(sigma, 1e-6))
-            base, knn, _ = memory.predictions(val.keys, val.outputs)
-            for share in np.linspace(0, 1, 11):
-                score = memory.task.score(share * knn + (1 - share) * base, val.targets).double().mean().item()
-                best = max(
-                    best, (score if memory.task.higher_is_better else -score, memory.params, share), key=lambda b: b[0]
-                )
-    memory.params = best[1]
-    base, knn, _ = memory.predictions(test.keys, test.outputs)
-    return best[2] * knn + (1 - best[2]) * base
+def family(shares: tuple[float, ...]) -> Callable[[LocalMemory, Rows, Rows], Tensor]:
+    """A prediction `p + a (labels - p) - b (near - p)`, tuned on the validation rows with b / a of `shares`.
+
+    `labels` and `near` are the neighbours' labels and base predictions; kNN-LM is b = 0, ResMem b = a.
+    """
+
+    def predict(memory: LocalMemory, val: Rows, test: Rows) -> Tensor:
+        scale = memory.search(val.keys, 10).distances.median().item()
+        best = (-float("inf"), memory.params, 0.0, 0.0)
+        for k, width in itertools.product((4, 16, 64), (0.25, 1)):
+            memory.params = ResMemParams(k=min(k, len(memory)), sigma=max(width * scale, 1e-6))
+            terms = terms_of(memory, val)
+            for a, share in itertools.product(np.linspace(0, 1, 11), shares):
+                score = memory.task.score(member(terms, a, share * a), val.targets).double().mean().item()
+                better = score if memory.task.higher_is_better else -score
+                best = max(best, (better, memory.params, a, share * a), key=lambda b: b[0])
+        memory.params = best[1]
+        return member(terms_of(memory, test), *best[2:])
+
+    return predict
+
+
+def terms_of(memory: LocalMemory, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """The base's predictions, and the neighbours' labels and base predictions."""
+    base, labels, _ = memory.predictions(rows.keys, rows.outputs)
+    return base, labels, labels - memory(rows.keys, rows.outputs)
+
+
+def member(terms: tuple[Tensor, Tensor, Tensor], a: float, b: float) -> Tensor:
+    base, labels, near = terms
+    return base + a * (labels - base) - b * (near - base)
 
 
 def stacked(memory: LocalMemory, val: Rows, test: Rows) -> Tensor:
@@ -241,7 +257,7 @@ def run(name: str, x: np.ndarray, y: np.ndarray, seed: int) -> dict[str, tuple[f
     base = dict.fromkeys(found, found["base"])
     if name in ALTERNATIVES:
         chosen = memory.params
-        others = {"kNN-LM": interpolated, "stacking": stacked}
+        others = {"kNN-LM": family((0.0,)), "a and b free": family((0.0, 0.25, 0.5, 0.75, 1.0)), "stacking": stacked}
         for kind, predict in others.items():
             begun = time.process_time()
             memory.params = chosen
