@@ -45,4 +45,6 @@ def working(show: bool, doing: str) -> Iterator[None]:
 
 def _progress(show: bool, columns: tuple[object, ...]) -> Progress:
     # A console of its own: the trainer's rich bar may still hold the live display of the shared one.
-    return Progress(*columns, console=Console(stderr=True), disable=not show)  # type: ignore[arg-type]
+    # Quiet, because older versions of rich end the line of a bar that is disabled, too.
+    console = Console(stderr=True, quiet=not show)
+    return Progress(*columns, console=console, disable=not show)  # type: ignore[arg-type]

@@ -92,7 +92,7 @@ def test_large_classes_say_what_their_methods_are_for() -> None:
 
 def lint_imports(directory: Path) -> subprocess.CompletedProcess[str]:
     """Run what `make test` runs on the package in another directory."""
-    command = [shutil.which("lint-imports", path=str(Path(sys.executable).parent)), "--no-cache", "--no-logo"]
+    command = [shutil.which("lint-imports", path=str(Path(sys.executable).parent)), "--no-cache"]
     # A wide terminal: lines that name modules are not broken.
     env = {**os.environ, "PYTHONPATH": str(directory), "COLUMNS": "500"}
     return subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True, timeout=120)

@@ -44,6 +44,7 @@ def wandb_in(directory: Path, mode: str = "offline") -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", mode)
         patch.setenv("WANDB_SILENT", "true")
+        patch.setenv("WANDB_DISABLE_GIT", "true")  # of which older versions leave a process
         for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
             patch.setenv(name, str(directory / "home"))
         before = dict(os.environ)
