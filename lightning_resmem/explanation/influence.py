@@ -29,7 +29,7 @@ class Influence:
         queries: Which queries, positions among those given, shape `(m,)`.
         distances: Between the row and these queries, shape `(m,)`.
         weights: What share of their weight it has, shape `(m,)`.
-        contributions: What it adds to their predictions, `strength * w_i * r_i`, shape `(m, C)`.
+        contributions: What it adds to their `F(x)`, `strength * w_i * r_i`, shape `(m, C)`.
 
     Examples:
         >>> from lightning_resmem import LocalMemory

@@ -1,7 +1,7 @@
 """Why a prediction changed: the neighbours behind it, and what each of them added."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from lightning_resmem.errors import InputError
 from lightning_resmem.explanation.class_names import class_name
 from lightning_resmem.explanation.pictures import entries
 from lightning_resmem.functional import neighbor_weights
-from lightning_resmem.memory.answers import Neighbors, Predictions
+from lightning_resmem.memory.answers import Neighbors, Predictions, combined
 from lightning_resmem.memory.checks import as_tensor
 from lightning_resmem.memory.interface import ResidualMemory, check_memory
 from lightning_resmem.memory.single_rows import fetch_neighbors, per_neighbor, row_residuals
@@ -29,17 +29,21 @@ if TYPE_CHECKING:
 class Explanation:
     """What `explain` found, on the CPU: `B` queries, `n` neighbours each (nearest first), `C` outputs.
 
-    `predictions.base + contributions.sum(1) + rest` is `predictions.resmem`. Print it with rich, or take `rows`.
+    `predictions.base + contributions.sum(1) + rest` is `predictions.resmem`, all of them in units of `F(x)`. Print it
+    with rich, or take `rows`.
 
     Attributes:
         task: What a prediction is.
-        predictions: Base, knn and combined, each `(B, C)`.
+        predictions: Base, knn and combined, each `(B, C)`: `F(x)`, and the base at the same `softmax_temperature`.
+        probabilities: What a title says of base and combination, each `(B, C)`, as the flips of an evaluation do: of
+            the base as it is without a memory, and those that `F(x)` stands for, with a `combined_temperature` if there
+            is one. In regression the predictions.
         neighbors: Distances and ids, `(B, n)`; id -1 where there is no neighbour.
         weights: `(B, n)`. Together with those of the neighbours not listed they sum to 1.
         labels: Targets of the neighbours: classes `(B, n)` for `Multiclass` (-1 where there is no neighbour), otherwise
             `(B, n, C)` (NaN there).
         contributions: What each neighbour adds to the base prediction, `strength * w_i * r_i`, shape `(B, n, C)`.
-        rest: What all other neighbours add, and a `combined_temperature` changes, shape `(B, C)`.
+        rest: What all other neighbours add, shape `(B, C)`.
         targets: Of the queries, where they are known, as the task stores them.
         images: Of the queries, `(B, H, W)` or `(B, channels, H, W)`, where the batch held any.
 
@@ -57,6 +61,7 @@ class Explanation:
 
     task: Task
     predictions: Predictions
+    probabilities: tuple[Tensor, Tensor]
     neighbors: Neighbors
     weights: Tensor
     labels: Tensor
@@ -89,9 +94,9 @@ class Explanation:
         """A dict for each neighbour of each query, and one with `id` None for all neighbours that are not listed.
 
         For `Multiclass`: `query`, the classes `target` (None if unknown), `base` and `resmem`, then `id`, `distance`,
-        `weight` and `label` of the neighbour, and `change_base` and `change_resmem`, what it adds to the probabilities
-        of these two classes. Otherwise: `query`, `output`, the values `target`, `base` and `resmem` of this output,
-        `id`, `distance`, `weight`, `label` and `change`.
+        `weight` and `label` of the neighbour, and `change_base` and `change_resmem`, what it adds to `F(x)` of these
+        two classes. Otherwise: `query`, `output`, the values `target`, `base` and `resmem` of this output, `id`,
+        `distance`, `weight`, `label` and `change`, all in units of `F(x)`.
         """
         return [row for query in range(len(self)) for row in self.rows_of(query)]
 
@@ -112,13 +117,13 @@ class Explanation:
     def tables(
         self, class_names: Sequence[str] | None = None, text: Callable[[int], str | None] | None = None
     ) -> list[Table]:
-        """A rich table for each query.
+        """A rich table for each query: from the base's prediction to `F(x)`, what each neighbour adds.
 
         Args:
             class_names: Shown in the place of numbers, letter by letter: none of them is rich's markup.
             text: Of a row's id, shown beside the row, such as the text around a token: see `passages`.
         """
-        headings = {"change_base": "to base class", "change_resmem": "to resmem class", "change": "change"}
+        headings = {"change_base": "F, base class", "change_resmem": "F, resmem class", "change": "F"}
         tables = []
         for query in range(len(self)):
             rows = self.rows_of(query)
@@ -129,6 +134,8 @@ class Explanation:
                 table.add_column(column, justify="left" if column in ("id", "label") else "right")
             if text is not None:
                 table.add_column("text")
+            base, _, combined = (self._changes(prediction[query], query) for prediction in self.predictions)
+            table.add_row("base", "", "", "", *(f"{base[name]:.4f}" for name in changes))
             for row in rows:
                 about = ["others", "", ""]
                 if row["id"] is not None:
@@ -137,7 +144,7 @@ class Explanation:
                 words = None if text is None or row["id"] is None else text(row["id"])
                 table.add_row(*map(Text, about), *added, *([] if words is None else [Text(words)]))
             table.add_section()
-            table.add_row("sum", "", "", "", *(f"{sum(row[name] for row in rows):+.4f}" for name in changes))
+            table.add_row("F(x)", "", "", "", *(f"{combined[name]:.4f}" for name in changes))
             tables.append(table)
         return tables
 
@@ -145,16 +152,16 @@ class Explanation:
         return Group(*self.tables())
 
     def title(self, query: int, class_names: Sequence[str] | None = None) -> str:
-        """What happened to a query, in one line."""
+        """What happened to a query, in one line: labels and their `probabilities`, or values."""
         about, watched = self._about(query), {name: int(output[query]) for name, output in self.watched.items()}
-        base, _, resmem = (prediction[query] for prediction in self.predictions)
-        named = {name: class_name(about[name], class_names) for name in ("target", "base", "resmem")}
-        if isinstance(self.task, Multiclass):
-            named["base"] += f" ({float(base[watched['base']]):.2f})"
-            named["resmem"] += f" ({float(resmem[watched['resmem']]):.2f})"
+        said = {}
+        for name, prediction in zip(("base", "resmem"), self.probabilities, strict=True):
+            value = float(prediction[query, watched.get(name, watched.get("output", 0))])
+            is_class = isinstance(self.task, Multiclass)
+            said[name] = f"{class_name(about[name], class_names)} ({value:.2f})" if is_class else f"{value:.4g}"
         output = f", output {watched['output']}" if "output" in watched else ""
-        target = "" if about["target"] is None else f", target {named['target']}"
-        return f"query {query}{output}: base {named['base']} → resmem {named['resmem']}{target}"
+        target = "" if about["target"] is None else f", target {class_name(about['target'], class_names)}"
+        return f"query {query}{output}: base {said['base']} → resmem {said['resmem']}{target}"
 
     def figure(
         self,
@@ -247,20 +254,26 @@ def explain(
     """
     check_memory(memory)
     top = checked_k(top, "top")
-    embeddings = as_tensor("embeddings", embeddings)
+    embeddings, outputs = as_tensor("embeddings", embeddings), as_tensor("outputs", outputs)
+    task = memory.task
     with memory.reading():
         found, neighbors = memory.predictions_and_neighbors(embeddings, outputs)
         params, (values, positions) = memory.params, fetch_neighbors(memory, neighbors.ids[:, :top].cpu())
+        probabilities = task.predict(outputs).cpu(), task.probabilities(found.resmem, found.base).cpu()
+        if params.combined_temperature != 1:  # neighbours add to what it is applied to
+            found = combined(
+                task, replace(params, combined_temperature=1.0), outputs, neighbors, memory.sums(neighbors)
+            )
     predictions = Predictions(*(part.cpu() for part in found))
     num_outputs = predictions.base.shape[1]
     if targets is not None:
-        targets = memory.task.check_targets(as_tensor("targets", targets), num_outputs).cpu()
+        targets = task.check_targets(as_tensor("targets", targets), num_outputs).cpu()
         if len(targets) != len(embeddings):
             raise InputError(f"targets has {len(targets)} rows, embeddings has {len(embeddings)}: give one a query.")
     weights = neighbor_weights(neighbors.distances, params.sigma)[:, :top].cpu()
     neighbors = Neighbors(neighbors.distances[:, :top].cpu(), neighbors.ids[:, :top].cpu())
     residuals = row_residuals(values, positions, params.softmax_temperature, predictions.base).cpu()
-    strength = params.strengths(memory.task, predictions.base, neighbors.distances[:, 0])
+    strength = params.strengths(task, predictions.base, neighbors.distances[:, 0])
     contributions = per_neighbor(strength) * weights[..., None] * residuals
     targets_of = values.targets.cpu()
     targets_of = targets_of if len(targets_of) else targets_of.new_zeros(1, *targets_of.shape[1:])
@@ -268,5 +281,7 @@ def explain(
     labels[neighbors.ids < 0] = -1 if labels.ndim == 2 else torch.nan
     change = predictions.resmem - predictions.base
     return Explanation(
-        memory.task, predictions, neighbors, weights, labels, contributions, change - contributions.sum(1), targets
+        *(task, predictions, probabilities, neighbors, weights, labels, contributions),
+        rest=change - contributions.sum(1),
+        targets=targets,
     )

@@ -18,8 +18,9 @@ class Flip:
         target: Its label.
         base: The base's label.
         resmem: The combined prediction's label; it or `base` is the target.
-        base_confidence: The base's probability of its label.
-        resmem_confidence: The combined prediction's probability of its label.
+        base_confidence: The base's probability of its label, as it is without a memory.
+        resmem_confidence: The probability of its label that the combined prediction stands for: that of the log-
+            probabilities which the model's own loss is given. `explain` has it in its titles, too.
         neighbor_ids: Ids of the nearest rows of the memory, at most 5, nearest first.
         neighbor_distances: Their distances.
         output: In multilabel tasks, the output whose label flipped; labels are then 0 or 1.

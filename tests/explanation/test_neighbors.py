@@ -239,7 +239,33 @@ def test_table(task):
     assert found.title(1) in printed
     for row in found.rows:
         assert row["id"] is None or str(row["id"]) in printed
-    assert printed.count("others") == printed.count("sum") == 2
+    assert printed.count("others") == printed.count("F(x)") == 2
+
+
+@pytest.mark.parametrize("task", TASK_NAMES)
+def test_neighbors_add_to_f_and_titles_tell_probabilities(task):
+    """Also with temperatures: those of the base without a memory and of what the model's own loss is given."""
+    memory, (keys, outputs, targets, _) = filled(task)
+    memory.params = dataclasses.replace(PARAMS, combined_temperature=1.6)
+    embeddings, query_outputs, _ = queries(task)
+    found = explain(memory, embeddings, query_outputs, top=2)
+    wanted = oracle.predict(keys, outputs, targets, embeddings, query_outputs, task=task, **NUMBERS)
+    np.testing.assert_allclose(found.predictions.resmem, wanted.resmem, atol=2e-6)
+    np.testing.assert_allclose(found.predictions.base, wanted.base, atol=2e-6)
+    total = found.predictions.base + found.contributions.sum(dim=1) + found.rest
+    np.testing.assert_allclose(total, wanted.resmem, atol=2e-6)
+    weights = oracle.weights(oracle.neighbors(keys, None, embeddings, PARAMS.k)[0], PARAMS.sigma)
+    residuals = oracle.residuals(outputs, targets, task, PARAMS.softmax_temperature)
+    positions = oracle.neighbors(keys, None, embeddings, PARAMS.k)[1]
+    others = PARAMS.strength * (weights[:, 2:, None] * residuals[positions[:, 2:]]).sum(axis=1)
+    np.testing.assert_allclose(found.rest, others, atol=2e-6)
+    base, resmem = found.probabilities
+    np.testing.assert_allclose(base, oracle.base_prediction(query_outputs, task), atol=2e-6)
+    torch.testing.assert_close(resmem, memory.predict(embeddings, query_outputs))
+    if task == "multiclass":
+        said = found.watched["resmem"][0]
+        assert f"resmem {int(said)} ({float(resmem[0, said]):.2f})" in found.title(0)
+        assert f"{float(wanted.resmem[0, said]):.4f}" in shown(found.tables()[0])
 
 
 def test_class_names():
