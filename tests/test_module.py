@@ -124,7 +124,7 @@ def test_options_survive_save_and_load(tmp_path):
     loaded = ResMemModule.load(tmp_path / "resmem", model, targets_fn=lambda batch: batch[2])
     assert torch.equal(loaded(data.test[0]), resmem(data.test[0]))
     inputs, targets = data.test
-    loader = DataLoader(TensorDataset(inputs, targets * 0, targets), batch_size=50)
+    loader = DataLoader(TensorDataset(inputs, targets * 0, targets), batch_size=data.batch_size)
     with pytest.raises(InputError, match="forward_fn"):
         trainer(tmp_path).test(loaded, loader, verbose=False)
     loaded = ResMemModule.load(

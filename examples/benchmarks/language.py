@@ -35,7 +35,7 @@ from text_module import GPT, Text
 
 # Candidates for `a`, and for `b` as a share of it; tokens that are combined at once.
 SIZES, SHARES, BLOCK = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0), (0.0, 0.25, 0.5, 0.75, 1.0, 1.25), 512
-TUNER = GridTuner(k=(10, 50, 200, 1000))
+TUNER = GridTuner(k=(10, 50, 200), softmax_temperature=(1.0, 1.4, 2.0), strength=(0.25, 0.5, 0.75, 1.0))
 FAMILY = {"b = 0": (0.0,), "b = a": (1.0,), "b free": SHARES}
 BASE, PEER = PREDICTIONS.index("base"), PREDICTIONS.index("knn_lm")
 
@@ -136,28 +136,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, help="a text file; by default docstrings")
     parser.add_argument("--vocabulary", type=int, default=256, help="256 for bytes, more for byte pairs")
-    parser.add_argument("--tokens", type=int, default=100_000, help="of the text that are used, at most")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=40_000, help="of the text that are used, at most")
+    parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args(argv)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.simplefilter("ignore")
-    data = Text(given.text or default_text(4 * given.tokens), given.vocabulary, most=given.tokens)
+    text = given.text or default_text(4 * given.tokens)
+    data = Text(text, given.vocabulary, batch_size=16, most=given.tokens)  # few tokens: many steps
     data.setup()
-    losses, hits, told = [], [], []
+    losses, hits = [], []
     for seed in range(given.seeds):
         L.seed_everything(seed, verbose=False)
         model, combined = train(data, given.epochs, given.width, TUNER)
         of_package, (chosen, *of_family) = measure(model, combined, data), family(model, combined.memory, data)
         for kept, ours, theirs in zip((losses, hits), of_package, of_family, strict=True):
             kept.append(torch.cat([ours, theirs], dim=1))
-        told += [f"seed {seed}, {kind}: {member}" for kind, member in zip(FAMILY, chosen, strict=True)]
+        for kind, member in zip(FAMILY, chosen, strict=True):
+            print(f"seed {seed}, {kind}: {member}", flush=True)
     kind = "bytes" if given.vocabulary == 256 else f"{given.vocabulary:,} byte pairs"
     title = f"{kind}: {len(data.train.tokens):,} tokens, {given.seeds} seeds; gains ± a standard error"
     header = [kind, "NLL", "below the base", "below kNN-LM", "accuracy, %", "above the base", "above kNN-LM"]
     report(f"language_{given.vocabulary}", title, header, lines(torch.stack(losses), 100 * torch.stack(hits)))
-    print("\n".join(told))
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def gated_rows(count, seed, useful):
 
 
 def test_a_gate_that_helps_is_found():
-    fit = fit_gate(Multiclass(), *gated_rows(600, 1, useful=True), sigma=1.0, strength=1.0)
+    fit = fit_gate(Multiclass(), *gated_rows(600, 3, useful=True), sigma=1.0, strength=1.0)
     assert fit.helps
     assert fit.gate.distance < -0.5
     assert fit.loss < fit.constant_loss - fit.error
