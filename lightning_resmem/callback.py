@@ -18,13 +18,13 @@ from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.metrics.evaluation import Evaluation, first_of
 from lightning_resmem.metrics.reported import UserMetrics, as_collection
 from lightning_resmem.model.batches import BatchReader, ForwardFn, IdsFn, TargetsFn
-from lightning_resmem.model.first_loss import FirstLoss
 from lightning_resmem.model.times import TimesFn
 from lightning_resmem.module import ResMemModule
 from lightning_resmem.progress import shows_progress
 from lightning_resmem.reporting.report import Report
 from lightning_resmem.reporting.wandb_report import finish_forked_run
 from lightning_resmem.routing import Routing, make_ready
+from lightning_resmem.trainer.fit_watch import FitWatch
 from lightning_resmem.trainer.limits import given_limit, train_limit, val_limit
 from lightning_resmem.trainer.loaders import offered_loader, validation_loaders
 from lightning_resmem.trainer.processes import trainer_of
@@ -132,7 +132,7 @@ class ResMemCallback(Callback):
         self._base: L.LightningModule | None = None
         self._memorized = False  # in the current fit
         self._routing: Routing | None = None
-        self._first_loss: FirstLoss | None = None  # until the first step is over
+        self._watch = FitWatch(self._reader, self._memory.task)
 
     @property
     def state_key(self) -> str:
@@ -173,6 +173,7 @@ class ResMemCallback(Callback):
         if stage != TrainerFn.FITTING:
             return
         self._memorized, self.tuning = False, None
+        self._watch = FitWatch(self._reader, self._memory.task, tunes=self._tuner is not None)
         check_weights(self._weights, trainer)
         # Weight averaging swaps its weights in, and checkpoints are written, in on_train_end: memorize after them.
         others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
@@ -184,35 +185,35 @@ class ResMemCallback(Callback):
             self._offered = offered_loader(trainer.datamodule, pl_module) if self._memory_dataloader is None else None  # type: ignore[attr-defined]
             val_loaders = None if self._tuner is None else validation_loaders(trainer)
         loaders, limit_batches = self._rows(trainer)
-        head = self._memorizer(trainer).rehearse(trainer, pl_module, loaders, val_loaders, limit_batches, self._metrics)
-        task = self._memory.task if loaders is trainer.train_dataloader else None
-        self._first_loss = None if head is None else FirstLoss(pl_module, head, self._reader, task)
+        memorizer = self._memorizer(trainer)
+        rehearsed = memorizer.rehearse(trainer, pl_module, loaders, val_loaders, limit_batches, self._metrics)
+        self._watch.start(trainer, rehearsed, memorizes=loaders is trainer.train_dataloader)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._first_loss is not None:
-            self._first_loss.watch(batch)
+        self._watch.start_step(batch)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        if self._first_loss is not None:
-            self._first_loss.check(loss)
+        self._watch.check_loss(loss)
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        self._stop_watching()
+        self._watch.end_step()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._base, started = pl_module, time.monotonic()
         val_loaders = None if self._tuner is None else validation_loaders(trainer)
         loaders, limit_batches = self._rows(trainer)
         with memorized_weights(self._weights, trainer, pl_module):
-            self.tuning = self._memorizer(trainer).run(
+            self.tuning, failure = self._memorizer(trainer).run(
                 trainer, pl_module, loaders, val_loaders, limit_batches, val_limit(trainer)
             )
         self._memorized, seconds = True, time.monotonic() - started
         self._kept.save(trainer)
         shown = None if self._reader.gives_ids else loaders  # ids are positions in them
         self._report.memorized(trainer, self._memory, self.tuning, seconds, self._kept.directory, shown)
+        if failure is not None:  # of tuning alone
+            raise failure
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._base = pl_module
@@ -242,6 +243,8 @@ class ResMemCallback(Callback):
     ) -> None:
         if self._routing is not None:
             self._routing.start_batch(batch)
+        else:
+            self._watch.look(batch, batch_idx, dataloader_idx)
 
     def on_validation_batch_end(
         self,
@@ -256,6 +259,7 @@ class ResMemCallback(Callback):
             self._routing.end_batch(batch, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._watch.end_validation(trainer)
         if self._routing is not None:
             self._routing.check_end()
             self.evaluations = self._routing.evaluate()
@@ -282,11 +286,12 @@ class ResMemCallback(Callback):
     on_test_end = on_validation_end
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._stop_watching()
+        self._watch.explain(exception)
         self._stop()
         finish_forked_run(trainer, succeeded=False)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._watch = FitWatch(self._reader, self._memory.task)
         finish_forked_run(trainer, succeeded=True)
 
     def _start(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str | None) -> None:
@@ -309,11 +314,6 @@ class ResMemCallback(Callback):
         prefix = stage if stage is None or self._name == "resmem" else f"{stage}/{self._name}"
         self._base = pl_module
         self._routing = Routing(trainer, pl_module, self._memory, self._reader, self._route, prefix, self._metrics)
-
-    def _stop_watching(self) -> None:
-        if self._first_loss is not None:
-            self._first_loss.close()
-            self._first_loss = None
 
     def _stop(self) -> None:
         if self._routing is not None:

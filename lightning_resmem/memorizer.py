@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as L
 import torch
@@ -30,6 +30,7 @@ from lightning_resmem.model.head import HeadTap
 from lightning_resmem.model.modes import evaluating
 from lightning_resmem.model.placing import device_of
 from lightning_resmem.progress import working
+from lightning_resmem.trainer.fit_watch import Rehearsed
 from lightning_resmem.trainer.limits import memorize_limits
 from lightning_resmem.trainer.save_directory import kind
 from lightning_resmem.tuning.keys import check_choice, choose_key, settle, side_by_side, told_choice, told_keys
@@ -39,6 +40,13 @@ from lightning_resmem.tuning.tuner import Tuner
 
 # Rows below which a memory without validation rows is not tuned on its own.
 _LEAST_ROWS = 50
+
+
+class Memorized(NamedTuple):
+    """What tuning found, if it did, or why it failed."""
+
+    tuning: TuningResult | None
+    failure: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class Memorizer:
         val_loaders: Any = None,
         limit_batches: int | None = None,
         metrics: MetricCollection | None = None,
-    ) -> str | None:
+    ) -> Rehearsed | None:
         """Find out with a few rows what would fail in `run` or afterwards.
 
         Args:
@@ -71,14 +79,20 @@ class Memorizer:
             metrics: Users' own, which will see such rows.
 
         Returns:
-            The name of the head, unless reading a few rows would use them up.
+            What was found out, unless nobody names the head and reading a few rows would use them up.
         """
         self.limit.check_tuning(self.tuner is not None and not self._tunes_on(val_loaders))
         check_choice(self.reader.embedding, self.memory, self._tunes_on(val_loaders))
         reading = self._reading(trainer, model)
         parts = self._plan(reading, loaders, limit_batches)
         all_rows = count_rows(reading.ranks, parts)
-        val_parts = self._plan(reading, val_loaders) if self._tunes_on(val_loaders) else []
+        val_parts = self._plan_validation(reading, val_loaders) if self._tunes_on(val_loaders) else []
+        if val_parts and count_rows(reading.ranks, val_parts) == 0:
+            rank_zero_warn(
+                "The validation loader has no rows, so there are none to tune the memory on: it is tuned on its own "
+                f"rows, each left out of it, if it has at least {_LEAST_ROWS}. Give a validation set with rows.",
+                category=ResMemWarning,
+            )
         for note in (part.note for part in (*parts, *val_parts) if part.note):
             rank_zero_warn(f"ResMem: {note}", category=ResMemWarning)
         check = Storable()
@@ -90,8 +104,9 @@ class Memorizer:
                 all_rows = self.limit.of(reading.rows_of(all_rows))
                 try_rows(self.memory, self.tuner, metrics, usable, widths, all_rows)
         with reading.ranks.together("rehearsing tuning on a few validation rows"):
-            reading.rehearse(val_parts, check, compare=False)
-        return None if reading.tap is None else reading.tap.head
+            chunks += reading.rehearse(val_parts, check, compare=False)
+        num_outputs = chunks[0].outputs.shape[1] if chunks else None
+        return None if reading.tap is None else Rehearsed(reading.tap.head, num_outputs)
 
     def rehearse_and_run(
         self,
@@ -114,7 +129,9 @@ class Memorizer:
         limits = memorize_limits(trainer, loaders, tuned_on, limit_batches)
         self.memory.clear()
         self.rehearse(trainer, model, loaders, val_loaders, limits[0])
-        self.run(trainer, model, loaders, val_loaders, *limits)
+        failure = self.run(trainer, model, loaders, val_loaders, *limits).failure
+        if failure is not None:
+            raise failure
 
     def run(
         self,
@@ -124,7 +141,7 @@ class Memorizer:
         val_loaders: Any = None,
         limit_batches: int | None = None,
         limit_val_batches: int | None = None,
-    ) -> TuningResult | None:
+    ) -> Memorized:
         """Fill the memory with all rows and tune it, if there is a tuner: without validation rows on its own.
 
         Args:
@@ -134,6 +151,9 @@ class Memorizer:
             val_loaders: The validation rows, if any.
             limit_batches: Read only so many batches of training rows on each rank.
             limit_val_batches: Read only so many batches of validation rows on each rank.
+
+        Raises:
+            Exception: If there is no memory then. What fails in tuning alone is returned.
         """
         started = time.monotonic()
         reading, memory = self._reading(trainer, model), self.memory
@@ -144,11 +164,11 @@ class Memorizer:
                 before = buffer_sums(model)
                 self._fill(reading, model, self._plan(reading, loaders, limit_batches))
                 self._describe(reading, model, before)
-            result, seconds = None, time.monotonic() - started
+            result, failure, seconds = None, None, time.monotonic() - started
+            tuned_on = val_loaders if self._tunes_on(val_loaders) else None
             keys = side_by_side(reading.ranks.gather_objects(None if reading.tap is None else reading.tap.sides))
             if isinstance(memory, LocalMemory) and reading.tap is not None and len(keys) > 1:
-                val_parts = self._plan(reading, val_loaders, limit_val_batches)
-                result = self._tune(reading, self.tuner, val_parts, keys) if self.tuner is not None else None
+                result, failure = self._try_tuning(reading, tuned_on, limit_val_batches, keys)
                 reading.tap = settle(memory, reading.tap, model, result, keys)
                 with reading.ranks.together("building the memory"):
                     build_near(memory, device_of(model))
@@ -159,10 +179,8 @@ class Memorizer:
                 f"ResMem: memorized {self.limit.told(memory)} ({size(memory.stats()['bytes'])}, head "
                 f"{memory.provenance['head']!r}{told_choice(self.reader.embedding, keys)}) in {seconds:.1f} s."
             )
-            if result is None and self.tuner is not None and self._tunes_on(val_loaders):
-                result = self._tune(reading, self.tuner, self._plan(reading, val_loaders, limit_val_batches), keys)
-            if self.tuner is not None and result is None and len(memory) >= _LEAST_ROWS and self.limit.may_tune():
-                result = self._tune_leave_one_out(reading.ranks, self.tuner, reading.show_progress)
+            if result is None and failure is None:
+                result, failure = self._try_tuning(reading, tuned_on, limit_val_batches, {})
             if result is not None:
                 if result.balanced is not None and draws_unevenly([loaders, trainer.train_dataloader]):
                     result = replace(result, balanced=result.balanced._replace(uneven=True))
@@ -170,7 +188,7 @@ class Memorizer:
                 note_knn_lm(memory, result.knn_lm)
                 rank_zero_info(f"ResMem: {result.summary()}.")
             memory.publish()
-            return result
+            return Memorized(result, failure)
         except BaseException as error:
             memory.clear()  # half a memory would answer, wrongly
             error.add_note(
@@ -228,6 +246,29 @@ class Memorizer:
     def _tunes_on(self, val_loaders: Any) -> bool:
         return self.tuner is not None and val_loaders is not None and val_loaders != []  # both mean none to Lightning
 
+    def _try_tuning(
+        self, reading: Pass, val_loaders: Any, limit_batches: int | None, keys: dict[str, int]
+    ) -> tuple[TuningResult | None, Exception | None]:
+        """What tuning found on validation rows or on the memory's own, or why it failed, on all ranks."""
+        if self.tuner is None:
+            return None, None
+        try:
+            result = None
+            if val_loaders is not None:
+                parts = self._plan_validation(reading, val_loaders, limit_batches)
+                result = self._tune(reading, self.tuner, parts, keys)
+            if result is None and len(keys) < 2 and len(self.memory) >= _LEAST_ROWS and self.limit.may_tune():
+                result = self._tune_leave_one_out(reading.ranks, self.tuner, reading.show_progress)
+            return result, None
+        except Exception as error:
+            reading.ranks.gather_objects("alive")  # if a rank was lost, the memory is, too
+            error.add_note(
+                "This was ResMem's tuning: the memory has all its rows, and params that are measured, not tuned. Mend "
+                "what has failed, and tune the saved memory with `resmem tune`, or start over with memorize(trainer, "
+                "model, dataloader, val_dataloader); memory.params = ResMemParams(...) sets params by hand."
+            )
+            return None, error
+
     def _tune(self, reading: Pass, tuner: Tuner, parts: list[Part], keys: dict[str, int]) -> TuningResult | None:
         chunks: list[Chunk] = []
         reading.run(parts, chunks.append, "collecting validation rows")
@@ -249,6 +290,9 @@ class Memorizer:
 
     def _reading(self, trainer: L.Trainer, model: L.LightningModule) -> Pass:
         return Pass(trainer, model, self.reader, self.memory.task, self.show_progress)
+
+    def _plan_validation(self, reading: Pass, loaders: Any, limit_batches: int | None = None) -> list[Part]:
+        return [replace(part, kind="validation rows") for part in self._plan(reading, loaders, limit_batches)]
 
     def _plan(self, reading: Pass, loaders: Any, limit_batches: int | None = None) -> list[Part]:
         ranks = reading.ranks

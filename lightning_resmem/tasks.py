@@ -175,9 +175,10 @@ class Multiclass(Task):
                 + (
                     f"with one output. {_SINGLE_OUTPUT}"
                     if num_outputs == 1
-                    else f"with {num_outputs} outputs. Map the labels to 0..{num_outputs - 1}, or drop ignored rows "
-                    "with a memory_dataloader. (A Trainer's pass leaves them out by itself if the label is -100, or if "
-                    f"the model holds its loss: self.loss = nn.CrossEntropyLoss(ignore_index={int(targets[bad][0])}).)"
+                    else f"with {num_outputs} outputs. Map the labels to 0..{num_outputs - 1}, or leave such rows out "
+                    "of the loader, or of the memory alone with a memory_dataloader. (A Trainer's pass leaves them out "
+                    "by itself if the label is -100, or if the model holds its loss: self.loss = "
+                    f"nn.CrossEntropyLoss(ignore_index={int(targets[bad][0])}).)"
                 )
             )
         return targets
@@ -234,7 +235,7 @@ class Multilabel(Task):
         if targets.ndim != 2 or targets.shape[1] != num_outputs:
             raise InputError(
                 f"targets has shape {tuple(targets.shape)}, expected (N, {num_outputs}) with a 0 or 1 for every "
-                "output for task=Multilabel()."
+                "output for task=Multilabel(). For one class label a row use Multiclass(), the default."
             )
         targets = targets.float()
         bad = ~((targets >= 0) & (targets <= 1)).all(dim=1)
@@ -287,7 +288,8 @@ class Regression(Task):
         if targets.ndim != 2 or targets.shape[1] != num_outputs:
             raise InputError(
                 f"targets has shape {tuple(targets.shape)}, expected (N, {num_outputs}), a value for every output, "
-                f"for task=Regression().{_MEAN_AND_VARIANCE if _is_half(targets, num_outputs) else ''}"
+                "for task=Regression(). If the head has others, give a targets_fn that returns them."
+                f"{_MEAN_AND_VARIANCE if _is_half(targets, num_outputs) else ''}"
             )
         targets = targets if targets.dtype == torch.float64 else targets.float()
         check_finite("targets", targets, ids)

@@ -571,7 +571,7 @@ def test_a_memory_filled_by_hand_needs_the_head(root):
         memory.add(embeddings, outputs, data.train[1])
         return memory
 
-    with pytest.raises(InputError, match=r'head="net\.fc"'):
+    with pytest.raises(InputError, match=r'head="head"'):
         trainer(root, ResMemCallback(by_hand(keys))).test(model, datamodule=data)
     wanted = Trained(model).scores(data.train, data.test, memory_for(CallsSelf).params)
     memory = by_hand(keys)

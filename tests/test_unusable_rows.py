@@ -202,7 +202,9 @@ def test_other_labels_that_are_no_class_are_refused_by_dataset_and_position(labe
     said = rf"In TensorDataset \(loader 2 of 2\): targets holds {label} in rows 40, 41, outside \[0, 4\)"
     with pytest.raises(InputError, match=rf"{said}.*ignore_index={label}\)"):
         memorize(trainer(tmp_path), make(CallsSelf), loaders, memory=memory_for(CallsSelf))
-    with pytest.raises(InputError, match=rf"In TensorDataset: targets holds {label} in rows 9, "):
+    with pytest.raises(
+        InputError, match=rf"In the validation rows of TensorDataset: targets holds {label} in rows 9, "
+    ):
         memorize(
             trainer(tmp_path),
             make(CallsSelf),

@@ -146,7 +146,7 @@ class _Retuner(Memorizer):
         check_fingerprint(model, self.memory.provenance, "resmem tune runs")
         reading, result = self._reading(trainer, model), None
         if val_loaders is not None and val_loaders != []:
-            parts = self._plan(reading, val_loaders, given_val_limit(trainer, val_loaders))
+            parts = self._plan_validation(reading, val_loaders, given_val_limit(trainer, val_loaders))
             result = self._tune(reading, self.tuner or GridTuner(), parts, keys={})
         if result is None:
             raise InputError("The validation loader yielded no rows to tune on.")

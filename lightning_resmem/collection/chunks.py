@@ -96,7 +96,19 @@ class Labels:
         except InputError as error:
             if part.stride > 1:
                 self._check_sequences(targets, width, numbers, part)
-            raise InputError(f"In {part.dataset}: {error}" if part.dataset else str(error)) from error
+            raise InputError(f"In {part.named}: {error}" if part.dataset else str(error)) from error
+
+    def check_batch(self, targets: Tensor, num_outputs: int) -> None:
+        """The same of a batch `(n, ...)` that no model has seen: the positions are those in the batch."""
+        kept, ignored = (
+            torch.ones_like(targets, dtype=torch.bool),
+            self._task.ignored(targets, num_outputs, self._ignored),
+        )
+        if targets.is_floating_point():
+            kept = torch.isfinite(targets)
+        kept = kept.reshape(len(targets), -1).all(dim=1)
+        kept = kept if ignored is None else kept & ~ignored
+        self._task.check_targets(targets[kept].cpu(), num_outputs, kept.nonzero()[:, 0].cpu())
 
     def _check_sequences(self, targets: Tensor, width: int, numbers: Tensor, part: Part) -> None:
         """The same, with positions of a sequence in the place of rows."""
@@ -105,7 +117,7 @@ class Labels:
             try:
                 self._task.check_targets(targets[rows], width, numbers[rows] % part.stride)
             except InputError as error:
-                where = f"sequence {sequence} of {part.dataset}"
+                where = f"sequence {sequence} of {part.named}"
                 raise InputError(f"In {where}, whose positions are the rows: {error}") from error
 
 

@@ -37,6 +37,7 @@ class Part:
         start: Yields the first batches of an iterable without positions that can be read again, else None.
         drawn: The rows of all ranks, in short: the same on every rank.
         dataset: What the rows belong to, for messages.
+        kind: Of rows that are not to be memorized, for messages: "validation rows".
         first_id: The id of its first row.
         stride: Of sequences, ids from one to the next: then `first_id`, `num_rows` and `ids` are those of sequences.
         note: What the user should know about the choice of rows.
@@ -51,9 +52,15 @@ class Part:
     start: Iterable[Any] | None = None
     drawn: str = ""
     dataset: str = ""
+    kind: str = ""
     first_id: int = 0
     stride: int = 1
     note: str = ""
+
+    @property
+    def named(self) -> str:
+        """The dataset, and which rows of it, for messages."""
+        return f"the {self.kind} of {self.dataset}" if self.kind else self.dataset
 
     def numbers(self, ids: Tensor) -> Tensor:
         """The ids of rows, counted from the first of the dataset."""

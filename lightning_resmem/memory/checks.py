@@ -55,7 +55,9 @@ def flat_outputs(outputs: Tensor, expected: str) -> InputError:
 def check_width(outputs: Tensor, width: int) -> None:
     """Raise an error unless outputs, or predictions made of them, are as wide as those of the memory's rows."""
     if outputs.shape[1] != width:
-        raise InputError(f"outputs has {outputs.shape[1]} columns, the memory was filled with {width}.")
+        raise InputError(
+            f"outputs has {outputs.shape[1]} columns, the memory was filled with {width}: give those of the same head."
+        )
 
 
 def missing_outputs() -> InputError:

@@ -52,14 +52,12 @@ def calling_forward(model: str, batch: Any, args: tuple[Any, ...], kwargs: Mappi
         if isinstance(error, HeadError) or _is_out_of_memory(error):
             raise
         given = [*map(in_short, args), *(f"{name}={in_short(value)}" for name, value in kwargs.items())]
-        got_all = len(args) == 1 and args[0] is batch
-        whole = (
-            "wants the whole batch, call its argument `batch`, or give forward_fn=lambda model, batch: model(batch); "
-        )
+        whole = "the whole batch, call its argument `batch`, or give forward_fn=lambda model, batch: model(batch); "
+        entry = repr(next(iter(batch), "...")) if isinstance(batch, Mapping) else "..."
         note = (
-            f"ResMem called {model}({', '.join(given)}) for a batch that is a {type(batch).__name__}. If that is the "
-            f"cause: where forward {'' if got_all else whole + 'where it '}wants something else of it, give "
-            "forward_fn=lambda model, batch: model(...)."
+            f"ResMem called {model}({', '.join(given)}) for a batch that is {_described(batch)}. If forward wants "
+            f"{'' if len(args) == 1 and args[0] is batch else whole + 'if it wants '}something else of it, "
+            f"give forward_fn=lambda model, batch: model(batch[{entry}])."
         )
         is_batch = any(isinstance(value, Tensor) and value.ndim > 1 for value in (*args, *kwargs.values()))
         if isinstance(error, ResMemError) and is_batch:  # rows that are no batch within: ours knows less of the cause

@@ -68,8 +68,8 @@ class Report:
             stats = memory.stats()
             if tuning is None and memory.tunable:
                 rank_zero_info(
-                    f"ResMem: without a tuner, or without validation rows and with few others, params are measured, "
-                    f"not tuned: k={memory.params.k}, sigma={memory.params.sigma:.4g}."
+                    f"ResMem: params are measured, not tuned (there is no tuner, there are no validation rows and few "
+                    f"others, or tuning has failed): k={memory.params.k}, sigma={memory.params.sigma:.4g}."
                 )
             numbers = {
                 f"{self._name}/{name}": value for name, value in memory_numbers(memory, stats, tuning, seconds).items()

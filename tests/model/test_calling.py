@@ -72,8 +72,9 @@ def test_how_forward_was_called_is_told_where_it_may_be_the_cause():
         return [str(caught.value), *getattr(caught.value, "__notes__", ())]
 
     told = said(ValueError("bad"))[1]
-    assert "Net(Tensor of shape (3, 8), n=int) for a batch that is a list. " in told
-    assert "where forward wants the whole batch, " in told
+    assert "Net(Tensor of shape (3, 8), n=int) for a batch that is a list of Tensor of shape (3, 8), Tensor" in told
+    assert "If forward wants the whole batch, " in told
+    assert "model(batch['x'])" in said(ValueError("bad"), {"x": PAIR[0], "outcome": PAIR[1]})[1]
     assert "whole batch" not in said(ValueError("bad"), PAIR[0])[1]  # it got that
     for error in (HeadError("The embedding is a tuple."), torch.OutOfMemoryError("full")):
         assert said(error) == [str(error)]
