@@ -150,8 +150,8 @@ def _notes(memory: LocalMemory, read: Read, searched: Searched | None) -> list[s
         words = f"The base predicts the label of {right:.1%} of the rows"
         if searched is not None:
             labels = memory.fetch(searched.ids).targets
-            agree = float((searched.averages.argmax(dim=1) == labels).float().mean())
-            words += f"; the nearest other rows' labels do for {agree:.1%}"
+            agree = float((searched.knn.argmax(dim=1) == labels.to(searched.knn.device)).float().mean())
+            words += f"; the other rows, at the memory's k and sigma, do for {agree:.1%}"
         notes.append(f"{words}.")
     if not isinstance(memory.task, Multiclass | Multilabel):
         notes.append(f"The mean squared error of the base on the rows is {read.losses.mean():.4g}.")

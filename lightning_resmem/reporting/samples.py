@@ -37,7 +37,8 @@ class Searched:
 
     ids: Tensor  # (n,)
     neighbors: Neighbors  # (n, k)
-    averages: Tensor  # (n, C) label average of the neighbours
+    knn: Tensor  # (n, C) label average of those that the memory's params read
+    averages: Tensor  # (n, C) label average of those that judge a label
     scores: Tensor  # (n,) how likely the label is wrong
 
 
@@ -58,12 +59,12 @@ def read_rows(memory: LocalMemory) -> Read:
 
 def search_rows(memory: LocalMemory, rows: int, k: int) -> Searched:
     """The `k` nearest other rows of so many rows of a memory, drawn at random, and how suspicious their labels are."""
-    scale, parts = memory.distance_scale(), []
-    for block, found in other_neighbors(memory, _drawn(memory.ids, rows), max(k, _JUDGES)):
-        judges = Neighbors(*(column[:, :_JUDGES] for column in found))
-        parts.append((block, *(column[:, :k] for column in found), *judge(memory, block, judges, scale)))
-    block, distances, neighbors, averages, scores = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Searched(block, Neighbors(distances, neighbors), averages, scores)
+    scale, own, parts = memory.distance_scale(), memory.params.k, []
+    for block, found in other_neighbors(memory, _drawn(memory.ids, rows), max(k, _JUDGES, own)):
+        shown, read, judges = (Neighbors(*(column[:, :count] for column in found)) for count in (k, own, _JUDGES))
+        parts.append((block, *shown, memory.sums(read).labels.cpu(), *judge(memory, block, judges, scale)))
+    block, distances, neighbors, *told = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Searched(block, Neighbors(distances, neighbors), *told)
 
 
 def _drawn(ids: Tensor, count: int) -> Tensor:

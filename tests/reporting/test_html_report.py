@@ -14,6 +14,7 @@ from lightning_resmem import InputError, LocalMemory, ResMemParams, SparseConfig
 from lightning_resmem.params import Gate
 from lightning_resmem.reporting.html_report import write_report
 from lightning_resmem.tasks import TASKS
+from tests import oracle
 from tests.models import num_outputs, rows
 from tests.saved_files import file_of
 
@@ -175,6 +176,24 @@ def test_notes(tmp_path):
     assert "The base predicts the label of 100.0% of the rows" in page.text
     assert "this memory has little to add" in " ".join(page.text.split())
     assert "100.0% of the rows have the same key as another row" in page.text
+
+
+@pytest.mark.parametrize(("k", "sigma"), [(1, 1.0), (3, 0.01), (40, 100.0)])
+def test_the_share_of_the_neighbors_is_at_the_params_of_the_memory(k, sigma, tmp_path):
+    keys, labels = torch.randn(60, 2), torch.randint(3, (60,))
+    memory = LocalMemory(params=ResMemParams(k, sigma))
+    memory.add(keys, torch.zeros(60, 3), labels)
+    page, _ = report(memory, tmp_path)
+    right = []
+    for row in range(60):
+        others = torch.arange(60) != row
+        found = oracle.predict(
+            *(keys[others], torch.zeros(59, 3), labels[others], keys[row : row + 1], torch.zeros(1, 3)),
+            k=k,
+            sigma=sigma,
+        )
+        right.append(found.knn.argmax() == labels[row].item())
+    assert f"k and sigma, do for {np.mean(right):.1%}." in " ".join(page.text.split())
 
 
 @pytest.mark.parametrize("count", [1, 2])
