@@ -28,6 +28,8 @@ Number = TypeVar("Number", int, float)
 
 # Of a row's norm, the distance to itself at most: the same row in two batches differs in the last digits.
 _SAME = 1e-5
+# Share of a sequence's positions from which on it is one that the memory holds, or overlaps with.
+_MOST = 0.5
 # Groups of rows that are left out in turn, for the error of a metric.
 _JACKKNIFE_GROUPS = 20
 # Settings x rows of all ranks that are compared together.
@@ -93,8 +95,12 @@ class Sweep:
         sweep._whole, sweep._narrow, sweep._scores = LabelTable(self._whole), LabelTable(self._narrow), []
         return sweep
 
-    def known_rows(self) -> int:
-        """How many rows look like rows of the memory, over all ranks: at distance 0 of one of them, with its target."""
+    def known_rows(self, whole_groups: bool) -> int:
+        """How many rows look like rows of the memory, over all ranks: at distance 0 of one of them, with its target.
+
+        Args:
+            whole_groups: Count only those of groups of which most are: sequences that begin alike have some.
+        """
         zero = self.distances[:, :2] <= _SAME * self._norms[:, None]
         # One row is the row itself; where several are as near, rows are no more than alike.
         alone = zero[:, 0] & ~zero[:, 1:].any(dim=1)
@@ -104,7 +110,13 @@ class Sweep:
             same = labels.argmax(dim=1) == self._targets
         else:
             same = torch.isclose(labels, self._targets.to(labels.dtype)).all(dim=1)
-        return int(self._gather((alone.to(same.device) & same).sum()[None].cpu()).sum())
+        known = (alone.to(same.device) & same).double().cpu()
+        if not whole_groups or self.groups.place is None:
+            return int(self.total(known.sum()[None]))
+        counts = known.new_zeros(2, self.groups.count)
+        counts.index_add_(1, self.groups.place, torch.stack([known, torch.ones_like(known)]))
+        of_groups, sizes = self.total(counts)
+        return int(of_groups[of_groups > _MOST * sizes].sum())
 
     def measure(self, settings: Sequence[ResMemParams]) -> Measured:
         """Score and loss of each setting, without gates; `k` at most the largest of `ks`."""

@@ -261,7 +261,8 @@ class GridTuner(Tuner):
                 f'GridTuner(objective="{result.balanced.objective}") keeps it'
             )
             result = replace(result, notes=(*result.notes, note))
-        _warn(result, measure_residuals(memory, sweep.rows, gather), 0 if result.leave_one_out else sweep.known_rows())
+        known = 0 if result.leave_one_out else sweep.known_rows(of_sequences(memory.provenance))
+        _warn(result, measure_residuals(memory, sweep.rows, gather), known, of_sequences(memory.provenance))
         return result
 
 
@@ -283,13 +284,17 @@ def _with_knn_lm(result: TuningResult, grid: GridSearch, axes: Axes, refinements
     return replace(result, knn_lm=params, notes=(*result.notes, note))
 
 
-def _warn(result: TuningResult, residuals: Residuals, known: int) -> None:
+def _warn(result: TuningResult, residuals: Residuals, known: int, are_tokens: bool) -> None:
     advice = []
     if known > max(_FEW_KNOWN_ROWS, _FEW_KNOWN_SHARE * result.rows):
+        kind, new = "rows are rows of the memory", "rows that are not memorized"
+        if are_tokens:
+            kind = "tokens are in sequences that the memory holds, or whose windows overlap with its own"
+            new = "text that is not memorized"
         advice.append(
-            f"{known} of the {result.rows} validation rows are rows of the memory (the distance to the nearest row is "
-            "0, and the label is the same), which answers them from themselves: the gain is not that of new rows, and "
-            "may be a loss there. Tune on rows that are not memorized."
+            f"{known} of the {result.rows} validation {kind} (the distance to the nearest row is 0, and the label is "
+            "the same), which answers them from themselves: the gain is not that of new ones, and may be a loss there. "
+            f"Tune on {new}."
         )
     if residuals.vanish:
         unseen = "" if residuals.unseen is None else f", {residuals.unseen:.1%} on rows that it has not seen"

@@ -43,6 +43,25 @@ def test_other_labels_and_rows_that_are_alike_do_not_count():
     assert told(collapsed, torch.eye(3).repeat(20, 1), torch.zeros(60, 3), torch.arange(3).repeat(20)) == 0
 
 
+def test_of_sequences_those_count_that_are_known_for_the_most_part():
+    """The first tokens of many are known, as they begin alike; windows that overlap share most."""
+    memory, (keys, outputs, targets) = filled(count=200), rows(200, "multiclass", 1)
+    memory.provenance["stride"] = str(2**20)
+    new, sequences = rows(200, "multiclass", 2), torch.arange(200) // 10
+
+    def tune(known):
+        parts = zip((keys, outputs, targets), new, strict=True)
+        mixed = [torch.where(known.reshape(-1, *[1] * (old.ndim - 1)), old, other) for old, other in parts]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            GridTuner(k=[1, 5], sigma=[0.2], strength=[1.0]).tune(memory, *mixed, groups=sequences)
+        return " ".join(str(warning.message) for warning in caught)
+
+    assert "overlap" not in tune(torch.arange(200) % 10 < 3)
+    said = tune(torch.arange(200) % 10 < torch.where(sequences < 4, 7, 2))
+    assert "28 of the 200 validation tokens are in sequences that the memory holds, or whose windows overlap" in said
+
+
 def test_in_fit(tmp_path):
     data = Data()
     with pytest.warns(UserWarning, match="60 of the 60 validation rows are rows of the memory"):
