@@ -61,8 +61,9 @@ def places(groups: Tensor, gather: Callable[[Tensor], Tensor] = lambda rows: row
         >>> places(torch.tensor([7, 7, 3]))
         (tensor([1, 1, 0]), 2)
     """
-    known = gather(groups.cpu()).unique()
-    place = torch.searchsorted(known, groups.cpu())
+    groups = groups.cpu().contiguous()
+    known = gather(groups).unique()
+    place = torch.searchsorted(known, groups)
     if groups.is_floating_point():
         count = min(_STRETCHES, len(known))
         return place * count // max(1, len(known)), count

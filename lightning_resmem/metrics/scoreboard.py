@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lightning_resmem.collection.ranks import Ranks
@@ -117,13 +118,18 @@ class _Part:
         self._metrics = ResMemMetrics(task, memory.num_outputs, metrics, with_knn_lm).to(device)
         self._task, self._flips = task, FirstFlips(task)
         self._positions, self._rows_left = row_positions(loader), num_unpadded_rows(loader)
+        # Sequences are numbered as in the dataset, or else so that no two ranks have the same one.
+        order = self._positions
+        self._first, self._step = _rank_and_size() if order is None else (order.start, order.step)
         self._waiting: list[tuple[Answer, Tensor, Tensor, Tensor]] = []
         self._num_waiting = self._num_read = self._num_left_out = self._num_ignored = 0
 
     def update(self, answer: Answer, targets: Tensor, asked_at: Tensor | None) -> None:
         rows = self._unpadded(len(targets))
         numbers = torch.arange(self._num_read, self._num_read + rows, device=self._device)
-        groups = numbers.new_empty(rows, 0) if asked_at is None else asked_at[:rows, None]
+        groups = numbers.new_empty(rows, 0)
+        if asked_at is not None and asked_at.ndim:  # not one time for all
+            groups = asked_at[:rows, None]
         self._wait(answer.with_knn_lm(self._memory).head(rows), targets[:rows], numbers, groups)
         self._num_read += rows
 
@@ -136,12 +142,10 @@ class _Part:
         kept = torch.cat([kept[:rows], torch.zeros_like(kept[rows:])]).flatten()
         sequences = torch.arange(self._num_read, self._num_read + len(targets), device=positions.device)
         numbers, targets = token_ids(sequences, positions).flatten(), targets.flatten(0, 1)
-        if self._positions is not None:  # in the dataset, the same on any number of ranks
-            sequences = self._positions.start + self._positions.step * sequences
-        groups = sequences.repeat_interleave(positions.shape[1])
+        groups = (self._first + self._step * sequences).repeat_interleave(positions.shape[1])
         self._flips.stride = STRIDE
         for place, answer in found.answers(self._memory, kept):
-            here = kept[place]
+            here = kept[place].nonzero()[:, 0]  # once: a GPU is waited for
             answer = answer.with_knn_lm(self._memory).head(len(answer.outputs))
             self._wait(answer, targets[place][here], numbers[place][here], groups[place][here, None])
         self._num_read += rows
@@ -236,3 +240,7 @@ def _numbers(scores: dict[str, Tensor], ranks: Ranks) -> dict[str, float]:
             stacklevel=2,
         )
     return numbers
+
+
+def _rank_and_size() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)

@@ -119,7 +119,7 @@ class MeanScores(Sums):
         assert isinstance(self.groups, list)
         keys, place = groups.to(self.device).unique(return_inverse=True)
         sums = gains.new_full((4, len(keys)), float(groups.is_floating_point()))
-        sums[1] = keys
+        sums[1] = keys.double() if keys.is_floating_point() else keys.long().view(torch.float64)  # all its bits
         sums[2:] = sums.new_zeros(2, len(keys)).index_add_(1, place, torch.stack([gains, torch.ones_like(gains)]))
         # Flat, and as float32, since that is what the state of a rank without rows is.
         self.groups.append(sums.T.flatten().view(torch.float32))
@@ -133,7 +133,7 @@ class MeanScores(Sums):
         groups = torch.cat([*self.groups]) if isinstance(self.groups, list) and self.groups else self.groups
         if isinstance(groups, Tensor) and len(groups):
             is_time, keys, *sums = groups.view(torch.float64).reshape(-1, 4).T
-            place, count = noise.places(keys if is_time.any() else keys.long())
+            place, count = noise.places(keys if is_time.any() else keys.contiguous().view(torch.int64))
             sums, counts = torch.zeros(2, count).to(sums[0]).index_add_(1, place.to(keys.device), torch.stack(sums))
             error = torch.maximum(error, noise.error_of_groups(sums[None], counts)[0])  # NaN stays
         return {"base": base, "knn": knn, "resmem": resmem, "gain": gain, "gain_error": error, "rows": rows}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.metrics.functional import f1_counts, far_from_uniform, has_rare_labels, is_right, labels
-from lightning_resmem.metrics.noise import told
+from lightning_resmem.metrics.noise import decisive, told
 from lightning_resmem.metrics.reported import BALANCED, F1
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Multiclass, Multilabel
@@ -29,6 +29,8 @@ class BalancedScore(NamedTuple):
             that go right or wrong together, if that is larger; NaN where these are too few to tell.
         uneven: Whether the classes of the tuning rows or of the memory's are far from uniform (of several labels: some
             are rare), or the sampler of the training rows draws them with weights that are.
+        falls: Whether the choice is worse than the base by more than that error; where it is NaN, by more than that of
+            the rows.
         score: `"balanced_acc"`, or `"f1"`.
     """
 
@@ -36,6 +38,7 @@ class BalancedScore(NamedTuple):
     choice: float
     error: float
     uneven: bool
+    falls: bool
     score: str = BALANCED
 
     @property
@@ -47,11 +50,6 @@ class BalancedScore(NamedTuple):
     def objective(self) -> str:
         """That of a tuner which keeps it."""
         return "f1" if self.score == F1 else "balanced_accuracy"
-
-    @property
-    def falls(self) -> bool:
-        """Whether the choice is worse than the base by more than a standard error, as far as there is one."""
-        return self.base - self.choice > (0.0 if math.isnan(self.error) else self.error)
 
 
 def measure_balance(
@@ -84,12 +82,10 @@ def measure_balance(
     averages = counts.new_zeros(classes, dtype=torch.float64)
     averages[counts[0] > 0] = differences
     added = weights[targets.cpu()] * ((after.double() - before.double()).cpu() - averages[targets.cpu()])
-    return BalancedScore(
-        float((base / labelled).mean()),
-        float((choice / labelled).mean()),
-        told(math.sqrt(max(0.0, float(variances.sum()))) / len(labelled), _error_of_sum(added, sweep)),
-        far_from_uniform(counts[0]) or far_from_uniform(_memorized_classes(memory, classes)),
-    )
+    before_after = float((base / labelled).mean()), float((choice / labelled).mean())
+    errors = math.sqrt(max(0.0, float(variances.sum()))) / len(labelled), _error_of_sum(added, sweep)
+    uneven = far_from_uniform(counts[0]) or far_from_uniform(_memorized_classes(memory, classes))
+    return _score(before_after, errors, uneven, BALANCED)
 
 
 def _measure_f1(
@@ -108,8 +104,14 @@ def _measure_f1(
     variance = gather((added[1] - added[0]).nan_to_num().square().sum().cpu()[None]).sum()
     count = int(gather(torch.tensor([len(targets)])).sum())
     base, choice = scores.nanmean(dim=1).tolist()
-    error = told(math.sqrt(float(variance)), _error_of_sum((added[1] - added[0]).nan_to_num(), sweep))
-    return BalancedScore(base, choice, error, has_rare_labels(counts[0, 2], count), F1)
+    errors = math.sqrt(float(variance)), _error_of_sum((added[1] - added[0]).nan_to_num(), sweep)
+    return _score((base, choice), errors, has_rare_labels(counts[0, 2], count), F1)
+
+
+def _score(before_after: tuple[float, float], errors: tuple[float, float], uneven: bool, score: str) -> BalancedScore:
+    """Of base and choice, whose difference has these errors: of rows, and of groups."""
+    base, choice = before_after
+    return BalancedScore(base, choice, told(*errors), uneven, base - choice > decisive(*errors), score)
 
 
 def _error_of_sum(added: Tensor, sweep: Sweep) -> float:

@@ -81,7 +81,9 @@ def _find(params: ResMemParams, sweep: Sweep, noise: float) -> Found | None:
         gains |= {power: gain(power) for power in (best - step, best + step)}
     best = max(gains, key=lambda power: gains[power][0])
     gained, square = gains[best]
-    of_rows = float(error_of_rows(torch.tensor(square, dtype=torch.float64), torch.tensor(gained), int(rows)))
+    of_rows = float(
+        error_of_rows(torch.tensor(square, dtype=torch.float64), torch.tensor(gained, dtype=torch.float64), int(rows))
+    )
     of_groups = float(sweep.groups.errors(gains_of(best)[None], known.nonzero()[::every, 0])[0])
     if best == 0 or not gained > noise * decisive(of_rows, of_groups):
         return None

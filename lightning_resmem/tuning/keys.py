@@ -130,7 +130,8 @@ def choose_key(memory: LocalMemory, tuner: Tuner, keys: Mapping[str, int], rows:
     results = [result for result, _, _ in found]
     sign = 1.0 if memory.task.higher_is_better else -1.0
     by_score = results[0].objective in ("accuracy", "mse")
-    groups = rows.asked_at if rows.asked_at is not None else memory.sequences_of(rows.ids)
+    times = rows.asked_at
+    groups = memory.sequences_of(rows.ids) if times is None else times.double()
     of_all = Groups(None if groups is None else gather(groups.cpu()))
     place = _best(sign * scores if by_score else -losses, -losses, of_all)
     for message in found[place][2]:

@@ -135,7 +135,7 @@ def test_balanced_accuracy_stands_beside_accuracy():
     assert hint in text
     assert hint not in balanced(0.528, 0.584, shown=True)
     assert hint not in balanced(0.584, 0.528, shown=False), "classes are near uniform"
-    found = BalancedScore(base=0.584, choice=0.528, error=0.012, uneven=True)
+    found = BalancedScore(base=0.584, choice=0.528, error=0.012, uneven=True, falls=True)
     text = printed(memory_summary(STATS, 1.0, dataclasses.replace(tuned(), balanced=found)))
     assert re.search(r"balanced accuracy .* 0.5840 .* 0.5280 .* -0.0560 ± 0.0120", text)
     several = dataclasses.replace(tuned(), balanced=found._replace(score="f1"))
