@@ -91,3 +91,14 @@ def test_the_error_is_never_below_that_of_independent_rows():
     metric = MeanScores()
     metric.update(torch.stack([0 * gains, gains, gains], dim=1), torch.arange(100) // 10)  # sums of all groups are 0
     assert metric.compute()["gain_error"].item() == pytest.approx(gains.std().item() / 10)
+
+
+def test_groups_may_have_any_numbers():
+    gains, groups = correlated(500, 40, seed=1)
+    scores = torch.stack([torch.zeros_like(gains), gains, gains], dim=1)
+    errors = []
+    for first in (0, 2**62, -(2**62)):  # float64 has not all of these
+        metric = MeanScores()
+        metric.update(scores, groups + first)
+        errors.append(metric.compute()["gain_error"].item())
+    assert errors[0] == errors[1] == errors[2]

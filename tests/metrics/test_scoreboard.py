@@ -32,6 +32,15 @@ def test_batches_of_different_sizes(tmp_path):
     assert found.reliability["resmem"].counts.sum() == found.neighborhoods.counts.sum() == 4
 
 
+def test_rows_asked_at_one_time_are_independent(tmp_path):
+    rows = answer([0, 1, 2], [0, 1, 1], [0, 1, 0]), torch.tensor([0, 1, 0])
+    at_once, apart = (Scoreboard(memory_of(), "test", [loader_of(3)]) for _ in range(2))
+    at_once.update(*rows, asked_at=torch.tensor(20.0, dtype=torch.float64))
+    apart.update(*rows)
+    (found,), (expected,) = evaluate(at_once, tmp_path), evaluate(apart, tmp_path)
+    assert found.gain_error == expected.gain_error > 0
+
+
 def test_every_gain_is_above_0_if_resmem_is_better(tmp_path):
     own = {"error": MulticlassCalibrationError(CLASSES)}
     board = Scoreboard(memory_of(), "test", [loader_of(3)], metrics=own)

@@ -165,7 +165,9 @@ def test_rows_of_one_time_go_right_or_wrong_together():
     second = torch.where(moments[:, None] == 2, wrong, right)
     assert kept([right, right], labels, [first, second], labels) == 1
     assert kept([right, right], labels, [first, second], labels, moments) == 0
-    assert kept([right, right], labels, [first, right], labels, torch.arange(200)) == 1
+    for each in (torch.arange(200), torch.arange(200.0)):  # a moment of its own, but in stretches all the same
+        assert kept([right, right], labels, [first, second], labels, each) == 0
+        assert kept([right, right], labels, [first, right], labels, each) == 1
 
 
 def test_a_rank_that_has_met_no_row_keeps_the_same_columns(tmp_path):
