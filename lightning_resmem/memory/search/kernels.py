@@ -209,7 +209,7 @@ def _round_queries(
     tl.store(numbers_ptr, inverse * _LENGTH / 2)
     tl.store(numbers_ptr + count, norm * (norm * inverse) * kept * _LENGTH / 2)
     tl.store(numbers_ptr + 2 * count, tl.sqrt_rn(tl.sum(moved * moved, axis=0)))
-    tl.store(numbers_ptr + 3 * count, root * root * (length / _LENGTH * 2))
+    tl.store(numbers_ptr + 3 * count, root * (root * (length / _LENGTH * 2)))  # in this order it is never infinite
     tl.store(numbers_ptr + 4 * count, root)
 
 
