@@ -90,7 +90,12 @@ def main(argv: list[str] | None = None) -> None:
     title = f"CIFAR-{arguments.classes}, ResNet-{arguments.depth}, {arguments.epochs} epochs"
     console, table, scores = Console(), Table("images", *PREDICTIONS, "gain", title=f"{title}: test accuracy, %"), []
     for size in arguments.sizes:
-        found = np.array([run(arguments, size, seed) for seed in range(arguments.seeds)])  # (seeds, 3)
+        runs = []
+        for seed in range(arguments.seeds):
+            runs.append(run(arguments, size, seed))
+            told = ", ".join(f"{name} {score:.2f}" for name, score in zip(PREDICTIONS, runs[-1], strict=True))
+            console.print(f"{size:,} images, network {seed + 1} of {arguments.seeds}: {told}")
+        found = np.array(runs)  # (seeds, 3)
         columns = [*found.T, found[:, 2] - found[:, 0]]
         table.add_row(f"{size:,}", *(f"{column.mean():.2f} ± {standard_error(column):.2f}" for column in columns))
         scores.append(found)
