@@ -156,6 +156,15 @@ def test_workflows_call_targets_that_there_are(workflow: Path) -> None:
         assert set(called) <= set(phony.split())
 
 
+def test_the_classifiers_are_the_pythons_of_the_checks() -> None:
+    table = project()
+    prefix = "Programming Language :: Python :: 3."
+    named = [entry.removeprefix(prefix) for entry in table["classifiers"] if entry.startswith(prefix)]
+    checks = yaml.safe_load((ROOT / ".github" / "workflows" / "checks.yml").read_text())
+    assert [f"3.{minor}" for minor in named] == checks["jobs"]["test"]["strategy"]["matrix"]["python"]
+    assert table["requires-python"] == f">=3.{named[0]}"
+
+
 def test_the_version_is_in_the_changelog_and_the_citation() -> None:
     newest, *_ = re.findall(r"^## \[([0-9.]+)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
