@@ -98,7 +98,8 @@ class Text(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         text = self.file.read_text(encoding="utf-8", errors="replace")
         encode, self.decode = codec(text, self.vocabulary)
-        tokens = torch.tensor(encode(text))[: self.most]
+        tokens = torch.tensor(encode(text))
+        tokens, self.unused = tokens[: self.most], tokens[self.most :]
         held_out = min(len(tokens) // 10, 20_000)
         parts = tokens.split([len(tokens) - 2 * held_out, held_out, held_out])
         self.train, self.val, self.test = (Blocks(part, self.context) for part in parts)

@@ -167,10 +167,12 @@ def test_base_and_memory_of_a_text(harness, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(harness, "TABLES", tmp_path)
     monkeypatch.setattr(language, "SIZES", (0.2, 0.8))
     monkeypatch.setattr(language, "TUNER", GridTuner([10], [0.2], [1.0], [0.5, 1.0]))
-    (tmp_path / "text.txt").write_text(" the cat sat on" * 130)
+    (tmp_path / "text.txt").write_text(" the cat sat on" * 220)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    language.main(["--text", str(tmp_path / "text.txt"), "--epochs", "1", "--width", "8", "--seeds", "2"])
+    small = ["--text", str(tmp_path / "text.txt"), "--epochs", "1", "--width", "8", "--tokens", "1950"]
+    language.main([*small, "--seeds", "2"])
+    language.main([*small, "--seeds", "1", "--unseen"])
     torch.set_num_threads(threads)
     _, _, *lines = (tmp_path / "language_256.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines] == [
@@ -180,7 +182,8 @@ def test_base_and_memory_of_a_text(harness, monkeypatch, tmp_path, capsys):
     assert max(nll[1:]) < of_base - 1  # the text repeats itself
     for line, loss in zip(lines[1:], nll[1:], strict=True):
         assert float(line.split(" | ")[2].split(" ± ")[0]) == pytest.approx(of_base - loss, abs=2e-4)
-    assert capsys.readouterr().out.count("b free: a 0.8, b ") == 2
+    assert capsys.readouterr().out.count("b free: a 0.8, b ") == 3
+    assert "| resmem |" in (tmp_path / "language_256_unseen.md").read_text()
 
 
 def test_an_error_is_that_of_seeds_or_of_blocks(harness):

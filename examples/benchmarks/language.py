@@ -1,6 +1,7 @@
 """Base, knn, kNN-LM and ResMem on a text over several seeds, and the family that holds the last two.
 
     python examples/benchmarks/language.py --text shakespeare.txt
+    python examples/benchmarks/language.py --text shakespeare.txt --unseen
     python examples/benchmarks/language.py --text shakespeare.txt --vocabulary 2000 --epochs 8
 
 The family is `(1 - a + b) p + a * labels - b * near`, with the neighbours' labels and base predictions: `b = a` is
@@ -23,6 +24,7 @@ import lightning.pytorch as L
 import torch
 from _harness import report
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_resmem import GridTuner, ResidualMemory, ResMemParams
 from lightning_resmem.functional import negative_log_likelihood
@@ -31,13 +33,20 @@ from lightning_resmem.memory.knn_lm import knn_lm_params
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from language_model import PREDICTIONS, default_text, measure, train
-from text_module import GPT, Text
+from text_module import GPT, Blocks, Text
 
 # Candidates for `a`, and for `b` as a share of it; tokens that are combined at once.
 SIZES, SHARES, BLOCK = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0), (0.0, 0.25, 0.5, 0.75, 1.0, 1.25), 512
 TUNER = GridTuner(k=(10, 50, 200), softmax_temperature=(1.0, 1.4, 2.0), strength=(0.25, 0.5, 0.75, 1.0))
 FAMILY = {"b = 0": (0.0,), "b = a": (1.0,), "b free": SHARES}
 BASE, PEER = PREDICTIONS.index("base"), PREDICTIONS.index("knn_lm")
+
+
+class Unseen(Text):
+    """With a memory of as many other tokens as the base is trained on: those that follow the test."""
+
+    def memory_dataloader(self) -> DataLoader:
+        return DataLoader(Blocks(self.unused[: len(self.train.tokens)], self.context), batch_size=self.batch_size)
 
 
 class Parts(NamedTuple):
@@ -136,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, help="a text file; by default docstrings")
     parser.add_argument("--vocabulary", type=int, default=256, help="256 for bytes, more for byte pairs")
+    parser.add_argument("--unseen", action="store_true", help="memorize tokens that the base is not trained on")
     parser.add_argument("--tokens", type=int, default=40_000, help="of the text that are used, at most")
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--width", type=int, default=64)
@@ -143,8 +153,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.simplefilter("ignore")
-    text = given.text or default_text(4 * given.tokens)
-    data = Text(text, given.vocabulary, batch_size=16, most=given.tokens)  # few tokens: many steps
+    text = given.text or default_text(8 * given.tokens)
+    data = (Unseen if given.unseen else Text)(
+        text, given.vocabulary, batch_size=16, most=given.tokens
+    )  # few tokens: many steps
     data.setup()
     losses, hits = [], []
     for seed in range(given.seeds):
@@ -158,7 +170,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     kind = "bytes" if given.vocabulary == 256 else f"{given.vocabulary:,} byte pairs"
     title = f"{kind}: {len(data.train.tokens):,} tokens, {given.seeds} seeds; gains ± a standard error"
     header = [kind, "NLL", "below the base", "below kNN-LM", "accuracy, %", "above the base", "above kNN-LM"]
-    report(f"language_{given.vocabulary}", title, header, lines(torch.stack(losses), 100 * torch.stack(hits)))
+    if given.unseen:
+        title += ", a memory of others"
+    report(
+        f"language_{given.vocabulary}{'_unseen' if given.unseen else ''}",
+        title,
+        header,
+        lines(torch.stack(losses), 100 * torch.stack(hits)),
+    )
 
 
 if __name__ == "__main__":
