@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 # Share of the base's probability that a class keeps at least: see `log_predictions`.
-FLOOR = 0.4
+FLOOR = 0.1
 # Times that a prediction is raised to the floor; after three of them no entry is below it, as a rule.
 _ROUNDS = 5
 # Bytes that a weighted sum over half-precision values may gather at once.
@@ -269,7 +269,7 @@ def log_predictions(combined: Tensor, base: Tensor, floor: float = FLOOR) -> Ten
 
     Examples:
         >>> log_predictions(torch.tensor([[1.25, -0.25]]), torch.tensor([[0.75, 0.25]])).exp()
-        tensor([[0.9259, 0.0741]])
+        tensor([[0.9804, 0.0196]])
     """
     raised = _raised(combined, base, floor)
     winner = argmax(combined)[..., None]
@@ -288,7 +288,7 @@ def proper_probabilities(combined: Tensor, base: Tensor, floor: float = FLOOR) -
 
     Examples:
         >>> proper_probabilities(torch.tensor([[1.25, -0.25]]), torch.tensor([[0.75, 0.25]]))
-        tensor([[0.9259, 0.0741]])
+        tensor([[0.9804, 0.0196]])
     """
     raised = _raised(combined, base, floor)
     return _with_winner(raised.div_(raised.sum(dim=-1, keepdim=True)), argmax(combined))

@@ -142,13 +142,13 @@ def predict(
 
 
 def above_floor(probabilities: Floats, base: Floats) -> Floats:
-    """`max(s q, 0.4 min(p, max s q))`, with the factor `s` of each row for which it sums to 1."""
+    """`max(s q, 0.1 min(p, max s q))`, with the factor `s` of each row for which it sums to 1."""
     raised = []
     for q, p in zip(probabilities, base, strict=True):
         low, high = 0.0, 1.0
         for _ in range(60):
             s = (low + high) / 2
-            row = np.maximum(s * q, 0.4 * np.minimum(p, s * q.max()))
+            row = np.maximum(s * q, 0.1 * np.minimum(p, s * q.max()))
             low, high = (s, high) if row.sum() < 1 else (low, s)
         raised.append(row)
     return np.stack(raised)
@@ -194,7 +194,7 @@ def predict_with_cut_outputs(
     return base + strength * (averages - weighted_sum(positions, weight, kept) - tail * base)
 
 
-def log_predictions(combined: ArrayLike, base: ArrayLike, floor: float = 0.4) -> Floats:
+def log_predictions(combined: ArrayLike, base: ArrayLike, floor: float = 0.1) -> Floats:
     """`log` of `max(F, floor * min(p, max_c F))`, renormalised: shape `(B, C)`."""
     combined, base = np.asarray(combined, np.float64), np.asarray(base, np.float64)
     raised = np.maximum(combined, floor * np.minimum(base, combined.max(axis=1, keepdims=True)))

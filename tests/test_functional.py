@@ -357,14 +357,14 @@ def test_log_predictions_of_exact_ties_take_the_first_like_argmax():
 def test_log_predictions_keep_a_fraction_of_the_base_probability():
     combined = torch.tensor([[1.5, -0.4, -0.1], [0.9, 0.1, 0.0]])
     base = torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.1, 0.8]])
-    raised = np.array([[1.5, 0.2, 0.12], [0.9, 0.1, 0.32]])
+    raised = np.array([[1.5, 0.05, 0.03], [0.9, 0.1, 0.08]])
     close(log_predictions(combined, base).exp(), raised / raised.sum(axis=1, keepdims=True))
     raised = np.array([[1.5, 0.25, 0.15], [0.9, 0.1, 0.4]])
     close(log_predictions(combined, base, floor=0.5).exp(), raised / raised.sum(axis=1, keepdims=True))
 
 
 def test_log_predictions_never_raise_a_loser_to_the_top():
-    # The base is sure of class 1, the memory knows it is one of many others: 0.4 * p would beat every F.
+    # The base is sure of class 1, the memory knows it is one of many others: 0.1 * p would beat every F.
     classes = 1000
     combined = torch.full((1, classes), 1 / (classes - 1))
     combined[0, 1] = 0.0
