@@ -9,20 +9,10 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "argmax",
-    "ascending",
-    "combine",
-    "log_predictions",
-    "negative_log_likelihood",
-    "neighbor_weights",
-    "probabilities",
-    "proper_probabilities",
-    "residuals",
-    "tempered",
-    "weighted_labels",
-    "weighted_residual",
+    "argmax", "ascending", "combine", "log_predictions", "negative_log_likelihood", "neighbor_weights",
+    "probabilities", "proper_probabilities", "residuals", "tempered", "weighted_labels", "weighted_residual",
     "whole_residual",
-]
+]  # fmt: skip
 
 # Share of the base's probability that a class keeps at least: see `log_predictions`.
 FLOOR = 0.1
@@ -281,7 +271,12 @@ def log_predictions(combined: Tensor, base: Tensor, floor: float = FLOOR) -> Ten
 
 
 def proper_probabilities(combined: Tensor, base: Tensor, floor: float = FLOOR) -> Tensor:
-    """`log_predictions(combined, base, floor).exp()`, several times cheaper.
+    """`log_predictions(combined, base).exp()`, several times cheaper.
+
+    Args:
+        combined: `F(x)`, shape `(B, C)`.
+        base: Base probabilities, shape `(B, C)`.
+        floor: As for `log_predictions`.
 
     Returns:
         Probabilities, shape `(B, C)`; every row sums to 1, and `argmax` is that of `combined`, exactly.
@@ -323,7 +318,14 @@ def tempered(combined: Tensor, base: Tensor, temperature: float) -> Tensor:
 def negative_log_likelihood(combined: Tensor, base: Tensor, targets: Tensor, floor: float = FLOOR) -> Tensor:
     """`-log_predictions(combined, base)` of the target class alone, several times cheaper.
 
-    Args as for `log_predictions`, and class labels, int64, shape `(B,)`; returns nats, shape `(B,)`.
+    Args:
+        combined: `F(x)`, shape `(B, C)`.
+        base: Base probabilities, shape `(B, C)`.
+        targets: Class labels, int64, shape `(B,)`.
+        floor: As for `log_predictions`.
+
+    Returns:
+        Nats, shape `(B,)`.
 
     Examples:
         >>> negative_log_likelihood(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.5, 0.5]]), torch.tensor([0]))

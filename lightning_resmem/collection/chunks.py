@@ -100,13 +100,8 @@ class Labels:
 
     def check_batch(self, targets: Tensor, num_outputs: int) -> None:
         """The same of a batch `(n, ...)` that no model has seen: the positions are those in the batch."""
-        kept, ignored = (
-            torch.ones_like(targets, dtype=torch.bool),
-            self._task.ignored(targets, num_outputs, self._ignored),
-        )
-        if targets.is_floating_point():
-            kept = torch.isfinite(targets)
-        kept = kept.reshape(len(targets), -1).all(dim=1)
+        ignored = self._task.ignored(targets, num_outputs, self._ignored)
+        kept = torch.isfinite(targets)[:, None].flatten(1).all(dim=1)  # of an empty batch, too
         kept = kept if ignored is None else kept & ~ignored
         self._task.check_targets(targets[kept].cpu(), num_outputs, kept.nonzero()[:, 0].cpu())
 
