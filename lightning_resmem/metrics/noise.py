@@ -101,11 +101,16 @@ class Groups:
         """
         if self.place is None:
             return torch.zeros(len(gains), dtype=torch.float64)
-        columns = torch.cat([gains, torch.ones_like(gains[:1])]).double()
+        sums = self.sums(torch.cat([gains, torch.ones_like(gains[:1])]), rows)
+        return error_of_groups(sums[:-1], sums[-1])
+
+    def sums(self, columns: Tensor, rows: slice | Tensor = slice(None)) -> Tensor:
+        """Of columns `(n, V)` over the rows of each group, of all ranks: `(n, G)`, float64, on the CPU."""
+        assert self.place is not None
+        columns = columns.double()
         place = self.place[rows if isinstance(rows, slice) else rows.cpu()].to(columns.device)
         sums = columns.new_zeros(len(columns), self.count).index_add_(1, place, columns)
-        sums = self._gather(sums[None].cpu()).sum(dim=0)
-        return error_of_groups(sums[:-1], sums[-1])
+        return self._gather(sums[None].cpu()).sum(dim=0)
 
 
 def decisive(of_rows: float, of_groups: float) -> float:

@@ -113,9 +113,7 @@ class Sweep:
         known = (alone.to(same.device) & same).double().cpu()
         if not whole_groups or self.groups.place is None:
             return int(self.total(known.sum()[None]))
-        counts = known.new_zeros(2, self.groups.count)
-        counts.index_add_(1, self.groups.place, torch.stack([known, torch.ones_like(known)]))
-        of_groups, sizes = self.total(counts)
+        of_groups, sizes = self.groups.sums(torch.stack([known, torch.ones_like(known)]))
         return int(of_groups[of_groups > _MOST * sizes].sum())
 
     def measure(self, settings: Sequence[ResMemParams]) -> Measured:
