@@ -181,7 +181,8 @@ class LocalMemory(PartMemory):
 
     def search(self, queries: Tensor, k: int) -> Neighbors:
         with self.reading():
-            queries, k = checked_search(queries, self._rows.keys.finish().shape[1], k, len(self))
+            assert self._rows.shape is not None
+            queries, k = checked_search(queries, self._rows.shape[0], k, len(self))
             return self._rows.search(queries, k, self._asked(len(queries)))
 
     def sums(self, neighbors: Neighbors) -> Sums:

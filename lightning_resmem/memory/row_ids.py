@@ -120,10 +120,9 @@ class RowIds:
 
     def at(self, positions: Tensor) -> Tensor:
         """The sorted ids at positions of any shape, -1 for -1. There have to be some."""
-        known = self._ids.finish()
-        if self._last() == len(known) - 1:  # as above
+        if self._last() == len(self._ids) - 1:  # as above
             return positions
-        return known[positions].masked_fill_(positions < 0, -1)
+        return self._ids.finish()[positions].masked_fill_(positions < 0, -1)
 
     def _last(self) -> int:
         """The largest of the sorted ids, read once: a GPU would be waited for every time."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.memory.search import groups, rough
-from lightning_resmem.memory.search.interface import Found
+from lightning_resmem.memory.search.interface import Nearest
 from lightning_resmem.memory.search.measuring import measure
 from lightning_resmem.memory.search.precise import Precise
 from lightning_resmem.tasks import check_finite
@@ -42,14 +42,14 @@ class ExactIndex:
     name = "exact"
 
     def __init__(self, keys: Tensor, half_copy: bool = True, available_at: Tensor | None = None) -> None:
-        self.keys, self.half_copy = keys, half_copy
+        self.keys, self.half_copy = keys.detach(), half_copy
         # Of n keys that a query may see, the last became known as the n-th: whole numbers say all that there is to say.
         self._available_at: Tensor | None = None
         turns: Tensor | None = None
         if available_at is not None:
             self._available_at, order = available_at.sort()
             turns = order.argsort()
-        self._precise = Precise(keys, turns)
+        self._precise = Precise(self.keys, turns)
         self._screen: rough.Screen | None = None
         self._groups: groups.Groups | None = None
         self._preparing = Lock()
@@ -66,8 +66,8 @@ class ExactIndex:
             empty = queries.new_empty(0, k)
             return empty, empty.long()
         if asked_at is None and self._is_rough and groups.is_worthwhile(queries, self.keys, k):
-            with torch.no_grad():  # nothing that autocast or TF32 would change
-                return self._certified(queries, k, self._grouped.nearest(queries, k))
+            # Nothing that autocast or TF32 would change.
+            return self._certified(queries, k, self._grouped.nearest(queries, k))
         on_cpu = queries.device.type == "cpu"
         if on_cpu or asked_at is not None:  # a GPU would be waited for: there, what is not finite is found unsure
             check_finite("queries", queries)
@@ -84,21 +84,18 @@ class ExactIndex:
         found = self._search_roughly(queries, k) if self._is_rough else None
         return self._precise.search(queries, k) if found is None else self._certified(queries, k, found)
 
-    def _certified(self, queries: Tensor, k: int, found: Found) -> tuple[Tensor, Tensor]:
+    def _certified(self, queries: Tensor, k: int, found: Nearest) -> tuple[Tensor, Tensor]:
         """Distances and positions `(B, k)`: what was found, and by float32 what is not sure."""
-        distances, positions, sure, all_sure = found
+        distances, positions, unsure = found
         self._tried += len(queries)
-        if not all_sure.item():  # nearly always the only time that a GPU is waited for
+        if unsure is not None:
             check_finite("queries", queries)
-            unsure = (~sure).nonzero()[:, 0]
             self._unsure += len(unsure)
-            if not len(unsure):
-                return distances, positions
             with _full_precision(queries.device):
                 distances[unsure], positions[unsure] = self._precise.search(queries[unsure], k)
         return distances, positions
 
-    def _search_roughly(self, queries: Tensor, k: int) -> Found | None:
+    def _search_roughly(self, queries: Tensor, k: int) -> Nearest | None:
         """What is found by half precision; None where that is not tried."""
         wanted = k + k // 4 + 16  # more than enough for nearly all queries
         if not rough.is_worthwhile(queries, self.keys, wanted) or self._precise.scale != 1:
@@ -111,7 +108,8 @@ class ExactIndex:
         candidates, limits = found
         distances, positions = measure(self.keys, queries, candidates, in_order=True)
         sure = distances[:, k - 1].square() * (1 + 1e-6) < limits
-        return Found(distances[:, :k].contiguous(), positions[:, :k].contiguous(), sure, sure.all())
+        unsure = (~sure).nonzero()[:, 0]
+        return Nearest(distances[:, :k].contiguous(), positions[:, :k].contiguous(), unsure if len(unsure) else None)
 
     @property
     def _grouped(self) -> groups.Groups:

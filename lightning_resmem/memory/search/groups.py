@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.memory.capacity import free_bytes, size
-from lightning_resmem.memory.search.interface import Found
+from lightning_resmem.memory.search.interface import Found, Nearest
 from lightning_resmem.memory.search.measuring import largest_number
 from lightning_resmem.memory.search.replay import Replays, padded
 
@@ -73,7 +73,7 @@ def _works(device: torch.device) -> bool:
     try:
         keys = torch.arange(1024.0, device=device).view(64, 16)
         found = Groups(keys, half_copy=True).nearest(keys[40:42], 1)
-        if found.positions.tolist() != [[40], [41]] or not bool(found.all_sure):
+        if found.positions.tolist() != [[40], [41]] or found.unsure is not None:
             raise ArithmeticError("of 64 keys it does not find the nearest")
         return True
     except torch.cuda.OutOfMemoryError:
@@ -177,8 +177,8 @@ class Groups:
         held = (self._squared_norms, self._errors) + (() if self._copy is None else (self._copy,))
         return sum(tensor.nbytes for tensor in held) + (0 if self._replays is None else self._replays.nbytes)
 
-    def nearest(self, queries: Tensor, k: int) -> Found:
-        """The k nearest keys of each query, and whether they certainly are. The GPU is not waited for.
+    def nearest(self, queries: Tensor, k: int) -> Nearest:
+        """The k nearest keys of each query, and which may have nearer ones. The GPU is waited for once if none may.
 
         Args:
             queries: Shape `(B, D)`, float32.
@@ -190,13 +190,13 @@ class Groups:
         """
         queries, count = queries.contiguous(), len(queries)
         rows, bytes_of_each = self._blocks(k)
-        found: Found | None = None
         if self._replays is not None and padded(count) <= min(rows, _RECORDED_BYTES // bytes_of_each):
-            found = self._replays.search(queries, k, self._find)
-        if found is None:
-            found = Found.within(Found.room(count, k, queries.device), count, k)
-            self._find(queries, found)
-        return found
+            nearest = self._replays.search(queries, k, self._find)
+            if nearest is not None:
+                return nearest
+        found = Found.empty(count, k, queries.device)
+        self._find(queries, found)
+        return Nearest(found.distances, found.positions, found.unsure(count))
 
     def _measured(self, k: int) -> int:
         """How many groups are measured."""
@@ -210,7 +210,7 @@ class Groups:
         return max(16, rows // 128 * 128), minima + distances
 
     def _find(self, queries: Tensor, found: Found) -> None:
-        """`nearest`, written into `found`."""
+        """`nearest`, written into `found`. The GPU is not waited for."""
         rows, _ = self._blocks(found.positions.shape[1])
         for start in range(0, len(queries), rows):
             self._find_block(queries[start : start + rows], *(part[start : start + rows] for part in found[:3]))

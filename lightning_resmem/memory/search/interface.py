@@ -27,14 +27,28 @@ class Index(Protocol):
         """
 
 
+class Nearest(NamedTuple):
+    """What a search by half precision finds.
+
+    Attributes:
+        distances: Shape `(b, k)`, float32.
+        positions: Of the keys, `(b, k)`, int64.
+        unsure: The queries that may have nearer ones, `(u,)`, int64; None if there are none.
+    """
+
+    distances: Tensor
+    positions: Tensor
+    unsure: Tensor | None
+
+
 class Found(NamedTuple):
-    """What a search finds.
+    """Where a GPU writes what it finds.
 
     Attributes:
         distances: Shape `(b, k)`, float32.
         positions: Of the keys, `(b, k)`, int64.
         sure: For which queries they certainly are the nearest, `(b,)`, bool.
-        all_sure: Shape `()`, bool. It may be False where they are sure for all.
+        all_sure: Shape `()`, bool.
     """
 
     distances: Tensor
@@ -44,21 +58,19 @@ class Found(NamedTuple):
 
     @staticmethod
     def bytes_of(rows: int, k: int) -> int:
-        """What `within` takes."""
+        """What `empty` takes."""
         return rows * (12 * k + 1) + 1
 
     @classmethod
-    def room(cls, rows: int, k: int, device: torch.device) -> Tensor:
-        """What `within` has place in."""
-        return torch.empty(cls.bytes_of(rows, k), dtype=torch.uint8, device=device)
+    def empty(cls, rows: int, k: int, device: torch.device) -> "Found":
+        """With nothing written yet."""
+        distances = torch.empty(rows, k, dtype=torch.float32, device=device)
+        sure = torch.empty(rows, dtype=torch.bool, device=device)
+        return cls(distances, torch.empty_like(distances, dtype=torch.int64), sure, sure.new_empty(()))
 
-    @classmethod
-    def within(cls, room: Tensor, rows: int, k: int) -> "Found":
-        """All in one tensor of bytes, which is copied at once."""
-        entries = rows * k
-        return cls(
-            room[8 * entries : 12 * entries].view(torch.float32).view(rows, k),
-            room[: 8 * entries].view(torch.int64).view(rows, k),
-            room[12 * entries : -1].view(torch.bool),
-            room[-1].view(torch.bool),
-        )
+    def unsure(self, count: int) -> Tensor | None:
+        """Which of the first `count` queries are not sure, as in `Nearest`. What was written is waited for."""
+        if self.all_sure.item():  # nearly always, and then the only time
+            return None
+        unsure = (~self.sure[:count]).nonzero()[:, 0]
+        return unsure if len(unsure) else None

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_resmem.memory.search.interface import Found
+from lightning_resmem.memory.search.interface import Found, Nearest
 from lightning_resmem.together import Lock
 
 _log = logging.getLogger("lightning_resmem")
@@ -26,7 +26,8 @@ _Find = Callable[[Tensor, Found], None]
 class _Graph(NamedTuple):
     graph: torch.cuda.CUDAGraph
     queries: Tensor
-    room: Tensor
+    found: Found
+    all_sure: Tensor  # `found.all_sure` on the host, copied by the graph, too
 
 
 class Replays:
@@ -43,17 +44,18 @@ class Replays:
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._asked: Counter[tuple[int, int]] = Counter()
         self._lock, self._works = Lock(), True
-        # What all graphs share, so that one search at a time uses it, on whichever streams they are.
-        self._pool, self._finished = torch.cuda.graph_pool_handle(), torch.cuda.Event()
+        self._pool = torch.cuda.graph_pool_handle()  # which all graphs share
         self._stream: torch.cuda.Stream | None = None
 
     @property
     def nbytes(self) -> int:
         """Of what goes in and out of the graphs; beside it they share room for the largest search."""
-        return sum(graph.queries.nbytes + graph.room.nbytes for graph in self._graphs.values())
+        return sum(tensor.nbytes for graph in self._graphs.values() for tensor in (graph.queries, *graph.found))
 
-    def search(self, queries: Tensor, k: int, find: _Find) -> Found | None:
+    def search(self, queries: Tensor, k: int, find: _Find) -> Nearest | None:
         """What a search finds; None where it is not recorded.
+
+        One search at a time, and until it is finished: they share memory, on whichever streams they are.
 
         Args:
             queries: Shape `(b, D)`, b at least 1.
@@ -65,16 +67,15 @@ class Replays:
             recorded = self._recorded(queries, k, find)
             if recorded is None:
                 return None
-            stream, count = torch.cuda.current_stream(), len(queries)
-            stream.wait_event(self._finished)
-            recorded.queries[:count].copy_(queries)
-            if count < len(recorded.queries):
-                recorded.queries[count:].copy_(queries[-1:])  # any whose neighbours are as sure
+            asked, found, count = recorded.queries, recorded.found, len(queries)
+            if count < len(asked):
+                asked[count:].copy_(queries[-1:])  # any whose neighbours are as sure
+                asked = asked[:count]
+            asked.copy_(queries)
             recorded.graph.replay()
-            room = recorded.room.clone()
-            self._finished.record(stream)
-        found = Found.within(room, len(recorded.queries), k)
-        return found._replace(**{name: getattr(found, name)[:count] for name in ("distances", "positions", "sure")})
+            distances, positions = found.distances[:count].clone(), found.positions[:count].clone()
+            torch.cuda.current_stream().synchronize()
+            return Nearest(distances, positions, None if recorded.all_sure.item() else found.unsure(count))
 
     def _recorded(self, queries: Tensor, k: int, find: _Find) -> _Graph | None:
         asked = padded(len(queries)), k
@@ -101,12 +102,11 @@ class Replays:
         return self._works and len(self._graphs) < _GRAPHS and taken <= _KEPT_BYTES
 
     def _record(self, queries: Tensor, rows: int, k: int, find: _Find) -> _Graph:
-        self._finished.synchronize()  # what is shared is in use no more
         self._stream = stream = self._stream or torch.cuda.Stream(queries.device)
         with torch.inference_mode(False), torch.no_grad():
             asked = queries[-1:].expand(rows, -1).clone()
-            room = Found.room(rows, k, queries.device)
-            found, graph = Found.within(room, rows, k), torch.cuda.CUDAGraph()
+            found, graph = Found.empty(rows, k, queries.device), torch.cuda.CUDAGraph()
+            all_sure = torch.empty((), dtype=torch.bool, pin_memory=True)
             stream.wait_stream(torch.cuda.current_stream())
             try:
                 with torch.cuda.stream(stream):
@@ -115,11 +115,12 @@ class Replays:
                     graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                     try:
                         find(asked, found)
+                        all_sure.copy_(found.all_sure, non_blocking=True)
                     finally:
                         graph.capture_end()
             finally:
                 torch.cuda.current_stream().wait_stream(stream)
-        return _Graph(graph, asked, room)
+        return _Graph(graph, asked, found, all_sure)
 
 
 def padded(count: int) -> int:

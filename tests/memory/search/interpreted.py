@@ -15,7 +15,7 @@ from lightning_resmem import InputError
 from lightning_resmem.memory.search import exact, groups, kernels, selecting
 from lightning_resmem.memory.search.exact import ExactIndex
 from lightning_resmem.memory.search.groups import Groups
-from lightning_resmem.memory.search.interface import Found
+from lightning_resmem.memory.search.interface import Nearest
 from tests import oracle
 from tests.hard_keys import DATA, Draw, check
 
@@ -42,6 +42,16 @@ draw = Draw()
 def signs(count: int) -> Tensor:
     """So that the mean is zero, and rounding is that of the numbers as they are."""
     return 1.0 - 2 * (torch.arange(count)[:, None] % 2)
+
+
+def nearest(keys: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Distances, positions, and for which queries they are sure."""
+    distances, positions, unsure = Groups(keys, half_copy=True).nearest(queries, k)
+    sure = torch.ones(len(queries), dtype=torch.bool)
+    if unsure is not None:
+        assert len(unsure)
+        sure[unsure] = False
+    return distances, positions, sure
 
 
 def quarter(rows: int, width: int) -> Tensor:
@@ -117,7 +127,7 @@ def test_no_key_is_nearer_than_the_minimum_of_its_group(data: str, dtype: torch.
 def test_what_is_sure_is_right_however_keys_are_rounded(data: str, width: int) -> None:
     keys = BOUNDARY[data](draw, 900, width)
     queries = torch.cat([keys[:4], keys[100:104] * (1 + 2.0**-12), torch.full((1, width), 1.5)])
-    distances, positions, sure, _ = Groups(keys, half_copy=True).nearest(queries, 3)
+    distances, positions, sure = nearest(keys, queries, 3)
     assert sure.dtype == torch.bool
     check(keys, queries[sure], (distances[sure], positions[sure]), 3)
 
@@ -136,7 +146,7 @@ def test_what_is_sure_is_right_however_keys_are_rounded(data: str, width: int) -
 def test_ordinary_queries_are_sure(data: str, width: int) -> None:
     keys = DATA[data](draw, 1500, width)
     queries = torch.cat([keys[20:23], DATA[data](draw, 1503, width)[1500:]])
-    distances, positions, sure, _ = Groups(keys, half_copy=True).nearest(queries, 5)
+    distances, positions, sure = nearest(keys, queries, 5)
     assert sure.all()
     check(keys, queries, (distances, positions), 5)
 
@@ -145,7 +155,7 @@ def test_ordinary_queries_are_sure(data: str, width: int) -> None:
 def test_queries_of_another_magnitude_than_the_keys(scale: float) -> None:
     keys = draw.normal(1300, 8) * scale
     queries = torch.tensor([1e-30, 1e-20, 1e10, 1e20, 1e25, 3e38])[:, None] * torch.ones(8)
-    sure = Groups(keys, half_copy=True).nearest(queries, 3)[2]
+    sure = nearest(keys, queries, 3)[2]
     assert not sure[5]
     check(keys, queries, ExactIndex(keys).search(queries, 3), 3)
 
@@ -154,7 +164,7 @@ def test_queries_of_another_magnitude_than_the_keys(scale: float) -> None:
 def test_a_query_that_is_not_finite_is_never_sure(rows: int, k: int) -> None:
     keys, queries = draw.normal(rows, 4), torch.zeros(4, 4)
     queries[:3, 2] = torch.tensor([torch.nan, torch.inf, -torch.inf])
-    distances, positions, sure, _ = Groups(keys, half_copy=True).nearest(queries, k)
+    distances, positions, sure = nearest(keys, queries, k)
     assert sure.tolist() == [False, False, False, True]
     assert all(len(set(row)) == k for row in positions.tolist())
     check(keys, queries[3:], (distances[3:], positions[3:]), k)
@@ -209,7 +219,7 @@ def test_of_equal_keys_the_first_are_found() -> None:
     found = ExactIndex(keys).search(keys[:4], 40)
     np.testing.assert_array_equal(found[1].numpy(), oracle.neighbors(keys.numpy(), None, keys[:4].numpy(), 40)[1])
     keys = draw.normal(800, 16).repeat_interleave(3, dim=0)
-    distances, positions, sure, _ = Groups(keys, half_copy=True).nearest(keys[:5], 4)
+    distances, positions, sure = nearest(keys, keys[:5], 4)
     assert sure.all()
     assert torch.equal(positions[:, :3], torch.tensor([[0, 1, 2]] * 3 + [[3, 4, 5]] * 2))
     assert not distances[:, :3].any()
@@ -221,9 +231,9 @@ def test_results_do_not_depend_on_the_division_of_the_work(monkeypatch: pytest.M
     monkeypatch.setattr(groups, "_ROUNDED", 2048 * 16)
     monkeypatch.setattr(groups, "_MINIMA_BYTES", 1)
     divided = Groups(keys, half_copy=False).nearest(queries, 6)
-    assert whole[2].all()
-    for one, other in zip(whole, divided, strict=True):
-        assert torch.equal(one, other)
+    assert whole.unsure is divided.unsure is None
+    assert torch.equal(whole.distances, divided.distances)
+    assert torch.equal(whole.positions, divided.positions)
 
 
 def test_the_smallest_and_the_largest() -> None:
@@ -233,7 +243,7 @@ def test_the_smallest_and_the_largest() -> None:
     wide, queries = draw.normal(320, 4096), draw.normal(1, 4096, seed=1)
     check(wide, queries, ExactIndex(wide).search(queries, 3), 3)
     keys, queries = draw.normal(1500, 4), draw.normal(1, 4, seed=1)
-    distances, positions, sure, _ = Groups(keys, half_copy=True).nearest(queries, 1000)  # among all groups
+    distances, positions, sure = nearest(keys, queries, 1000)  # among all groups
     assert sure.all()
     check(keys, queries, (distances, positions), 1000)
     million = torch.empty(10**6, 4)
@@ -283,11 +293,11 @@ def test_the_users_contexts_change_nothing() -> None:
 
 def test_half_precision_that_suffices_for_few_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
-    nearest = Groups.nearest
+    find = Groups.nearest
 
-    def counted(self: Groups, queries: Tensor, k: int) -> Found:
+    def counted(self: Groups, queries: Tensor, k: int) -> Nearest:
         counts.append(len(queries))
-        return nearest(self, queries, k)
+        return find(self, queries, k)
 
     monkeypatch.setattr(Groups, "nearest", counted)
     monkeypatch.setattr(exact, "_TRIED", 3)

@@ -105,14 +105,13 @@ def test_blocks_of_a_gpu_give_the_same(block: int, monkeypatch: pytest.MonkeyPat
     assert torch.equal(found[1], expected[1])
 
 
-def test_what_is_said_to_be_unsure_may_be_sure() -> None:
-    queries, found = (
-        torch.randn(3, 4),
-        Found(torch.rand(3, 2), torch.arange(6).view(3, 2), torch.ones(3).bool(), torch.tensor(False)),
-    )
-    distances, positions = ExactIndex(torch.randn(40, 4))._certified(queries, 2, found)
-    assert torch.equal(distances, found.distances)
-    assert torch.equal(positions, found.positions)
+def test_padding_that_is_unsure_is_not_told() -> None:
+    found = Found.empty(4, 2, torch.device("cpu"))
+    found.all_sure.fill_(value=False)
+    found.sure.copy_(torch.tensor([True, False, True, False]))
+    assert found.unsure(1) is None
+    assert found.unsure(3) == torch.tensor([1])
+    assert sum(tensor.nbytes for tensor in found) == Found.bytes_of(4, 2)
 
 
 @pytest.mark.parametrize("columns", [20, 640, 1300, 1311])
