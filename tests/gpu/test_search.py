@@ -22,13 +22,15 @@ MIB = 2**20
 draw = Draw(GPU)
 
 
-@pytest.fixture(params=["triton", "torch"])
+@pytest.fixture(params=["triton", "groups", "torch"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With kernels, and as without Triton."""
+    """With kernels, with those for few keys left out, and as without Triton."""
     if request.param == "torch":
         monkeypatch.setattr(groups, "runs_on", lambda device: False)
     else:
         assert groups.runs_on(GPU), "Triton does not work here: see the log"
+    if request.param == "groups":
+        monkeypatch.setattr(groups, "_FEW", 0)
     name: str = request.param
     return name
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_resmem.memory.search.interface import Found
 from lightning_resmem.memory.search.measuring import FARTHEST
 
 # Candidates that a program puts in order, and those that it compares them with at once.
@@ -21,13 +22,13 @@ class Candidates(NamedTuple):
     Attributes:
         distances: Of the nearest, in any order, float32 `(b, m)`.
         columns: Where `kernels.measure_groups` wrote them, int64 `(b, m)`.
-        groups: That were measured, int64 `(b, n)`.
+        groups: That were measured, int64 `(b, n)`; None if all were.
         are_all: Whether there was nothing else to measure in these groups.
     """
 
     distances: Tensor
     columns: Tensor
-    groups: Tensor
+    groups: Tensor | None
     are_all: bool
 
 
@@ -47,43 +48,43 @@ class Screen(NamedTuple):
     unit: float
 
 
-def take_nearest(
-    candidates: Candidates, screen: Screen | None, group: int, found: tuple[Tensor, Tensor, Tensor]
-) -> None:
+def take_nearest(candidates: Candidates, screen: Screen | None, group: int, found: Found) -> None:
     """Put the nearest candidates in order, by distance and then by position, and see whether they are the nearest.
 
     Args:
         candidates: At least `k` of each query.
         screen: None where all groups were measured.
         group: How many keys a group has.
-        found: Written to: distances `(b, k)` in float32, positions `(b, k)` in int64, and bool `(b,)`.
+        found: Written to, `all_sure` only where a query is not sure.
     """
     distances, columns, groups, are_all = candidates
     count, num = distances.shape
     # What is not looked at has to be something.
     limits, numbers, kept, unit = screen or Screen(distances, distances, 1.0, 1.0)
     _take_nearest[(count, -(-num // _ORDERED))](
-        *(distances, columns, groups, limits, numbers, *found),
-        *(count, num, groups.shape[1], found[0].shape[1], kept, unit),
-        *(group, screen is not None, are_all, _ORDERED, _COMPARED),
+        *(distances, columns, columns if groups is None else groups, limits, numbers, *found),
+        *(count, num, limits.shape[1], found.distances.shape[1], kept, unit),
+        *(group, groups is None, screen is not None, are_all, _ORDERED, _COMPARED),
     )
 
 
 @triton.jit
-def _in_order(distances_ptr, columns_ptr, groups_ptr, place, asked, G: tl.constexpr):
+def _in_order(distances_ptr, columns_ptr, groups_ptr, place, asked, G: tl.constexpr, WHOLE: tl.constexpr):
     """Candidates as numbers of that order: the bits of a distance, which is not negative, and then of the position."""
     distance = tl.load(distances_ptr + place, mask=asked, other=float("inf"))
-    column = tl.load(columns_ptr + place, mask=asked, other=0)
-    position = tl.load(groups_ptr + column // G, mask=asked, other=0) * G + column % G
+    position = tl.load(columns_ptr + place, mask=asked, other=0)
+    if not WHOLE:
+        position = tl.load(groups_ptr + position // G, mask=asked, other=0) * G + position % G
     order = (distance.to(tl.int32, bitcast=True).to(tl.int64) << 32) | position
     return distance, position, tl.where(asked, order, 0x7FFFFFFFFFFFFFFF)
 
 
 @triton.jit(do_not_specialize=["count", "num", "groups", "k", "kept", "unit"])
 def _take_nearest(
-    distances_ptr, columns_ptr, groups_ptr, limits_ptr, numbers_ptr, nearest_ptr, positions_ptr, sure_ptr,
+    distances_ptr, columns_ptr, groups_ptr, limits_ptr, numbers_ptr, nearest_ptr, positions_ptr, sure_ptr, all_sure_ptr,
     count, num, groups, k, kept, unit,
-    G: tl.constexpr, SCREENED: tl.constexpr, ALL: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
+    G: tl.constexpr, WHOLE: tl.constexpr, SCREENED: tl.constexpr, ALL: tl.constexpr, OWN: tl.constexpr,
+    OTHER: tl.constexpr,
 ):  # fmt: skip
     """Each candidate finds its place by counting those before it; what has the last place knows whether all is sure."""
     query = tl.program_id(0).to(tl.int64)
@@ -91,12 +92,12 @@ def _take_nearest(
     columns_ptr += query * num
     groups_ptr += query * groups
     own = tl.program_id(1) * OWN + tl.arange(0, OWN)
-    distance, position, order = _in_order(distances_ptr, columns_ptr, groups_ptr, own, own < num, G)
+    distance, position, order = _in_order(distances_ptr, columns_ptr, groups_ptr, own, own < num, G, WHOLE)
     place = tl.zeros((OWN,), tl.int32)
     farthest = tl.zeros((OTHER,), tl.float32)
     for start in range(0, num, OTHER):
         other = start + tl.arange(0, OTHER)
-        away, _, before = _in_order(distances_ptr, columns_ptr, groups_ptr, other, other < num, G)
+        away, _, before = _in_order(distances_ptr, columns_ptr, groups_ptr, other, other < num, G, WHOLE)
         place += tl.sum((before[None, :] < order[:, None]).to(tl.int32), axis=1)
         farthest = tl.maximum(farthest, tl.where(other < num, away, 0.0))
     taken = (own < num) & (place < k)
@@ -114,4 +115,6 @@ def _take_nearest(
         # Of a limit below zero, or for a query too far away, comes NaN, and nothing is below that.
         reach = tl.sqrt_rn(tl.max(limit, axis=0) * kept) / tl.load(numbers_ptr + 4 * count + query) * unit
         sure = sure & (distance < reach)
-    tl.store(sure_ptr + query + tl.zeros((OWN,), tl.int32), sure, mask=taken & (place == k - 1))
+    last = taken & (place == k - 1)
+    tl.store(sure_ptr + query + tl.zeros((OWN,), tl.int32), sure, mask=last)
+    tl.store(all_sure_ptr + tl.zeros((OWN,), tl.int32), sure, mask=last & ~sure)

@@ -26,6 +26,8 @@ _MOST_NEIGHBORS = 2048
 _GROUPS = 4
 # Numbers of keys, once for every query, up to which all keys are measured where there are fewer groups.
 _ALL_MEASURED = 2**28
+# The same, where there are more groups, which would take longer to find; narrow keys count as so wide.
+_FEW, _NARROW = 2**23, 64
 # Groups that there are at least, if there are as many keys.
 _LEAST_GROUPS = 2048
 # Positions are counted in int32, up to what is a multiple of everything.
@@ -213,24 +215,26 @@ class Groups:
         """`nearest`, written into `found`. The GPU is not waited for."""
         rows, _ = self._blocks(found.positions.shape[1])
         for start in range(0, len(queries), rows):
-            self._find_block(queries[start : start + rows], *(part[start : start + rows] for part in found[:3]))
-        torch.all(found.sure, out=found.all_sure)
+            block = slice(start, start + rows)
+            part = found.distances[block], found.positions[block], found.sure[block]
+            self._find_block(queries[block], Found(*part, found.all_sure))
 
-    def _find_block(self, queries: Tensor, distances: Tensor, positions: Tensor, sure: Tensor) -> None:
-        kernels, certifying, group, k = _kernels(), _certifying(), self._group, distances.shape[1]
+    def _find_block(self, queries: Tensor, found: Found) -> None:
+        kernels, certifying, group, k = _kernels(), _certifying(), self._group, found.distances.shape[1]
         with torch.cuda.device_of(queries):  # where Triton starts kernels
             groups, screen = self._near_groups(queries, self._measured(k))
             measured = kernels.measure_groups(queries, self._keys, groups, group)
             count = min(k + _SPARE, measured.shape[1])
             near, columns = _selecting().smallest(measured, count)
             candidates = certifying.Candidates(near, columns, groups, count == measured.shape[1])
-            certifying.take_nearest(candidates, screen, group, (distances, positions, sure))
+            certifying.take_nearest(candidates, screen, group, found)
 
-    def _near_groups(self, queries: Tensor, wanted: int) -> tuple[Tensor, "Screen | None"]:
-        """Groups `(b, wanted)`, and what is known of the others, if there are any."""
-        kernels, certifying, count = _kernels(), _certifying(), self._errors.shape[1]
-        if wanted == count:
-            return torch.arange(count, device=queries.device).repeat(len(queries), 1), None
+    def _near_groups(self, queries: Tensor, wanted: int) -> tuple[Tensor | None, "Screen | None"]:
+        """Groups `(b, wanted)`, and what is known of the others; None where these are all."""
+        kernels, certifying = _kernels(), _certifying()
+        compared = len(queries) * len(self._keys) * max(_NARROW, self._width)
+        if wanted == self._errors.shape[1] or compared <= _FEW:
+            return None, None
         asked = kernels.round_queries(queries, self._center, self._scale, self._typical, self._width)
         limits, groups = _selecting().smallest(self._minima(asked), wanted)
         return groups, certifying.Screen(limits, asked[1], 1 - 4 * kernels.slack(queries.shape[1]), 1 / self._scale)

@@ -48,7 +48,7 @@ class Found(NamedTuple):
         distances: Shape `(b, k)`, float32.
         positions: Of the keys, `(b, k)`, int64.
         sure: For which queries they certainly are the nearest, `(b,)`, bool.
-        all_sure: Shape `()`, bool.
+        all_sure: Shape `()`, bool, in memory of the host, where nothing has to be copied to know it.
     """
 
     distances: Tensor
@@ -66,11 +66,14 @@ class Found(NamedTuple):
         """With nothing written yet."""
         distances = torch.empty(rows, k, dtype=torch.float32, device=device)
         sure = torch.empty(rows, dtype=torch.bool, device=device)
-        return cls(distances, torch.empty_like(distances, dtype=torch.int64), sure, sure.new_empty(()))
+        all_sure = torch.ones((), dtype=torch.bool, pin_memory=device.type == "cuda")
+        return cls(distances, torch.empty_like(distances, dtype=torch.int64), sure, all_sure)
 
     def unsure(self, count: int) -> Tensor | None:
         """Which of the first `count` queries are not sure, as in `Nearest`. What was written is waited for."""
-        if self.all_sure.item():  # nearly always, and then the only time
+        if self.sure.is_cuda:
+            torch.cuda.current_stream(self.sure.device).synchronize()
+        if self.all_sure.item():  # nearly always
             return None
         unsure = (~self.sure[:count]).nonzero()[:, 0]
         return unsure if len(unsure) else None

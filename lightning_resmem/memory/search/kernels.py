@@ -150,23 +150,24 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def measure_groups(queries: Tensor, keys: Tensor, chosen: Tensor, group: int) -> Tensor:
+def measure_groups(queries: Tensor, keys: Tensor, chosen: Tensor | None, group: int) -> Tensor:
     """True distances of all keys of some groups, of whatever magnitude, by direct differences.
 
     Args:
         queries: Shape `(b, D)`, float32.
         keys: Shape `(N, D)`, contiguous, floating point.
-        chosen: Shape `(b, n)`, int64: groups.
+        chosen: Shape `(b, n)`, int64: groups; None are all n.
         group: How many keys a group has.
 
     Returns:
         Float32 `(b, n * group)`; infinite behind the last key. A distance that float32 cannot hold is its largest.
     """
-    count, groups = chosen.shape
+    count, groups = (len(queries), -(-len(keys) // group)) if chosen is None else chosen.shape
     distances = torch.empty(count, groups * group, dtype=torch.float32, device=queries.device)
     block = min(128, max(16, triton.next_power_of_2(keys.shape[1])))
     _measure_groups[(count, -(-groups * group // _MEASURED))](
-        queries, keys, chosen, distances, len(keys), groups, keys.shape[1], group, _MEASURED, block
+        *(queries, keys, distances if chosen is None else chosen, distances, len(keys), groups),
+        *(chosen is None, keys.shape[1], group, _MEASURED, block),
     )
     return distances
 
@@ -276,13 +277,15 @@ def _group_minima(
 
 @triton.jit(do_not_specialize=["N", "count"])
 def _measure_groups(
-    q_ptr, z_ptr, chosen_ptr, out_ptr, N, count, D: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr
-):
+    q_ptr, z_ptr, chosen_ptr, out_ptr, N, count,
+    WHOLE: tl.constexpr, D: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     """Where squares overflow or vanish, those of the differences times two powers of two are summed up instead."""
     query = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     asked = row < count * G
-    key = tl.load(chosen_ptr + query * count + row // G, mask=asked, other=0) * G + row % G
+    chosen = row // G if WHOLE else tl.load(chosen_ptr + query * count + row // G, mask=asked, other=0)
+    key = chosen.to(tl.int64) * G + row % G
     there = asked & (key < N)
     squares = tl.zeros((ROWS,), tl.float32)
     for d in range(0, D, BD):

@@ -27,7 +27,6 @@ class _Graph(NamedTuple):
     graph: torch.cuda.CUDAGraph
     queries: Tensor
     found: Found
-    all_sure: Tensor  # `found.all_sure` on the host, copied by the graph, too
 
 
 class Replays:
@@ -67,15 +66,15 @@ class Replays:
             recorded = self._recorded(queries, k, find)
             if recorded is None:
                 return None
-            asked, found, count = recorded.queries, recorded.found, len(queries)
+            graph, asked, found = recorded
+            distances, positions, count = found.distances, found.positions, len(queries)
             if count < len(asked):
                 asked[count:].copy_(queries[-1:])  # any whose neighbours are as sure
-                asked = asked[:count]
+                asked, distances, positions = asked[:count], distances[:count], positions[:count]
             asked.copy_(queries)
-            recorded.graph.replay()
-            distances, positions = found.distances[:count].clone(), found.positions[:count].clone()
-            torch.cuda.current_stream().synchronize()
-            return Nearest(distances, positions, None if recorded.all_sure.item() else found.unsure(count))
+            found.all_sure.fill_(value=True)
+            graph.replay()
+            return Nearest(distances.clone(), positions.clone(), found.unsure(count))
 
     def _recorded(self, queries: Tensor, k: int, find: _Find) -> _Graph | None:
         asked = padded(len(queries)), k
@@ -106,7 +105,6 @@ class Replays:
         with torch.inference_mode(False), torch.no_grad():
             asked = queries[-1:].expand(rows, -1).clone()
             found, graph = Found.empty(rows, k, queries.device), torch.cuda.CUDAGraph()
-            all_sure = torch.empty((), dtype=torch.bool, pin_memory=True)
             stream.wait_stream(torch.cuda.current_stream())
             try:
                 with torch.cuda.stream(stream):
@@ -115,12 +113,11 @@ class Replays:
                     graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                     try:
                         find(asked, found)
-                        all_sure.copy_(found.all_sure, non_blocking=True)
                     finally:
                         graph.capture_end()
             finally:
                 torch.cuda.current_stream().wait_stream(stream)
-        return _Graph(graph, asked, found, all_sure)
+        return _Graph(graph, asked, found)
 
 
 def padded(count: int) -> int:

@@ -30,6 +30,7 @@ def _few_and_large_programs() -> Iterator[None]:
         patch.setattr(groups, "runs_on", lambda device: True)
         patch.setattr(groups, "_GROUPS", 1)
         patch.setattr(groups, "_LEAST_GROUPS", 1)
+        patch.setattr(groups, "_FEW", 0)
         patch.setattr(kernels, "_MEASURED", 2048)
         patch.setattr(kernels, "_PROGRAMS", 1)
         patch.setattr(kernels, "PADDED", 512)
@@ -85,9 +86,10 @@ BOUNDARY: dict[str, Callable[[Draw, int, int], Tensor]] = {
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     k=st.integers(1, 20),
     half_copy=st.booleans(),
+    few=st.sampled_from([0, 2**23]),
 )
 def test_the_index_finds_the_nearest(
-    data: str, rows: int, width: int, dtype: torch.dtype, k: int, half_copy: bool
+    data: str, rows: int, width: int, dtype: torch.dtype, k: int, half_copy: bool, few: int
 ) -> None:
     # The interpreter, other than a GPU, reads subnormal bfloat16 wrongly.
     keys = DATA[data](draw, rows, width).to(torch.float32 if data == "1e-38" else dtype)
@@ -95,7 +97,9 @@ def test_the_index_finds_the_nearest(
         keys = DATA[data](draw, rows, width).bfloat16()
     queries = torch.cat([keys[:3].float(), DATA[data](draw, 2, width) * 1.1, torch.zeros(1, width)])
     queries = queries.clamp(-torch.finfo(torch.float32).max, torch.finfo(torch.float32).max)
-    check(keys, queries, ExactIndex(keys, half_copy).search(queries, k), k)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups, "_FEW", few)
+        check(keys, queries, ExactIndex(keys, half_copy).search(queries, k), k)
 
 
 @pytest.mark.parametrize(
@@ -160,8 +164,9 @@ def test_queries_of_another_magnitude_than_the_keys(scale: float) -> None:
     check(keys, queries, ExactIndex(keys).search(queries, 3), 3)
 
 
-@pytest.mark.parametrize(("rows", "k"), [(40, 30), (700, 3)])
-def test_a_query_that_is_not_finite_is_never_sure(rows: int, k: int) -> None:
+@pytest.mark.parametrize(("rows", "k", "few"), [(40, 30, 0), (700, 3, 0), (700, 3, 2**23)])
+def test_a_query_that_is_not_finite_is_never_sure(rows: int, k: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "_FEW", few)
     keys, queries = draw.normal(rows, 4), torch.zeros(4, 4)
     queries[:3, 2] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     distances, positions, sure = nearest(keys, queries, k)
@@ -214,7 +219,9 @@ def test_few_keys_are_all_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         check(keys, queries, ExactIndex(keys).search(queries, 40), 40)
 
 
-def test_of_equal_keys_the_first_are_found() -> None:
+@pytest.mark.parametrize("few", [0, 2**23])
+def test_of_equal_keys_the_first_are_found(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "_FEW", few)
     keys = torch.randint(0, 3, (2500, 3), generator=torch.Generator().manual_seed(0)).float()
     found = ExactIndex(keys).search(keys[:4], 40)
     np.testing.assert_array_equal(found[1].numpy(), oracle.neighbors(keys.numpy(), None, keys[:4].numpy(), 40)[1])
@@ -231,9 +238,12 @@ def test_results_do_not_depend_on_the_division_of_the_work(monkeypatch: pytest.M
     monkeypatch.setattr(groups, "_ROUNDED", 2048 * 16)
     monkeypatch.setattr(groups, "_MINIMA_BYTES", 1)
     divided = Groups(keys, half_copy=False).nearest(queries, 6)
-    assert whole.unsure is divided.unsure is None
-    assert torch.equal(whole.distances, divided.distances)
-    assert torch.equal(whole.positions, divided.positions)
+    monkeypatch.setattr(groups, "_FEW", 2**23)
+    all_measured = Groups(keys, half_copy=True).nearest(queries, 6)
+    assert whole.unsure is divided.unsure is all_measured.unsure is None
+    for found in (divided, all_measured):
+        assert torch.equal(whole.distances, found.distances)
+        assert torch.equal(whole.positions, found.positions)
 
 
 def test_the_smallest_and_the_largest() -> None:

@@ -15,16 +15,17 @@ from lightning_resmem.memory.local_config import LocalConfig
 from lightning_resmem.memory.search import groups
 
 POINTERS = {"q_ptr": "*fp16", "z_ptr": "*fp16", "out_ptr": "*fp16", "limits_ptr": "*fp16"}
-POINTERS |= {"values_ptr": "*fp16", "kept_ptr": "*fp16", "sure_ptr": "*i1"}
+POINTERS |= {"values_ptr": "*fp16", "kept_ptr": "*fp16", "sure_ptr": "*i1", "all_sure_ptr": "*i1"}
 POINTERS |= dict.fromkeys(("chosen_ptr", "columns_ptr", "groups_ptr", "places_ptr", "positions_ptr"), "*i64")
 NUMBERS = {"scale": "fp32", "kept": "fp32", "unit": "fp32"}
 SIZES = {
     "_round_queries": {"D": 20, "W": 24, "BLOCK": 32},
     "_group_minima": {"W": 24, "G": 32, "BB": 16, "BN": 128, "BD": 32, "STAGES": 2},
-    "_measure_groups": {"D": 20, "G": 32, "ROWS": 32, "BD": 32},
+    "_measure_groups": {"WHOLE": False, "D": 20, "G": 32, "ROWS": 32, "BD": 32},
     "_smallest": {"PIECE": 1024, "HAS_COLUMNS": True},
-    "_take_nearest": {"G": 32, "SCREENED": True, "ALL": False, "OWN": 128, "OTHER": 32},
+    "_take_nearest": {"G": 32, "WHOLE": False, "SCREENED": True, "ALL": False, "OWN": 128, "OTHER": 32},
 }
+OF_FEW = ("_measure_groups", "_take_nearest")  # keys, all of which are measured
 
 
 @pytest.mark.slow
@@ -39,8 +40,8 @@ def test_kernels_in_the_interpreter() -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_kernels_compile(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "whole"), [*((name, False) for name in SIZES), *((name, True) for name in OF_FEW)])
+def test_kernels_compile(name: str, whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler refuses more than the interpreter does; it needs no GPU."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
@@ -50,7 +51,7 @@ def test_kernels_compile(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     [kernel] = [vars(module)[name] for module in (kernels, certifying, selecting) if name in vars(module)]
-    sizes = SIZES[name]
+    sizes = SIZES[name] | ({"WHOLE": True} if whole else {})
     types = {each: "*fp32" if each.endswith("_ptr") else "i32" for each in kernel.arg_names}
     types |= {each: kind for each, kind in (POINTERS | NUMBERS).items() if each in types}
     source = ASTSource(
