@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_resmem.memory.search import groups, rough
+from lightning_resmem.memory.search import groups, measuring, rough
 from lightning_resmem.memory.search.interface import Nearest
 from lightning_resmem.memory.search.measuring import measure
 from lightning_resmem.memory.search.precise import Precise
@@ -68,7 +68,7 @@ class ExactIndex:
         if asked_at is None and self._is_rough and groups.is_worthwhile(queries, self.keys, k):
             # Nothing that autocast or TF32 would change.
             return self._certified(queries, k, self._grouped.nearest(queries, k))
-        on_cpu = queries.device.type == "cpu"
+        on_cpu = measuring.on_cpu(queries)
         if on_cpu or asked_at is not None:  # a GPU would be waited for: there, what is not finite is found unsure
             check_finite("queries", queries)
         if asked_at is not None:
@@ -77,6 +77,8 @@ class ExactIndex:
                 return self._precise.search(queries, k, torch.searchsorted(self._available_at, asked_at, right=True))
         with _full_precision(queries.device):
             found = [self._search_rows(part, k) for part in queries.split(_ROWS if on_cpu else len(queries))]
+        if len(found) == 1:
+            return found[0]
         return torch.cat([distances for distances, _ in found]), torch.cat([positions for _, positions in found])
 
     def _search_rows(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:

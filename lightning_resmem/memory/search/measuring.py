@@ -16,6 +16,11 @@ _MOST = torch.finfo(torch.float32).max
 FARTHEST = 2.0**127
 
 
+def on_cpu(rows: Tensor) -> bool:
+    """Whether to take the way of a CPU."""
+    return rows.device.type == "cpu"
+
+
 def measure(keys: Tensor, queries: Tensor, positions: Tensor, in_order: bool = False) -> tuple[Tensor, Tensor]:
     """True distances of candidates, by direct differences, of whatever magnitude.
 
@@ -32,8 +37,8 @@ def measure(keys: Tensor, queries: Tensor, positions: Tensor, in_order: bool = F
     if not in_order:
         positions = positions.sort(dim=1).values
     candidates, width = positions.shape[1], keys.shape[1]
-    on_cpu = keys.device.type == "cpu"
-    rows = max(1, (_CPU_MEASURED if on_cpu else _GPU_MEASURED) // max(1, candidates * width))
+    is_on_cpu = on_cpu(keys)
+    rows = max(1, (_CPU_MEASURED if is_on_cpu else _GPU_MEASURED) // max(1, candidates * width))
     rows = min(rows, len(queries))
     # Into the same memory again and again: fresh memory takes several times as long as the rest.
     gathered = keys.new_empty(rows * candidates, width)
@@ -47,10 +52,11 @@ def measure(keys: Tensor, queries: Tensor, positions: Tensor, in_order: bool = F
             wide.copy_(part)
         wide = wide.view(*block.shape, width).sub_(queries[first : first + rows, None])
         measured = distances[first : first + rows]
-        torch.linalg.vector_norm(wide, dim=2, out=measured)
-        if not on_cpu:  # to find the few that need it takes longer there, as it is waited for
-            measured.copy_(_lengths(wide.flatten(0, 1)).view_as(measured).where(_are_doubtful(measured), measured))
-    if on_cpu:
+        if is_on_cpu:
+            torch.linalg.vector_norm(wide, dim=2, out=measured)
+        else:  # of all, as to find the few that need it takes longer there: it is waited for
+            measured.copy_(_lengths(wide))
+    if is_on_cpu:
         _measure_doubtful(keys, queries, positions, distances)
     distances, order = ascending(distances.masked_fill_(positions < 0, torch.inf))
     return distances, positions.gather(1, order)
@@ -62,19 +68,23 @@ def _measure_doubtful(keys: Tensor, queries: Tensor, positions: Tensor, distance
     for part in doubtful.nonzero().split(max(1, _CPU_MEASURED // keys.shape[1])):
         row, place = part.unbind(dim=1)
         apart = keys.index_select(0, positions[row, place]).float() - queries.index_select(0, row)
-        distances[row, place] = _lengths(apart)
+        distances[row, place] = _lengths(apart).float()
 
 
 def _are_doubtful(distances: Tensor) -> Tensor:
-    return (distances < _LEAST) | ~torch.isfinite(distances)
+    return ~((distances >= _LEAST) & (distances < torch.inf))
 
 
 def _lengths(rows: Tensor) -> Tensor:
-    """Of rows `(n, D)` whose squares may overflow or vanish: shape `(n,)`."""
-    rows = rows.clamp(-_MOST, _MOST)
-    largest = rows.abs().amax(dim=1, keepdim=True)
-    scaled: Tensor = torch.linalg.vector_norm(rows / largest.where(largest > 0, 1), dim=1)
-    return scaled.mul_(largest[:, 0]).clamp_max_(_MOST)
+    """Of rows `(..., D)` in float32, whose squares may overflow or vanish in it: shape `(...)`, at most its largest."""
+    lengths: Tensor
+    if rows.device.type != "mps":
+        lengths = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
+        return lengths.clamp_max_(_MOST)
+    rows = rows.clamp(-_MOST, _MOST)  # there is no float64
+    largest = rows.abs().amax(dim=-1, keepdim=True)
+    lengths = torch.linalg.vector_norm(rows / largest.where(largest > 0, 1), dim=-1)
+    return lengths.mul_(largest.squeeze(-1)).clamp_max_(_MOST)
 
 
 def largest_number(keys: Tensor) -> float:

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_resmem.memory.search import rough
+from lightning_resmem.memory.search import measuring, rough
 from lightning_resmem.memory.search.measuring import FARTHEST, largest_number, measure
 from lightning_resmem.tasks import check_finite
 from lightning_resmem.together import Lock
@@ -19,7 +19,9 @@ _CPU_SCORES = 2**22
 _GPU_SCORES = 2**26
 _CPU_KEYS = 8192
 _CPU_PRODUCT = 1024  # keys of one matrix product, which stay in a core's cache
-_GPU_QUERIES = 8192
+_GPU_QUERIES = 1024
+_GPU_SORTED = 2**23  # scores of which a GPU finds the smallest at once, and not those of groups first
+_GPU_FEW = 2**22  # numbers of keys, once for every query, up to which all distances are measured
 _GPU_SHIFTED = 2**24  # numbers of keys that are not multiplied as they are
 # Candidates beyond k that are measured, so that rounding in the scores cannot push a neighbour out.
 _SPARE = 16
@@ -49,6 +51,7 @@ class Precise:
         self._keys, self._turns = keys, turns
         self._center: Tensor | None = None
         self._squared_norms: Tensor | None = None
+        self._longest = keys.new_empty(())  # the largest norm
         self._preparing = Lock()
 
     @property
@@ -70,7 +73,7 @@ class Precise:
         found = [
             self._search_block(block, k, wanted, key_block, count) for block, count in zip(blocks, seen, strict=True)
         ]
-        distances, positions, bounds, sure = (torch.cat(parts) for parts in zip(*found, strict=True))
+        distances, positions, bounds, sure = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
         unsure = (~sure).nonzero()[:, 0].tolist()  # the only time that a GPU is waited for
         if unsure:
             check_finite("queries", queries)
@@ -94,6 +97,7 @@ class Precise:
                 self._center = center
             else:
                 squared = rough.squared_norms(self._keys, scale=self.scale)
+            self._longest = squared.max().sqrt()
             if squared.is_cuda:  # whichever stream searches finds them finished
                 torch.cuda.current_stream(squared.device).synchronize()
             self._squared_norms = squared  # last: who sees them does not wait
@@ -125,8 +129,10 @@ class Precise:
         self, queries: Tensor, k: int, wanted: int, key_block: int, counts: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Distances and positions `(b, k)`, the score `(b,)` up to which keys could matter, and whether none does."""
+        if counts is None and not measuring.on_cpu(queries) and len(queries) * self._keys.numel() <= _GPU_FEW:
+            return self._measure_all(queries, k)
         shifted = self._shifted(queries)
-        find = self._candidates if queries.device.type == "cpu" else self._best_of_blocks
+        find = self._candidates if measuring.on_cpu(queries) else self._best_of_blocks
         scores, positions = find(shifted, wanted, key_block, counts)
         if counts is not None:
             positions = positions.masked_fill(scores == torch.inf, -1)
@@ -134,24 +140,30 @@ class Precise:
         bounds = self._score_bounds(shifted, distances[:, k - 1])
         worst = scores.amax(dim=1)
         # Neither holds where squares overflow: NaN compares as false.
-        sure = (bounds < worst) & torch.isfinite(worst)
+        sure = (bounds < worst) & (worst < torch.inf)
         if counts is not None:
             sure = sure | (torch.isfinite(scores).sum(dim=1) >= counts)  # all that it sees
         elif wanted == len(self._keys):
             sure = distances[:, k - 1] < FARTHEST
         return distances[:, :k], positions[:, :k], bounds, sure
 
+    def _measure_all(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `_search_block` returns, without scores."""
+        everywhere = torch.arange(len(self._keys), device=queries.device).expand(len(queries), -1)
+        distances, positions = measure(self._keys, queries, everywhere, in_order=True)
+        distances, positions = distances[:, :k].contiguous(), positions[:, :k].contiguous()
+        return distances, positions, queries.new_full((len(queries),), torch.inf), distances[:, -1] < FARTHEST
+
     def _best_of_blocks(
         self, shifted: Tensor, wanted: int, key_block: int, counts: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """What `_candidates` returns, by few operations that a GPU is not waited for."""
-        best = shifted.new_empty(len(shifted), 0)
-        positions = torch.empty(len(shifted), 0, dtype=torch.int64, device=shifted.device)
-        for start, scores in self._score_blocks(shifted, key_block, counts):
-            found, columns = _smallest_by_groups(scores, min(wanted, scores.shape[1]))
+        blocks = self._score_blocks(shifted, key_block, counts)
+        best, positions = _smallest_by_groups(next(blocks)[1], wanted)
+        for start, scores in blocks:
+            found, columns = _smallest_by_groups(scores, wanted)
             best, positions = torch.cat([best, found], dim=1), torch.cat([positions, columns + start], dim=1)
-            if best.shape[1] > wanted:
-                best, positions = _keep(best, positions, wanted)
+            best, positions = _keep(best, positions, wanted)
         return best, positions
 
     def _candidates(self, shifted: Tensor, wanted: int, key_block: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -177,7 +189,7 @@ class Precise:
         Keys that a query does not see have the score inf.
         """
         assert self._squared_norms is not None
-        product = _CPU_PRODUCT if shifted.device.type == "cpu" else self._gpu_product(key_block)
+        product = _CPU_PRODUCT if measuring.on_cpu(shifted) else self._gpu_product(key_block)
         doubled = shifted * -2
         buffer = shifted.new_empty(len(shifted) * min(key_block, len(self._keys)))
         for start in range(0, len(self._keys), key_block):
@@ -200,11 +212,10 @@ class Precise:
 
     def _score_bounds(self, shifted: Tensor, farthest: Tensor) -> Tensor:
         """The score `(b,)` that a key nearer than `farthest` `(b,)`, or as near, cannot exceed."""
-        assert self._squared_norms is not None
         squared = shifted.square().sum(dim=1)
         # The standard bound of rounding errors of a product, with their usual growth by sqrt(D).
         slack = 4 * torch.finfo(torch.float32).eps * shifted.shape[1] ** 0.5
-        rounding = slack * (squared.sqrt() + self._squared_norms.max().sqrt()).square()
+        rounding = slack * (squared.sqrt() + self._longest).square()
         bounds: Tensor = (farthest * self.scale).square() * (1 + 1e-6) - squared + rounding
         return bounds
 
@@ -233,7 +244,7 @@ class Precise:
 
 def _blocks(queries: Tensor, wanted: int) -> tuple[int, int]:
     """How many queries and keys are compared at once."""
-    if queries.device.type != "cpu":
+    if not measuring.on_cpu(queries):
         rows = max(1, min(_GPU_QUERIES, len(queries), _GPU_SCORES // (4 * wanted)))
         return rows, _GPU_SCORES // rows
     # The first block's groups must outnumber the candidates clearly, or their minima say nothing.
@@ -257,20 +268,21 @@ def _smallest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _smallest_by_groups(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` smallest entries of each row of `scores` `(b, n)`, and their columns, by few operations.
+    """The `count` smallest entries of each row of `scores` `(b, n)`, or all if it has fewer, and their columns.
 
-    They are in the `count` groups with the smallest minima, which are found among far fewer numbers.
+    Of many they are in the `count` groups with the smallest minima, which are found among far fewer numbers. A group is
+    every so many columns: so a GPU reads what lies side by side at once.
     """
-    groups = scores.shape[1] // _GROUP
-    if groups < 2 * count:
+    count, groups = min(count, scores.shape[1]), scores.shape[1] // _GROUP
+    if scores.numel() <= _GPU_SORTED or groups < 2 * count:
         return scores.topk(count, dim=1, largest=False, sorted=False)
-    parts = scores[:, : groups * _GROUP].unflatten(1, (groups, _GROUP))
-    group = parts.amin(dim=2).topk(count, dim=1, largest=False, sorted=False).indices
-    members = parts.gather(1, group[:, :, None].expand(-1, -1, _GROUP)).flatten(1)
+    parts = scores[:, : groups * _GROUP].unflatten(1, (_GROUP, groups))
+    group = parts.amin(dim=1).topk(count, dim=1, largest=False, sorted=False).indices
+    members = parts.gather(2, group[:, None].expand(-1, _GROUP, -1)).flatten(1)
     if scores.shape[1] % _GROUP:
         members = torch.cat([members, scores[:, groups * _GROUP :]], dim=1)
     found, member = members.topk(count, dim=1, largest=False, sorted=False)
-    columns = group.gather(1, (member // _GROUP).clamp_max(count - 1)) * _GROUP + member % _GROUP
+    columns = group.gather(1, member % count) + member // count * groups
     return found, columns.where(member < count * _GROUP, member + (groups - count) * _GROUP)
 
 

@@ -8,11 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_resmem.memory.search import precise
+from lightning_resmem import InputError
+from lightning_resmem.memory.search import measuring, precise, rough
 from lightning_resmem.memory.search.exact import ExactIndex
 from lightning_resmem.memory.search.interface import Found
 from lightning_resmem.memory.search.precise import Precise
 from tests import oracle
+from tests.hard_keys import DATA, Draw, check
+
+draw = Draw()
 
 
 def _check(keys: torch.Tensor, queries: torch.Tensor, k: int) -> None:
@@ -94,15 +98,41 @@ def test_results_do_not_depend_on_the_division_of_the_work(monkeypatch: pytest.M
     assert torch.equal(whole[1], divided[1])
 
 
-@pytest.mark.parametrize("block", [64, 3000, 10**6])
-def test_blocks_of_a_gpu_give_the_same(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys, queries = torch.randn(9000, 8).round(decimals=1) + 40, torch.randn(40, 8).round(decimals=1) + 40
-    expected = ExactIndex(keys).search(queries, 30)
-    monkeypatch.setattr(Precise, "_candidates", Precise._best_of_blocks)
-    monkeypatch.setattr(precise, "_blocks", lambda queries, wanted: (7, block))
-    found = ExactIndex(keys).search(queries, 30)
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(found[1], expected[1])
+@pytest.fixture
+def way_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Search on this device as on a GPU without Triton: few operations, for which nobody waits."""
+    monkeypatch.setattr(measuring, "on_cpu", lambda rows: False)
+    monkeypatch.setattr(rough, "is_worthwhile", lambda queries, keys, wanted: False)
+    monkeypatch.setattr(precise, "_GPU_FEW", 0)
+    monkeypatch.setattr(precise, "_GPU_SORTED", 0)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("block", [30, 64, 3000, 10**6])
+def test_blocks_of_a_gpu_do_not_matter(block: int, way_of_a_gpu: pytest.MonkeyPatch) -> None:
+    keys, queries = draw.normal(9000, 8).round(decimals=1) + 40, draw.normal(40, 8, seed=1).round(decimals=1) + 40
+    way_of_a_gpu.setattr(precise, "_blocks", lambda queries, wanted: (7, block))
+    check(keys, queries, ExactIndex(keys).search(queries, 30), 30)
+
+
+@pytest.mark.parametrize("few", [0, 2**22])
+@pytest.mark.parametrize("data", DATA)
+def test_a_gpu_without_triton(data: str, few: int, way_of_a_gpu: pytest.MonkeyPatch) -> None:
+    way_of_a_gpu.setattr(precise, "_GPU_FEW", few)
+    keys = DATA[data](draw, 5000, 12)
+    queries = torch.cat([keys[:4], DATA[data](draw, 8, 12) * 1.1, torch.zeros(1, 12)])
+    queries = queries.clamp(-torch.finfo(torch.float32).max, torch.finfo(torch.float32).max)
+    check(keys, queries, ExactIndex(keys).search(queries, 20), 20)
+    queries[2, 3] = torch.nan
+    with pytest.raises(InputError, match="queries has NaN or infinite entries in rows 2"):
+        ExactIndex(keys).search(queries, 20)
+
+
+@pytest.mark.parametrize("few", [0, 2**22])
+def test_a_gpu_without_triton_finds_all_rows(few: int, way_of_a_gpu: pytest.MonkeyPatch) -> None:
+    way_of_a_gpu.setattr(precise, "_GPU_FEW", few)
+    keys, queries = draw.normal(900, 3).bfloat16(), draw.normal(4, 3, seed=1)
+    check(keys, queries, ExactIndex(keys).search(queries, 900), 900)
 
 
 def test_padding_that_is_unsure_is_not_told() -> None:
@@ -115,7 +145,8 @@ def test_padding_that_is_unsure_is_not_told() -> None:
 
 
 @pytest.mark.parametrize("columns", [20, 640, 1300, 1311])
-def test_the_smallest_by_groups(columns: int) -> None:
+def test_the_smallest_by_groups(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precise, "_GPU_SORTED", 0)
     scores = torch.randn(6, columns)
     scores[1, -15:] -= 10  # behind the last whole group, where there is such
     found, places = precise._smallest_by_groups(scores, 20)
