@@ -4,6 +4,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,12 +25,16 @@ SIZES = (
     (1, 1_000, 128),
 )
 SMALL_SIZES = ((16, 3_000, 24), (1, 3_000, 24))
+# Keys and queries of `--grid`, of width 128.
+GRID = (1_000, 3_000, 10_000, 30_000, 100_000, 1_000_000, 10_000_000), (1, 4, 16, 64, 256, 1024, 8192)
+SMALL_GRID = (500, 3_000), (1, 16)
 # Scores that are written at once by those that write them.
 SCORES = 2**30
 # Queries that are compared with float64.
 COMPARED = 32
 
 Search = Callable[[], Tensor]
+TableOf = tuple[str, list[str], list[list[str]]]  # title, header and rows
 
 
 class Clock:
@@ -100,10 +105,21 @@ def share_that_agrees(found: Tensor, right: Tensor) -> str:
     return f"{(found[:, :, None] == right[:, None]).any(dim=2).double().mean().item():.3%}"
 
 
+def memory_of(keys: Tensor) -> LocalMemory:
+    memory = LocalMemory(params=ResMemParams(k=K), index="exact").to(keys.device)
+    memory.add(keys, torch.zeros(len(keys), 2, device=keys.device), torch.zeros(len(keys), device=keys.device).long())
+    memory.build()
+    return memory
+
+
+def addmm_topk(keys: Tensor, queries: Tensor) -> Search:
+    norms = keys.square().sum(dim=1)
+    return lambda: nearest_in_blocks(lambda block: torch.addmm(norms, block, keys.T, alpha=-2), keys, queries)
+
+
 def searches(keys: Tensor, queries: Tensor, memory: LocalMemory) -> dict[str, Search]:
     """What finds neighbours: each returns their positions, shape `(B, K)`."""
-    norms = keys.square().sum(dim=1)
-    addmm = lambda: nearest_in_blocks(lambda block: torch.addmm(norms, block, keys.T, alpha=-2), keys, queries)  # noqa: E731
+    addmm = addmm_topk(keys, queries)
     found: dict[str, Search] = {
         "ours": lambda: memory.search(queries, K).ids,
         "addmm + topk": addmm,
@@ -151,9 +167,7 @@ def flashlib_knn(keys: Tensor, queries: Tensor) -> dict[str, Search]:
 
 def compare(clock: Clock, keys: Tensor, queries: Tensor, name: str) -> list[list[str]]:
     """A row for each search, and one for each kind of product that a search cannot do without."""
-    memory = LocalMemory(params=ResMemParams(k=K), index="exact").to(clock.device)
-    memory.add(keys, torch.zeros(len(keys), 2, device=keys.device), torch.zeros(len(keys), device=keys.device).long())
-    memory.build()
+    memory = memory_of(keys)
     right, rows = nearest_in_float64(keys, queries[:COMPARED]), []
     title, ours = f"{name}{len(queries):,} x {len(keys):,} x {keys.shape[1]}", 0.0
     for label, search in searches(keys, queries, memory).items():
@@ -197,6 +211,21 @@ def whole_memory(clock: Clock, size: tuple[int, int, int], classes: int, values:
     return [[title, name, f"{clock.milliseconds(run):.3g}", clock.peak(run)] for name, run in runs.items()]
 
 
+def grid(clock: Clock, sizes: tuple[tuple[int, ...], tuple[int, ...]]) -> list[list[str]]:
+    """Milliseconds of ours and of `addmm` + `topk`, a row for each number of keys and a column for one of queries."""
+    rows = []
+    for num_keys in sizes[0]:
+        keys = normal(clock, num_keys, 128)
+        memory, row = memory_of(keys), [f"{num_keys:,}"]
+        for num_queries in sizes[1]:
+            queries = normal(clock, num_queries, 128)
+            ask, addmm = partial(memory.search, queries, K), addmm_topk(keys, queries)
+            ask()  # what is asked for again is recorded
+            row.append(f"{clock.milliseconds(ask):.3g} / {clock.milliseconds(addmm):.3g}")
+        rows.append(row)
+    return rows
+
+
 def card(clock: Clock, size: int) -> list[list[str]]:
     """What the card can do at all."""
     square = normal(clock, size, size)
@@ -221,6 +250,7 @@ def normal(clock: Clock, *shape: int) -> Tensor:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, epilog="RESMEM_FEATURES names a file of real features.")
     parser.add_argument("--device", default="cuda", help="where to, such as cuda:1 or cpu")
+    parser.add_argument("--grid", action="store_true", help="only ours and addmm + topk, from few to many keys")
     parser.add_argument("--small", action="store_true", help="sizes that a CPU does in a second")
     parser.add_argument("--rounds", type=int, default=9, help="of which the median is shown")
     parser.add_argument("--out", type=Path, help="a Markdown file to write")
@@ -236,30 +266,40 @@ def main() -> None:
     torch.manual_seed(0)
     clock = Clock(device, given.rounds)
     name = torch.cuda.get_device_name(device) if clock.is_gpu else "CPU"
-    with torch.no_grad():
-        abilities = card(clock, 256 if given.small else 8192)
-        compared: list[list[str]] = []
-        for num_queries, num_keys, width in SMALL_SIZES if given.small else SIZES:
-            compared += compare(clock, normal(clock, num_keys, width), normal(clock, num_queries, width), "")
-        if not given.small:
-            keys, queries, source = features()
-            compared += compare(clock, keys.to(device), queries.to(device), f"{source}, ")
-        size, many = (SMALL_SIZES[0], 2_000) if given.small else (SIZES[0], 32_000)
-        whole = [*whole_memory(clock, size, 100, "dense"), *whole_memory(clock, size, many, "sparse")]
-    tables = (
-        (f"What the card can do: {name}, torch {torch.__version__}", ["what", "rate"], abilities),
-        (
-            f"Search, k = {K}, on {name}",
-            ["queries x keys x width", "search", "ms", "times ours", "same neighbours as float64", "peak MiB"],
-            compared,
-        ),
-        (f"The whole memory, k = {K}, on {name}", ["queries x rows x width", "call", "ms", "peak MiB"], whole),
-    )
+    if given.grid:
+        sizes = SMALL_GRID if given.small else GRID
+        header = ["keys", *(f"{count:,} queries" for count in sizes[1])]
+        tables = [(f"Ours / addmm + topk, k = {K}, width 128, ms, on {name}", header, grid(clock, sizes))]
+    else:
+        tables = compared(clock, name, small=given.small)
     for title, header, rows in tables:
         show(title, header, rows)
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text("\n".join(f"{title}\n\n{markdown(header, rows)}" for title, header, rows in tables))
+
+
+def compared(clock: Clock, name: str, *, small: bool) -> list[TableOf]:
+    """What the card can do, searches, and whole memories."""
+    with torch.no_grad():
+        abilities = card(clock, 256 if small else 8192)
+        found: list[list[str]] = []
+        for num_queries, num_keys, width in SMALL_SIZES if small else SIZES:
+            found += compare(clock, normal(clock, num_keys, width), normal(clock, num_queries, width), "")
+        if not small:
+            keys, queries, source = features()
+            found += compare(clock, keys.to(clock.device), queries.to(clock.device), f"{source}, ")
+        size, many = (SMALL_SIZES[0], 2_000) if small else (SIZES[0], 32_000)
+        whole = [*whole_memory(clock, size, 100, "dense"), *whole_memory(clock, size, many, "sparse")]
+    return [
+        (f"What the card can do: {name}, torch {torch.__version__}", ["what", "rate"], abilities),
+        (
+            f"Search, k = {K}, on {name}",
+            ["queries x keys x width", "search", "ms", "times ours", "same neighbours as float64", "peak MiB"],
+            found,
+        ),
+        (f"The whole memory, k = {K}, on {name}", ["queries x rows x width", "call", "ms", "peak MiB"], whole),
+    ]
 
 
 if __name__ == "__main__":
