@@ -57,9 +57,13 @@ def ascending(distances: Tensor) -> tuple[Tensor, Tensor]:
         return values, columns
     # The bits of numbers that are not negative have their order; a column behind them makes every key different, and
     # NumPy sorts integers with vector instructions.
-    keys = (distances.detach().contiguous().view(torch.int32).long() << 32) | torch.arange(distances.shape[1])
-    keys = torch.from_numpy(np.sort(keys.numpy(), axis=1))
-    return (keys >> 32).int().view(torch.float32), keys & 0xFFFFFFFF
+    keys = distances.detach().contiguous().numpy().view(np.int32).astype(np.int64)
+    keys <<= 32
+    keys |= np.arange(keys.shape[1])
+    keys.sort(axis=1)
+    bits = (keys >> 32).astype(np.int32)
+    keys &= 0xFFFFFFFF
+    return torch.from_numpy(bits.view(np.float32)), torch.from_numpy(keys)
 
 
 def probabilities(outputs: Tensor, softmax_temperature: float = 1.0) -> Tensor:

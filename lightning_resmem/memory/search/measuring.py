@@ -1,5 +1,7 @@
 """True distances of the candidates that a search has found."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -64,11 +66,21 @@ def measure(keys: Tensor, queries: Tensor, positions: Tensor, in_order: bool = F
 
 def _measure_doubtful(keys: Tensor, queries: Tensor, positions: Tensor, distances: Tensor) -> None:
     """Measure again, where squares may have overflowed or vanished; as for `measure`, writes into `distances`."""
+    if are_certain(distances):
+        return
     doubtful = _are_doubtful(distances) & (positions >= 0)
     for part in doubtful.nonzero().split(max(1, _CPU_MEASURED // keys.shape[1])):
         row, place = part.unbind(dim=1)
         apart = keys.index_select(0, positions[row, place]).float() - queries.index_select(0, row)
         distances[row, place] = _lengths(apart).float()
+
+
+def are_certain(distances: Tensor) -> bool:
+    """Whether no distance may have lost digits when squares were added up, or be more than float32 holds."""
+    if not distances.numel():
+        return True
+    least, most = distances.aminmax()
+    return least.item() >= _LEAST and most.item() < math.inf
 
 
 def _are_doubtful(distances: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_resmem.memory.search import measuring, rough
+from lightning_resmem.memory.search import few, measuring, rough
 from lightning_resmem.memory.search.measuring import FARTHEST, largest_number, measure
 from lightning_resmem.tasks import check_finite
 from lightning_resmem.together import Lock
@@ -19,6 +19,7 @@ _CPU_SCORES = 2**22
 _GPU_SCORES = 2**26
 _CPU_KEYS = 8192
 _CPU_PRODUCT = 1024  # keys of one matrix product, which stay in a core's cache
+_FEW_QUERIES = 16  # on a CPU
 _GPU_QUERIES = 1024
 _GPU_SORTED = 2**23  # scores of which a GPU finds the smallest at once, and not those of groups first
 _GPU_FEW = 2**22  # numbers of keys, once for every query, up to which all distances are measured
@@ -131,21 +132,47 @@ class Precise:
         """Distances and positions `(b, k)`, the score `(b,)` up to which keys could matter, and whether none does."""
         if counts is None and not measuring.on_cpu(queries) and len(queries) * self._keys.numel() <= _GPU_FEW:
             return self._measure_all(queries, k)
+        if counts is None and self._are_few(queries):
+            assert self._squared_norms is not None
+            scores = torch.addmm(self._squared_norms, queries * -2, self._keys.T)
+            distances, positions, worst = few.nearest(self._keys, queries, scores, wanted)
+            return self._judged(queries, worst, distances, positions, k)
         shifted = self._shifted(queries)
         find = self._candidates if measuring.on_cpu(queries) else self._best_of_blocks
         scores, positions = find(shifted, wanted, key_block, counts)
         if counts is not None:
             positions = positions.masked_fill(scores == torch.inf, -1)
         distances, positions = measure(self._keys, queries, positions)
-        bounds = self._score_bounds(shifted, distances[:, k - 1])
-        worst = scores.amax(dim=1)
-        # Neither holds where squares overflow: NaN compares as false.
-        sure = (bounds < worst) & (worst < torch.inf)
-        if counts is not None:
-            sure = sure | (torch.isfinite(scores).sum(dim=1) >= counts)  # all that it sees
-        elif wanted == len(self._keys):
-            sure = distances[:, k - 1] < FARTHEST
-        return distances[:, :k], positions[:, :k], bounds, sure
+        found = self._judged(shifted, scores.amax(dim=1), distances, positions, k)
+        if counts is None:
+            return found
+        sees_no_more = torch.isfinite(scores).sum(dim=1) >= counts
+        return *found[:3], found[3] | sees_no_more
+
+    def _judged(
+        self, shifted: Tensor, worst: Tensor, distances: Tensor, positions: Tensor, k: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `_search_block` returns, of candidates `(b, n)` whose scores are at most `worst` `(b,)`."""
+        farthest = distances[:, k - 1]
+        bounds = self._score_bounds(shifted, farthest)
+        are_all = distances.shape[1] == len(self._keys)
+        # Neither of the latter holds where squares overflow: NaN compares as false.
+        sure = farthest < FARTHEST if are_all else (bounds < worst) & (worst < torch.inf)
+        return distances[:, :k].contiguous(), positions[:, :k].contiguous(), bounds, sure
+
+    def _are_few(self, queries: Tensor) -> bool:
+        """Whether `few` finds their neighbours faster than blocks of queries and keys do."""
+        return (
+            measuring.on_cpu(queries)
+            and len(queries) <= _FEW_QUERIES
+            and len(queries) * len(self._keys) <= _CPU_SCORES
+            and self._are_as_they_are
+        )
+
+    @property
+    def _are_as_they_are(self) -> bool:
+        """Whether keys are multiplied as they are."""
+        return self._center is None and self.scale == 1 and self._keys.dtype == torch.float32
 
     def _measure_all(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What `_search_block` returns, without scores."""
@@ -207,8 +234,7 @@ class Precise:
 
     def _gpu_product(self, key_block: int) -> int:
         """Keys of one matrix product: as many as are shifted at once, if they have to be."""
-        as_they_are = self._center is None and self.scale == 1 and self._keys.dtype == torch.float32
-        return key_block if as_they_are else min(key_block, max(1, _GPU_SHIFTED // self._keys.shape[1]))
+        return key_block if self._are_as_they_are else min(key_block, max(1, _GPU_SHIFTED // self._keys.shape[1]))
 
     def _score_bounds(self, shifted: Tensor, farthest: Tensor) -> Tensor:
         """The score `(b,)` that a key nearer than `farthest` `(b,)`, or as near, cannot exceed."""

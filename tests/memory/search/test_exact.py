@@ -19,6 +19,11 @@ from tests.hard_keys import DATA, Draw, check
 draw = Draw()
 
 
+@pytest.fixture(autouse=True, params=[16, 0], ids=["few", "blocks"])
+def _queries_that_are_few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precise, "_FEW_QUERIES", request.param)
+
+
 def _check(keys: torch.Tensor, queries: torch.Tensor, k: int) -> None:
     """Distances are the oracle's to float tolerance, every position is as near as its place says, none comes twice."""
     distances, positions = ExactIndex(keys).search(queries, k)
@@ -96,6 +101,20 @@ def test_results_do_not_depend_on_the_division_of_the_work(monkeypatch: pytest.M
     divided = ExactIndex(keys).search(queries, 30)
     assert torch.equal(whole[0], divided[0])
     assert torch.equal(whole[1], divided[1])
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_a_query_finds_alone_what_it_finds_among_others(data: str) -> None:
+    keys = DATA[data](draw, 3000, 12)
+    queries = torch.cat([keys[:8], DATA[data](draw, 12, 12) * 1.1])
+    queries = queries.clamp(-torch.finfo(torch.float32).max, torch.finfo(torch.float32).max)
+    index = ExactIndex(keys)
+    together = index.search(queries, 20)
+    check(keys, queries, together, 20)
+    for row, query in enumerate(queries):
+        alone = index.search(query[None], 20)
+        assert torch.equal(alone[0][0], together[0][row])
+        assert torch.equal(alone[1][0], together[1][row])
 
 
 @pytest.fixture
