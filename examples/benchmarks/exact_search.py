@@ -1,5 +1,7 @@
 # ruff: noqa: B023 -- every closure is called before its loop goes on
-"""Exact search, k = 53, against FAISS Flat, addmm + topk, cdist + topk and scikit-learn."""
+"""Exact search, k = 53, against FAISS Flat, addmm + topk, cdist + topk and scikit-learn; `--few`: of few queries."""
+
+import argparse
 
 import faiss
 import torch
@@ -21,7 +23,34 @@ def cdist_topk(keys: torch.Tensor, queries: torch.Tensor) -> None:
         torch.cdist(block, keys).topk(K, largest=False)
 
 
+def of_few() -> None:
+    """Milliseconds of one thread, for as many queries as a request may have."""
+    keys, queries, source = features()
+    use_threads(1)
+    table = []
+    for rows in (100, 3_000, 45_000):
+        for count in (1, 4, 16):
+            index, flat, some = ExactIndex(keys[:rows]), faiss.IndexFlatL2(keys.shape[1]), queries[:count]
+            flat.add(keys[:rows].numpy())
+            norms = keys[:rows].square().sum(dim=1)
+            contestants = {
+                "ours": lambda: index.search(some, K),
+                "FAISS Flat": lambda: flat.search(some.numpy(), K),
+                "addmm + topk": lambda: addmm_topk(keys[:rows], norms, some),
+            }
+            times = seconds(contestants, rounds=101)
+            title = f"{source}, {count} x {rows:,} x {keys.shape[1]}"
+            table.append([title, *(f"{1e3 * times[name]:.3g}" for name in contestants)])
+    report("exact_search_few", "Few queries, ms", ["queries x rows x width", *contestants], table)
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("features", nargs="?", help="a file of CIFAR-10 features")
+    parser.add_argument("--few", action="store_true")
+    if parser.parse_args().few:
+        of_few()
+        return
     keys, queries, source = features()
     generator = torch.Generator().manual_seed(0)
     sizes = [(keys, queries, f"{source}, 1,000 queries x 45,000 x 64")]

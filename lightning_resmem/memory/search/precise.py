@@ -22,7 +22,7 @@ _CPU_PRODUCT = 1024  # keys of one matrix product, which stay in a core's cache
 _FEW_QUERIES = 16  # on a CPU
 _GPU_QUERIES = 1024
 _GPU_SORTED = 2**23  # scores of which a GPU finds the smallest at once, and not those of groups first
-_GPU_FEW = 2**22  # numbers of keys, once for every query, up to which all distances are measured
+_GPU_FEW, _GPU_NARROW = 2**22, 64  # numbers of keys, once for every query, up to which all distances are measured
 _GPU_SHIFTED = 2**24  # numbers of keys that are not multiplied as they are
 # Candidates beyond k that are measured, so that rounding in the scores cannot push a neighbour out.
 _SPARE = 16
@@ -130,13 +130,8 @@ class Precise:
         self, queries: Tensor, k: int, wanted: int, key_block: int, counts: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Distances and positions `(b, k)`, the score `(b,)` up to which keys could matter, and whether none does."""
-        if counts is None and not measuring.on_cpu(queries) and len(queries) * self._keys.numel() <= _GPU_FEW:
-            return self._measure_all(queries, k)
         if counts is None and self._are_few(queries):
-            assert self._squared_norms is not None
-            scores = torch.addmm(self._squared_norms, queries * -2, self._keys.T)
-            distances, positions, worst = few.nearest(self._keys, queries, scores, wanted)
-            return self._judged(queries, worst, distances, positions, k)
+            return self._search_few(queries, k, wanted)
         shifted = self._shifted(queries)
         find = self._candidates if measuring.on_cpu(queries) else self._best_of_blocks
         scores, positions = find(shifted, wanted, key_block, counts)
@@ -161,25 +156,28 @@ class Precise:
         return distances[:, :k].contiguous(), positions[:, :k].contiguous(), bounds, sure
 
     def _are_few(self, queries: Tensor) -> bool:
-        """Whether `few` finds their neighbours faster than blocks of queries and keys do."""
-        return (
-            measuring.on_cpu(queries)
-            and len(queries) <= _FEW_QUERIES
-            and len(queries) * len(self._keys) <= _CPU_SCORES
-            and self._are_as_they_are
-        )
+        """Whether blocks of queries and keys would take longer than `_search_few`."""
+        pairs = len(queries) * len(self._keys)
+        if measuring.on_cpu(queries):
+            return len(queries) <= _FEW_QUERIES and pairs <= _CPU_SCORES and self._are_as_they_are
+        return pairs * max(_GPU_NARROW, self._keys.shape[1]) <= _GPU_FEW
+
+    def _search_few(self, queries: Tensor, k: int, wanted: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `_search_block` returns, by few operations."""
+        if measuring.on_cpu(queries):
+            assert self._squared_norms is not None
+            scores = torch.addmm(self._squared_norms, queries * -2, self._keys.T)
+            distances, positions, worst = few.nearest(self._keys, queries, scores, wanted)
+            return self._judged(queries, worst, distances, positions, k)
+        everywhere = torch.arange(len(self._keys), device=queries.device).expand(len(queries), -1)
+        distances, positions = measure(self._keys, queries, everywhere, in_order=True)
+        distances, positions = distances[:, :k].contiguous(), positions[:, :k].contiguous()
+        return distances, positions, queries.new_full((len(queries),), torch.inf), distances[:, -1] < FARTHEST
 
     @property
     def _are_as_they_are(self) -> bool:
         """Whether keys are multiplied as they are."""
         return self._center is None and self.scale == 1 and self._keys.dtype == torch.float32
-
-    def _measure_all(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What `_search_block` returns, without scores."""
-        everywhere = torch.arange(len(self._keys), device=queries.device).expand(len(queries), -1)
-        distances, positions = measure(self._keys, queries, everywhere, in_order=True)
-        distances, positions = distances[:, :k].contiguous(), positions[:, :k].contiguous()
-        return distances, positions, queries.new_full((len(queries),), torch.inf), distances[:, -1] < FARTHEST
 
     def _best_of_blocks(
         self, shifted: Tensor, wanted: int, key_block: int, counts: Tensor | None
