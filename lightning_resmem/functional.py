@@ -55,15 +55,11 @@ def ascending(distances: Tensor) -> tuple[Tensor, Tensor]:
     if distances.device.type != "cpu" or distances.dtype != torch.float32:
         values, columns = distances.sort(dim=1, stable=True)
         return values, columns
-    # The bits of numbers that are not negative have their order; a column behind them makes every key different, and
-    # NumPy sorts integers with vector instructions.
-    keys = distances.detach().contiguous().numpy().view(np.int32).astype(np.int64)
-    keys <<= 32
-    keys |= np.arange(keys.shape[1])
+    # Bits of numbers that are not negative have their order, a column behind them makes all different; NumPy sorts fast.
+    bits = distances.detach().contiguous().numpy().view(np.int32)
+    keys = (bits.astype(np.int64) << 32) | np.arange(bits.shape[1])
     keys.sort(axis=1)
-    bits = (keys >> 32).astype(np.int32)
-    keys &= 0xFFFFFFFF
-    return torch.from_numpy(bits.view(np.float32)), torch.from_numpy(keys)
+    return torch.from_numpy((keys >> 32).astype(np.int32).view(np.float32)), torch.from_numpy(keys & 0xFFFFFFFF)
 
 
 def probabilities(outputs: Tensor, softmax_temperature: float = 1.0) -> Tensor:
