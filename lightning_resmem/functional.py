@@ -55,7 +55,7 @@ def ascending(distances: Tensor) -> tuple[Tensor, Tensor]:
     if distances.device.type != "cpu" or distances.dtype != torch.float32:
         values, columns = distances.sort(dim=1, stable=True)
         return values, columns
-    # Bits of numbers that are not negative have their order, a column behind them makes all different; NumPy sorts fast.
+    # Bits of numbers that are not negative have their order, a column behind them makes all different; NumPy is fast.
     bits = distances.detach().contiguous().numpy().view(np.int32)
     keys = (bits.astype(np.int64) << 32) | np.arange(bits.shape[1])
     keys.sort(axis=1)
