@@ -3,7 +3,7 @@
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Concatenate, ParamSpec, TypeVar
 
 from lightning_resmem.errors import ResMemError
@@ -34,28 +34,25 @@ class ReadWriteLock:
         # Readers that wait for the next writer to end, and those for whose sake the writer after it waits.
         self._after, self._owed, self._ended = 0, 0, 0
 
-    def reading(self) -> "Reading":
+    @contextmanager
+    def reading(self) -> Iterator[None]:
         """Together with other readers."""
-        return Reading(self)
-
-    def enter_reading(self) -> None:
-        """What `reading` begins with."""
         me = threading.get_ident()
         with self._changed:
             depth = self._reading.get(me, 0)
             if not depth and self._writer != me and (self._writer or self._writers):
                 self._wait_for_writer()
             self._reading[me] = depth + 1
-
-    def leave_reading(self) -> None:
-        """What `reading` ends with."""
-        me = threading.get_ident()
-        with self._changed:
-            self._reading[me] -= 1
-            if not self._reading[me]:
-                del self._reading[me]
-                if self._writers:
-                    self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                if depth:
+                    self._reading[me] = depth
+                else:
+                    del self._reading[me]
+                    if self._writers:
+                        self._changed.notify_all()
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -107,23 +104,6 @@ class ReadWriteLock:
         return ReadWriteLock, ()
 
 
-class Reading:
-    """The context in which a thread reads; a generator, which searches of few rows would notice, takes longer.
-
-    Args:
-        lock: Which one it holds.
-    """
-
-    def __init__(self, lock: ReadWriteLock) -> None:
-        self._lock = lock
-
-    def __enter__(self) -> None:
-        self._lock.enter_reading()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.leave_reading()
-
-
 class Guarded:
     """Something that threads read together, and change alone.
 
@@ -132,13 +112,15 @@ class Guarded:
 
     _lock: ReadWriteLock
 
-    def reading(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def reading(self) -> Iterator[None]:
         """Answers that belong together: other threads that change rows or params wait until they are given.
 
         What is asked in one call belongs together by itself. A thread cannot change what it reads. The rows of a memory
         over a cluster are not held: others may change them meanwhile.
         """
-        return self._lock.reading()
+        with self._lock.reading():
+            yield
 
 
 _Self = TypeVar("_Self", bound=Guarded)

@@ -2,8 +2,8 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Self
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_resmem.memory.answers import Sums
 from lightning_resmem.memory.interface import ResidualMemory
 from lightning_resmem.memory.local_config import LocalConfig
-from lightning_resmem.memory.locks import Reading, ReadWriteLock, exclusive
+from lightning_resmem.memory.locks import exclusive
 from lightning_resmem.memory.metric import KeyMap, Moments
 from lightning_resmem.memory.rows import Rows
 from lightning_resmem.memory.search.faiss_index import FaissIndex
@@ -21,21 +21,6 @@ from lightning_resmem.memory.values.dense import DenseConfig
 from lightning_resmem.memory.values.sparse import SparseConfig
 from lightning_resmem.params import ResMemParams
 from lightning_resmem.tasks import Task
-
-
-class _ReadingBuilt(Reading):
-    """The same, of a memory that is built first."""
-
-    def __init__(self, lock: ReadWriteLock, memory: "PartMemory") -> None:
-        super().__init__(lock)
-        self._memory = memory
-
-    def __enter__(self) -> None:
-        self._lock.enter_reading()
-        while not self._memory.is_built:
-            self._lock.leave_reading()
-            self._memory.build()
-            self._lock.enter_reading()
 
 
 class PartMemory(ResidualMemory):
@@ -126,8 +111,14 @@ class PartMemory(ResidualMemory):
             self._rows.index = None
         self.build()
 
-    def reading(self) -> AbstractContextManager[None]:
-        return _ReadingBuilt(self._lock, self)
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        while True:
+            with self._lock.reading():
+                if self.is_built:
+                    yield
+                    return
+            self.build()
 
     def has(self, ids: Tensor) -> Tensor:
         """Which of the ids `(n,)` are in the built memory: shape `(n,)`, bool."""

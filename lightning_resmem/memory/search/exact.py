@@ -42,7 +42,7 @@ class ExactIndex:
     name = "exact"
 
     def __init__(self, keys: Tensor, half_copy: bool = True, available_at: Tensor | None = None) -> None:
-        self.keys, self.half_copy = keys.detach(), half_copy
+        self.keys, self.half_copy = keys.detach().resolve_neg(), half_copy
         # Of n keys that a query may see, the last became known as the n-th: whole numbers say all that there is to say.
         self._available_at: Tensor | None = None
         turns: Tensor | None = None
@@ -61,7 +61,7 @@ class ExactIndex:
         return 0 if self._groups is None else self._groups.nbytes
 
     def search(self, queries: Tensor, k: int, asked_at: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        queries = queries.detach().float()
+        queries = queries.detach().float().resolve_neg()
         if not len(queries):
             empty = queries.new_empty(0, k)
             return empty, empty.long()

@@ -11,8 +11,8 @@ from lightning_resmem.memory.search.measuring import are_certain, measure
 
 Array = npt.NDArray[Any]
 
-# The smallest score of every so many decides whether they are looked at.
-_GROUP = 32
+# The smallest score of every group of this many keys decides whether the group is looked at.
+GROUP = 32
 
 
 def nearest(keys: Tensor, queries: Tensor, scores: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,11 +51,11 @@ def _smallest(scores: Array, wanted: int) -> Array:
     They are in the groups with the smallest minima. A group is every so many scores, so that minima are those of whole
     rows of numbers, which takes no longer than to read them.
     """
-    groups = len(scores) // _GROUP
+    groups = len(scores) // GROUP
     if groups < 2 * wanted:
         return scores.argpartition(wanted - 1)[:wanted]
-    whole = groups * _GROUP
-    near = scores[:whole].reshape(_GROUP, groups).min(axis=0).argpartition(wanted - 1)[:wanted]
+    whole = groups * GROUP
+    near = scores[:whole].reshape(GROUP, groups).min(axis=0).argpartition(wanted - 1)[:wanted]
     members = (near + np.arange(0, whole, groups)[:, None]).ravel()
     if whole < len(scores):
         members = np.concatenate([members, np.arange(whole, len(scores))])

@@ -197,7 +197,11 @@ class Groups:
             if nearest is not None:
                 return nearest
         found = Found.empty(count, k, queries.device)
-        self._find(queries, found)
+        try:
+            self._find(queries, found)
+        except BaseException:
+            found.wait()
+            raise
         return Nearest(found.distances, found.positions, found.unsure(count))
 
     def _measured(self, k: int) -> int:

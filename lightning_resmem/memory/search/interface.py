@@ -48,7 +48,8 @@ class Found(NamedTuple):
         distances: Shape `(b, k)`, float32.
         positions: Of the keys, `(b, k)`, int64.
         sure: For which queries they certainly are the nearest, `(b,)`, bool.
-        all_sure: Shape `()`, bool, in memory of the host, where nothing has to be copied to know it.
+        all_sure: Shape `()`, bool: True until a query is found not to be, of those there are for padding, too. In
+            memory of the host, where nothing has to be copied to know it.
     """
 
     distances: Tensor
@@ -63,16 +64,20 @@ class Found(NamedTuple):
 
     @classmethod
     def empty(cls, rows: int, k: int, device: torch.device) -> "Found":
-        """With nothing written yet."""
+        """With nothing found yet."""
         distances = torch.empty(rows, k, dtype=torch.float32, device=device)
         sure = torch.empty(rows, dtype=torch.bool, device=device)
         all_sure = torch.ones((), dtype=torch.bool, pin_memory=device.type == "cuda")
         return cls(distances, torch.empty_like(distances, dtype=torch.int64), sure, all_sure)
 
-    def unsure(self, count: int) -> Tensor | None:
-        """Which of the first `count` queries are not sure, as in `Nearest`. What was written is waited for."""
+    def wait(self) -> None:
+        """Let the GPU finish what was started on the caller's stream. Before, nothing of this may be freed."""
         if self.sure.is_cuda:
             torch.cuda.current_stream(self.sure.device).synchronize()
+
+    def unsure(self, count: int) -> Tensor | None:
+        """Which of the first `count` queries are not sure, as in `Nearest`; see `wait`."""
+        self.wait()
         if self.all_sure.item():  # nearly always
             return None
         unsure = (~self.sure[:count]).nonzero()[:, 0]

@@ -90,10 +90,10 @@ def _are_doubtful(distances: Tensor) -> Tensor:
 def _lengths(rows: Tensor) -> Tensor:
     """Of rows `(..., D)` in float32, whose squares may overflow or vanish in it: shape `(...)`, at most its largest."""
     lengths: Tensor
-    if rows.device.type != "mps":
+    if rows.device.type in ("cpu", "cuda"):
         lengths = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
         return lengths.clamp_max_(_MOST)
-    rows = rows.clamp(-_MOST, _MOST)  # there is no float64
+    rows = rows.clamp(-_MOST, _MOST)  # there may be no float64
     largest = rows.abs().amax(dim=-1, keepdim=True)
     lengths = torch.linalg.vector_norm(rows / largest.where(largest > 0, 1), dim=-1)
     return lengths.mul_(largest.squeeze(-1)).clamp_max_(_MOST)

@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.memory.search import few, measuring, rough
+from lightning_resmem.memory.search.few import GROUP as _GROUP
 from lightning_resmem.memory.search.measuring import FARTHEST, largest_number, measure
 from lightning_resmem.tasks import check_finite
 from lightning_resmem.together import Lock
 
-# The smallest score of every group of this many keys decides whether the group is looked at.
-_GROUP = 32
 # Scores computed at once. On a CPU they stay in its cache (16 MiB), which is worth a factor of two; a GPU wants more.
 _CPU_SCORES = 2**22
 _GPU_SCORES = 2**26
 _CPU_KEYS = 8192
 _CPU_PRODUCT = 1024  # keys of one matrix product, which stay in a core's cache
-_FEW_QUERIES = 16  # on a CPU
+_FEW_MEASURED = 2**17  # numbers of candidates on a CPU, up to which an operation of torch takes longer than they do
 _GPU_QUERIES = 1024
 _GPU_SORTED = 2**23  # scores of which a GPU finds the smallest at once, and not those of groups first
 _GPU_FEW, _GPU_NARROW = 2**22, 64  # numbers of keys, once for every query, up to which all distances are measured
@@ -37,8 +36,8 @@ class Precise:
 
     A block of scores `|z|^2 - 2 q.z` comes from one matrix product; on CPUs only scores below a running threshold are
     looked at one by one. The `k + 16` best candidates are measured again by direct differences, so that distances have
-    no cancellation error. A query whose candidates could have missed a neighbour by rounding (huge norms, tiny
-    distances, many equal keys) is searched again over all keys that could matter.
+    no cancellation error; of few keys a GPU measures all. A query whose candidates could have missed a neighbour by
+    rounding (huge norms, tiny distances, many equal keys) is searched again over all keys that could matter.
 
     Where the squares of keys would overflow or vanish, scores are those of keys and queries times a power of two; a
     query so far away that its own do is compared with every key directly.
@@ -130,7 +129,7 @@ class Precise:
         self, queries: Tensor, k: int, wanted: int, key_block: int, counts: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Distances and positions `(b, k)`, the score `(b,)` up to which keys could matter, and whether none does."""
-        if counts is None and self._are_few(queries):
+        if counts is None and self._are_few(queries, wanted):
             return self._search_few(queries, k, wanted)
         shifted = self._shifted(queries)
         find = self._candidates if measuring.on_cpu(queries) else self._best_of_blocks
@@ -138,29 +137,34 @@ class Precise:
         if counts is not None:
             positions = positions.masked_fill(scores == torch.inf, -1)
         distances, positions = measure(self._keys, queries, positions)
-        found = self._judged(shifted, scores.amax(dim=1), distances, positions, k)
         if counts is None:
-            return found
+            return self._judged(shifted, scores.amax(dim=1), distances, positions, k)
+        bounds, sure = self._bounds(shifted, scores.amax(dim=1), distances[:, k - 1])
         sees_no_more = torch.isfinite(scores).sum(dim=1) >= counts
-        return *found[:3], found[3] | sees_no_more
+        return distances[:, :k].clone(), positions[:, :k].clone(), bounds, sure | sees_no_more
 
     def _judged(
         self, shifted: Tensor, worst: Tensor, distances: Tensor, positions: Tensor, k: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What `_search_block` returns, of candidates `(b, n)` whose scores are at most `worst` `(b,)`."""
         farthest = distances[:, k - 1]
-        bounds = self._score_bounds(shifted, farthest)
-        are_all = distances.shape[1] == len(self._keys)
-        # Neither of the latter holds where squares overflow: NaN compares as false.
-        sure = farthest < FARTHEST if are_all else (bounds < worst) & (worst < torch.inf)
-        return distances[:, :k].contiguous(), positions[:, :k].contiguous(), bounds, sure
+        bounds, sure = self._bounds(shifted, worst, farthest)
+        if distances.shape[1] == len(self._keys):
+            sure = farthest < FARTHEST
+        return distances[:, :k].clone(), positions[:, :k].clone(), bounds, sure
 
-    def _are_few(self, queries: Tensor) -> bool:
+    def _bounds(self, shifted: Tensor, worst: Tensor, farthest: Tensor) -> tuple[Tensor, Tensor]:
+        """The score up to which keys could matter, and whether those with scores up to `worst` are all of these."""
+        bounds = self._score_bounds(shifted, farthest)
+        # Neither holds where squares overflow: NaN compares as false.
+        return bounds, (bounds < worst) & (worst < torch.inf)
+
+    def _are_few(self, queries: Tensor, wanted: int) -> bool:
         """Whether blocks of queries and keys would take longer than `_search_few`."""
-        pairs = len(queries) * len(self._keys)
-        if measuring.on_cpu(queries):
-            return len(queries) <= _FEW_QUERIES and pairs <= _CPU_SCORES and self._are_as_they_are
-        return pairs * max(_GPU_NARROW, self._keys.shape[1]) <= _GPU_FEW
+        count, (rows, width) = len(queries), self._keys.shape
+        if not measuring.on_cpu(queries):
+            return count * rows * max(_GPU_NARROW, width) <= _GPU_FEW
+        return count * wanted * width <= _FEW_MEASURED and count * rows <= _CPU_SCORES and self._are_as_they_are
 
     def _search_few(self, queries: Tensor, k: int, wanted: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What `_search_block` returns, by few operations."""
@@ -171,8 +175,13 @@ class Precise:
             return self._judged(queries, worst, distances, positions, k)
         everywhere = torch.arange(len(self._keys), device=queries.device).expand(len(queries), -1)
         distances, positions = measure(self._keys, queries, everywhere, in_order=True)
-        distances, positions = distances[:, :k].contiguous(), positions[:, :k].contiguous()
-        return distances, positions, queries.new_full((len(queries),), torch.inf), distances[:, -1] < FARTHEST
+        sure = distances[:, k - 1] < FARTHEST
+        return (
+            distances[:, :k].clone(),
+            positions[:, :k].clone(),
+            torch.full_like(sure, torch.inf, dtype=torch.float32),
+            sure,
+        )
 
     @property
     def _are_as_they_are(self) -> bool:
@@ -241,7 +250,7 @@ class Precise:
         slack = 4 * torch.finfo(torch.float32).eps * shifted.shape[1] ** 0.5
         rounding = slack * (squared.sqrt() + self._longest).square()
         bounds: Tensor = (farthest * self.scale).square() * (1 + 1e-6) - squared + rounding
-        return bounds
+        return bounds.masked_fill(farthest >= FARTHEST, torch.inf)  # it may be farther than float32 can tell
 
     def _scan(self, query: Tensor, bound: Tensor, k: int, count: Tensor | None) -> tuple[Tensor, Tensor]:
         """The k nearest keys of one query `(D,)` among all whose score is not above `bound`."""

@@ -49,7 +49,7 @@ class Replays:
     @property
     def nbytes(self) -> int:
         """Of what goes in and out of the graphs; beside it they share room for the largest search."""
-        return sum(tensor.nbytes for graph in self._graphs.values() for tensor in (graph.queries, *graph.found))
+        return sum(tensor.nbytes for graph in list(self._graphs.values()) for tensor in (graph.queries, *graph.found))
 
     def search(self, queries: Tensor, k: int, find: _Find) -> Nearest | None:
         """What a search finds; None where it is not recorded.
@@ -62,32 +62,35 @@ class Replays:
             find: Writes what it finds for queries into tensors of their device, which it does not wait for. Always the
                 same, and kept by the caller.
         """
+        if not self._is_recorded(queries, k):
+            return None  # whoever replays another need not be waited for
         with self._lock, torch.cuda.device_of(queries):
             recorded = self._recorded(queries, k, find)
             if recorded is None:
                 return None
-            graph, asked, found = recorded
-            distances, positions, count = found.distances, found.positions, len(queries)
-            if count < len(asked):
-                asked[count:].copy_(queries[-1:])  # any whose neighbours are as sure
-                asked, distances, positions = asked[:count], distances[:count], positions[:count]
-            asked.copy_(queries)
-            found.all_sure.fill_(value=True)
-            graph.replay()
-            return Nearest(distances.clone(), positions.clone(), found.unsure(count))
+            try:
+                return _replayed(recorded, queries)
+            except BaseException:  # the next search must not begin before this one ended
+                recorded.found.wait()
+                raise
+
+    def _is_recorded(self, queries: Tensor, k: int) -> bool:
+        """Whether a search is, or will be now."""
+        asked = padded(len(queries)), k
+        if asked in self._graphs:
+            return True
+        if len(self._asked) >= _COUNTED:
+            self._asked.clear()
+        self._asked[asked] += 1
+        if self._asked[asked] == 1 or not self._has_room(*asked, queries.shape[1]):
+            return False
+        return threading.current_thread() is threading.main_thread()
 
     def _recorded(self, queries: Tensor, k: int, find: _Find) -> _Graph | None:
         asked = padded(len(queries)), k
         recorded = self._graphs.get(asked)
         if recorded is not None:
             return recorded
-        if len(self._asked) >= _COUNTED:
-            self._asked.clear()
-        self._asked[asked] += 1
-        if self._asked[asked] == 1 or not self._has_room(*asked, queries.shape[1]):
-            return None
-        if threading.current_thread() is not threading.main_thread():
-            return None
         try:
             self._graphs[asked] = self._record(queries, *asked, find)
         except RuntimeError as error:  # out of memory, or what else is going on does not allow it
@@ -118,6 +121,18 @@ class Replays:
             finally:
                 torch.cuda.current_stream().wait_stream(stream)
         return _Graph(graph, asked, found)
+
+
+def _replayed(recorded: _Graph, queries: Tensor) -> Nearest:
+    graph, asked, found = recorded
+    distances, positions, count = found.distances, found.positions, len(queries)
+    if count < len(asked):
+        asked[count:].copy_(queries[-1:])  # any whose neighbours are as sure
+        asked, distances, positions = asked[:count], distances[:count], positions[:count]
+    asked.copy_(queries)
+    found.all_sure.fill_(value=True)
+    graph.replay()
+    return Nearest(distances.clone(), positions.clone(), found.unsure(count))
 
 
 def padded(count: int) -> int:

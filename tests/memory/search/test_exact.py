@@ -19,9 +19,9 @@ from tests.hard_keys import DATA, Draw, check
 draw = Draw()
 
 
-@pytest.fixture(autouse=True, params=[16, 0], ids=["few", "blocks"])
+@pytest.fixture(autouse=True, params=[precise._FEW_MEASURED, 0], ids=["few", "blocks"])
 def _queries_that_are_few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precise, "_FEW_QUERIES", request.param)
+    monkeypatch.setattr(precise, "_FEW_MEASURED", request.param)
 
 
 def _check(keys: torch.Tensor, queries: torch.Tensor, k: int) -> None:
@@ -115,6 +115,34 @@ def test_a_query_finds_alone_what_it_finds_among_others(data: str) -> None:
         alone = index.search(query[None], 20)
         assert torch.equal(alone[0][0], together[0][row])
         assert torch.equal(alone[1][0], together[1][row])
+
+
+@pytest.mark.parametrize(("rows", "width", "k"), [(3, 4, 2), (3, 4, 3), (3000, 64, 20)])
+def test_distances_that_float32_cannot_hold(rows: int, width: int, k: int) -> None:
+    keys = draw.uniform(rows, width) * 3e38
+    queries = torch.cat([-keys[:2], keys[:2]])
+    check(keys, queries, ExactIndex(keys).search(queries, k), k)
+
+
+def test_equally_near_rows_with_times_whose_scores_overflow() -> None:
+    keys, query = draw.uniform(6, 3) * 1e14, torch.full((1, 3), 1e30)
+    index = ExactIndex(keys, available_at=torch.zeros(6))
+    assert index.search(query, 4, torch.ones(1))[1].tolist() == index.search(query, 4)[1].tolist() == [[0, 1, 2, 3]]
+
+
+def test_rows_that_numpy_does_not_read_as_they_are() -> None:
+    keys = torch.complex(torch.zeros(90, 4), draw.normal(90, 4)).conj().imag  # their sign is a bit of the tensor
+    queries = keys[:3] * 1
+    assert keys.is_neg()
+    expected = ExactIndex(keys.resolve_neg()).search(queries, 5)
+    for found in (ExactIndex(keys).search(queries, 5), ExactIndex(keys.clone()).search(keys[:3], 5)):
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+
+
+def test_an_answer_keeps_no_candidates() -> None:
+    for found in ExactIndex(draw.normal(500, 4)).search(draw.normal(1, 4, seed=1), 3):
+        assert found.untyped_storage().nbytes() == found.nbytes
 
 
 @pytest.fixture
