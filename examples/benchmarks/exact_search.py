@@ -1,5 +1,5 @@
 # ruff: noqa: B023 -- every closure is called before its loop goes on
-"""Exact search, k = 53, against FAISS Flat, addmm + topk, cdist + topk and scikit-learn; `--few`: of few queries."""
+"""Exact search, k = 53, against FAISS Flat, addmm + topk, cdist + topk and scikit-learn."""
 
 import argparse
 
@@ -44,13 +44,8 @@ def of_few() -> None:
     report("exact_search_few", "Few queries, ms", ["queries x rows x width", *contestants], table)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("features", nargs="?", help="a file of CIFAR-10 features")
-    parser.add_argument("--few", action="store_true")
-    if parser.parse_args().few:
-        of_few()
-        return
+def of_many() -> None:
+    """Seconds of one thread and of all."""
     keys, queries, source = features()
     generator = torch.Generator().manual_seed(0)
     sizes = [(keys, queries, f"{source}, 1,000 queries x 45,000 x 64")]
@@ -81,6 +76,15 @@ def main() -> None:
             for name, taken in times.items():
                 table.append([title, str(threads), name, f"{taken:.3f}", f"{taken / times['ours']:.2f}"])
     report("exact_search", "Exact search", ["data", "threads", "search", "seconds", "times ours"], table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("features", nargs="?", help="a file of CIFAR-10 features; or set RESMEM_FEATURES")
+    parser.add_argument("--few", action="store_true", help="only the table of few queries")
+    if not parser.parse_args().few:
+        of_many()
+    of_few()
 
 
 if __name__ == "__main__":
