@@ -84,6 +84,11 @@ def test_gpu_search_on_a_cpu(tmp_path, monkeypatch):
         assert f"| {call} |" in written
 
 
+def test_gpu_search_from_few_to_many_keys(tmp_path):
+    printed = run(tmp_path, "benchmarks/gpu_search.py", "--device", "cpu", "--small", "--grid", "--rounds", "1")
+    assert len(re.findall(r"[\d.]+ / [\d.]+", printed)) == 4
+
+
 def test_tabular(capsys):
     from examples import tabular
 

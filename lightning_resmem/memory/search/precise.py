@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_resmem.memory.search import few, measuring, rough
-from lightning_resmem.memory.search.few import GROUP as _GROUP
+from lightning_resmem.memory.search.few import GROUP
 from lightning_resmem.memory.search.measuring import FARTHEST, largest_number, measure
 from lightning_resmem.tasks import check_finite
 from lightning_resmem.together import Lock
@@ -175,13 +175,8 @@ class Precise:
             return self._judged(queries, worst, distances, positions, k)
         everywhere = torch.arange(len(self._keys), device=queries.device).expand(len(queries), -1)
         distances, positions = measure(self._keys, queries, everywhere, in_order=True)
-        sure = distances[:, k - 1] < FARTHEST
-        return (
-            distances[:, :k].clone(),
-            positions[:, :k].clone(),
-            torch.full_like(sure, torch.inf, dtype=torch.float32),
-            sure,
-        )
+        distances, positions = distances[:, :k].clone(), positions[:, :k].clone()
+        return distances, positions, queries.new_full((len(queries),), torch.inf), distances[:, -1] < FARTHEST
 
     @property
     def _are_as_they_are(self) -> bool:
@@ -206,7 +201,7 @@ class Precise:
         positions = torch.empty(len(shifted), 0, dtype=torch.int64, device=shifted.device)
         threshold: Tensor | None = None
         for start, scores in self._score_blocks(shifted, key_block, counts):
-            if threshold is None or scores.shape[1] % _GROUP:
+            if threshold is None or scores.shape[1] % GROUP:
                 found, columns = _smallest(scores, min(wanted, scores.shape[1]))
             else:
                 found, columns = _below(scores, threshold)
@@ -281,7 +276,7 @@ def _blocks(queries: Tensor, wanted: int) -> tuple[int, int]:
         rows = max(1, min(_GPU_QUERIES, len(queries), _GPU_SCORES // (4 * wanted)))
         return rows, _GPU_SCORES // rows
     # The first block's groups must outnumber the candidates clearly, or their minima say nothing.
-    keys = max(_CPU_KEYS, 4 * _GROUP * wanted)
+    keys = max(_CPU_KEYS, 4 * GROUP * wanted)
     return max(16, _CPU_SCORES // keys), keys
 
 
@@ -290,10 +285,10 @@ def _smallest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     The `count` groups with the smallest minima hold at least `count` entries up to the largest of these minima.
     """
-    groups = scores.shape[1] // _GROUP
-    if groups < 2 * count or scores.shape[1] % _GROUP:
+    groups = scores.shape[1] // GROUP
+    if groups < 2 * count or scores.shape[1] % GROUP:
         return scores.topk(count, dim=1, largest=False, sorted=False)
-    minima = scores.unflatten(1, (groups, _GROUP)).amin(dim=2)
+    minima = scores.unflatten(1, (groups, GROUP)).amin(dim=2)
     limit = minima.topk(count, dim=1, largest=False, sorted=False).values.amax(dim=1, keepdim=True)
     if not bool(torch.isfinite(limit).all()):  # squares overflow
         return scores.topk(count, dim=1, largest=False, sorted=False)
@@ -306,17 +301,17 @@ def _smallest_by_groups(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Of many they are in the `count` groups with the smallest minima, which are found among far fewer numbers. A group is
     every so many columns: so a GPU reads what lies side by side at once.
     """
-    count, groups = min(count, scores.shape[1]), scores.shape[1] // _GROUP
+    count, groups = min(count, scores.shape[1]), scores.shape[1] // GROUP
     if scores.numel() <= _GPU_SORTED or groups < 2 * count:
         return scores.topk(count, dim=1, largest=False, sorted=False)
-    parts = scores[:, : groups * _GROUP].unflatten(1, (_GROUP, groups))
+    parts = scores[:, : groups * GROUP].unflatten(1, (GROUP, groups))
     group = parts.amin(dim=1).topk(count, dim=1, largest=False, sorted=False).indices
-    members = parts.gather(2, group[:, None].expand(-1, _GROUP, -1)).flatten(1)
-    if scores.shape[1] % _GROUP:
-        members = torch.cat([members, scores[:, groups * _GROUP :]], dim=1)
+    members = parts.gather(2, group[:, None].expand(-1, GROUP, -1)).flatten(1)
+    if scores.shape[1] % GROUP:
+        members = torch.cat([members, scores[:, groups * GROUP :]], dim=1)
     found, member = members.topk(count, dim=1, largest=False, sorted=False)
     columns = group.gather(1, member % count) + member // count * groups
-    return found, columns.where(member < count * _GROUP, member + (groups - count) * _GROUP)
+    return found, columns.where(member < count * GROUP, member + (groups - count) * GROUP)
 
 
 def _keep(scores: Tensor, positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -331,10 +326,10 @@ def _below(scores: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Both `(b, m)`, where `m` is the largest number of such entries in a row; shorter rows end with inf.
     """
-    groups = scores.shape[1] // _GROUP
-    minima = scores.unflatten(1, (groups, _GROUP)).amin(dim=2)
+    groups = scores.shape[1] // GROUP
+    minima = scores.unflatten(1, (groups, GROUP)).amin(dim=2)
     group = (minima < threshold).flatten().nonzero()[:, 0]  # ascending, and so are the rows below
-    members = scores.view(-1, _GROUP).index_select(0, group)
+    members = scores.view(-1, GROUP).index_select(0, group)
     found, member = (members < threshold[:, 0].index_select(0, group // groups)[:, None]).nonzero(as_tuple=True)
     group = group.index_select(0, found)
     rows = group // groups
@@ -342,7 +337,7 @@ def _below(scores: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     width = int(counts.max())
     place = rows * width + torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
     values = scores.new_full((len(scores) * width,), torch.inf)
-    values[place] = members.view(-1).index_select(0, found * _GROUP + member)
+    values[place] = members.view(-1).index_select(0, found * GROUP + member)
     columns = group.new_zeros(len(scores) * width)
-    columns[place] = group % groups * _GROUP + member
+    columns[place] = group % groups * GROUP + member
     return values.view(len(scores), width), columns.view(len(scores), width)

@@ -62,10 +62,11 @@ class Replays:
             find: Writes what it finds for queries into tensors of their device, which it does not wait for. Always the
                 same, and kept by the caller.
         """
-        if not self._is_recorded(queries, k):
+        asked = padded(len(queries)), k
+        if not self._is_recorded(asked, queries.shape[1]):
             return None  # whoever replays another need not be waited for
         with self._lock, torch.cuda.device_of(queries):
-            recorded = self._recorded(queries, k, find)
+            recorded = self._recorded(asked, queries, find)
             if recorded is None:
                 return None
             try:
@@ -74,20 +75,18 @@ class Replays:
                 recorded.found.wait()
                 raise
 
-    def _is_recorded(self, queries: Tensor, k: int) -> bool:
-        """Whether a search is, or will be now."""
-        asked = padded(len(queries)), k
+    def _is_recorded(self, asked: tuple[int, int], width: int) -> bool:
+        """Whether a search for so many queries and neighbours is, or will be now."""
         if asked in self._graphs:
             return True
         if len(self._asked) >= _COUNTED:
             self._asked.clear()
         self._asked[asked] += 1
-        if self._asked[asked] == 1 or not self._has_room(*asked, queries.shape[1]):
+        if self._asked[asked] == 1 or not self._has_room(*asked, width):
             return False
         return threading.current_thread() is threading.main_thread()
 
-    def _recorded(self, queries: Tensor, k: int, find: _Find) -> _Graph | None:
-        asked = padded(len(queries)), k
+    def _recorded(self, asked: tuple[int, int], queries: Tensor, find: _Find) -> _Graph | None:
         recorded = self._graphs.get(asked)
         if recorded is not None:
             return recorded
@@ -118,8 +117,8 @@ class Replays:
                         find(asked, found)
                     finally:
                         graph.capture_end()
-            finally:
-                torch.cuda.current_stream().wait_stream(stream)
+            finally:  # also if it cannot be recorded: nothing that is written to may be freed before
+                stream.synchronize()
         return _Graph(graph, asked, found)
 
 
